@@ -1,0 +1,6 @@
+"""delta_jax: the delta-rule family of linear transformers for JAX."""
+
+from delta_jax.ops import delta_rule, delta_rule_step, linear_attention
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "delta_rule", "delta_rule_step", "linear_attention"]

@@ -1,0 +1,5 @@
+"""Pure functions on arrays: the delta rule, its recurrent and chunkwise forms, and the short convolution."""
+
+from delta_jax.ops.api import delta_rule, delta_rule_step, implementations, linear_attention
+
+__all__ = ["delta_rule", "delta_rule_step", "implementations", "linear_attention"]

@@ -1,0 +1,33 @@
+"""The inverse of a unit lower-triangular matrix, by block recursion on products."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from delta_jax.ops.precision import einsum
+
+
+def unit_lower_inverse(a: Float[Array, "*batch c c"]) -> Float[Array, "*batch c c"]:
+    """Inverts `I + a` for a strictly lower-triangular `a` (what stands on or above its diagonal is not read).
+
+    With the inverses X of the diagonal blocks of size b known, those of size 2b follow from one correction a level,
+
+        X <- X - X A_b X,        A_b the lower-left quarter of every diagonal block of size 2b.
+
+    Only blocks of the inverse itself are ever multiplied, never powers of `a`: the inverse of the delta rule stays of order
+    one where the powers of 64 repeated keys reach 1e17 (a Neumann or doubling series loses every digit there).
+    The size must be a power of two. Source: the Bunch-Hopcroft recursion, arXiv 2605.21325 section 3.
+    """
+    size = a.shape[-1]
+    if size & (size - 1):
+        raise ValueError(f"a must be a square matrix whose size is a power of two, got shape {a.shape}.")
+    row, column = np.indices((size, size))
+    level = np.where(row > column, row ^ column, 0)  # the highest differing bit is the block size at which a pair meets
+    x = jnp.eye(size, dtype=a.dtype) - jnp.where(level == 1, a, 0)
+    block = 2
+    while block < size:
+        corner = jnp.where((level >= block) & (level < 2 * block), a, 0)
+        x = x - einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", x, corner), x)
+        block *= 2
+    return x

@@ -1,0 +1,73 @@
+"""Depthwise causal convolution over time: the short filter in front of q, k and v."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from delta_jax.ops.precision import accumulator_dtype
+
+__all__ = ["short_convolution"]
+
+
+def short_convolution(
+    x: Float[Array, "batch time channels"],
+    kernel: Float[Array, "width channels"],
+    *,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    cache: Float[Array, "batch tail channels"] | None = None,
+) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch tail channels"]]:
+    """Filters every channel over its own past.
+
+        y[t] = sum_{j < width} kernel[width - 1 - j] * x[t - j]
+
+    where a tap that would reach before the sequence, or over a change of the segment id, contributes zero.
+
+    The cache holds the last `width - 1` inputs, oldest first, and zeros in place of those that no later
+    token of the same segment may see; so a continued call is exact and needs no old segment ids. A caller
+    that continues with a new segment passes zeros (or no cache).
+
+    Args:
+        x: inputs [B, T, C]; T may be smaller than the width.
+        kernel: weights [W, C]; the last row multiplies the current input.
+        segment_ids: [B, T], constant within a packed sequence; None is one segment.
+        cache: [B, W - 1, C], what a former call returned; None is the start of a sequence. It belongs to the
+            segment of the first token.
+
+    Returns:
+        y [B, T, C] in the dtype of x (products are summed in float32 at least), and the new cache.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    if x.ndim != 3 or kernel.ndim != 2 or kernel.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"kernel must be [width, channels] for x [batch, time, channels], got {kernel.shape}, {x.shape}"
+        )
+    batch, time, channels = x.shape
+    tail = kernel.shape[0] - 1
+    if segment_ids is not None and segment_ids.shape != (batch, time):
+        raise ValueError(f"segment_ids must have shape {(batch, time)}, got {segment_ids.shape}")
+    if cache is None:
+        cache = jnp.zeros((batch, tail, channels), x.dtype)
+    elif cache.shape != (batch, tail, channels):
+        raise ValueError(f"cache must have shape {(batch, tail, channels)}, got {cache.shape}")
+
+    accumulate = accumulator_dtype(x.dtype)
+    inputs = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
+    runs = None if segment_ids is None else _runs(segment_ids, tail)
+    y = jnp.zeros(x.shape, accumulate)
+    for offset in range(tail + 1):
+        tap = inputs[:, offset : offset + time].astype(accumulate)
+        if runs is not None and offset < tail:
+            tap = jnp.where((runs[:, offset : offset + time] == runs[:, tail:])[..., None], tap, 0.0)
+        y = y + tap * kernel[None, None, offset].astype(accumulate)
+
+    new_cache = inputs[:, time:]
+    if runs is not None:
+        new_cache = jnp.where((runs[:, time:] == runs[:, -1:])[..., None], new_cache, jnp.zeros((), x.dtype))
+    return y.astype(x.dtype), new_cache
+
+
+def _runs(segment_ids: Int[Array, "batch time"], tail: int) -> Int[Array, "batch tail+time"]:
+    """Numbers the stretches of equal ids, so that an id that comes back later is another segment."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(changes.astype(jnp.int32), axis=1), ((0, 0), (tail + 1, 0)))
