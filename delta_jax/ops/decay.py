@@ -27,18 +27,11 @@ from delta_jax.ops.precision import einsum
 class Decay(NamedTuple):
     """Decay factors of a chunk of C tokens; `channels` is 1 for a gate per head, `key` for a gate per channel."""
 
-    pairs: Array | None  # gate per head: exp(G_i - G_j) for i >= j, else 0: [..., C, C]; gate per channel: the mask alone
-    levels: tuple[Array, ...]  # gate per channel: a factor per level, [..., C, key]; empty for a gate per head
+    pairs: Array  # gate per head: exp(G_i - G_j) for visible i >= j, else 0: [..., C, C]; gate per channel: that mask
+    levels: tuple[tuple[Array, Array], ...]  # gate per channel: (left, right) factors to the middle of every block
     start: Array  # exp(G_i): from the chunk's start through token i, [..., C, channels]
     end: Array  # exp(G_C - G_j): from after token j to the chunk's end, [..., C, channels]
     whole: Array  # exp(G_C), [..., 1, channels]
-
-
-def meeting_level(size: int) -> np.ndarray:
-    """For i > j the block size (a power of two) at which tokens i and j meet, as left and right half; else 0."""
-    row, column = np.indices((size, size))
-    differing = np.where(row > column, row ^ column, 0)
-    return np.where(differing > 0, 2 ** np.floor(np.log2(np.maximum(differing, 1))).astype(int), 0)
 
 
 def chunk_decay(
@@ -53,11 +46,8 @@ def chunk_decay(
     lower = np.tril(np.ones((size, size), bool))
     coarse, fine = (einsum("ij,...jd->...id", jnp.asarray(lower, g.dtype), x) for x in (on_grid, g - on_grid))
 
-    def between(index: np.ndarray | slice) -> Array:
-        """Log decay from after the tokens at `index` to each token (negative of it where the token comes first)."""
-        return (coarse - coarse[..., index, :]) + (fine - fine[..., index, :])
-
-    start, end = jnp.exp(coarse + fine), jnp.exp(-between(slice(size - 1, size)))
+    start = jnp.exp(coarse + fine)
+    end = jnp.exp((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
     whole = start[..., -1:, :]
     mask = jnp.asarray(lower)
     if reset is not None:
@@ -70,11 +60,12 @@ def chunk_decay(
         rows, columns = (jnp.swapaxes(x, -1, -2) for x in (coarse, fine))
         pairs = jnp.exp(jnp.where(mask, (coarse - rows) + (fine - columns), -jnp.inf))
         return Decay(pairs, (), start, end, whole)
-    token, levels = np.arange(size), []
-    for block in 2 ** np.arange(size.bit_length() - 1):
-        middle = token // (2 * block) * (2 * block) + block - 1
-        right = ((token & block) > 0)[:, None]
-        levels.append(jnp.exp(jnp.where(right, 1.0, -1.0).astype(g.dtype) * between(middle)))
+    levels = []
+    for block in _blocks(size):
+        (left, right), (left_fine, right_fine) = _halves(coarse, block), _halves(fine, block)
+        middle, middle_fine = left[..., -1:, :], left_fine[..., -1:, :]
+        to_middle = jnp.exp((middle - left) + (middle_fine - left_fine))
+        levels.append((to_middle, jnp.exp((right - middle) + (right_fine - middle_fine))))
     return Decay(mask.astype(g.dtype), tuple(levels), start, end, whole)
 
 
@@ -85,12 +76,13 @@ def decayed_scores(
     size = keys.shape[-2]
     if decay is None or not decay.levels:
         scores = _product(rows, keys)
-        return jnp.where(np.tril(np.ones((size, size), bool)), scores, 0) if decay is None else scores * decay.pairs[..., None, :, :]
-    meets = meeting_level(size)
+        if decay is None:
+            return jnp.where(np.tril(np.ones((size, size), bool)), scores, 0)
+        return scores * decay.pairs[..., None, :, :]
     scores = jnp.sum(rows * keys[..., None, :, :], -1)[..., None] * jnp.eye(size, dtype=keys.dtype)
-    for level, factor in enumerate(decay.levels):
-        part = _product(rows * factor[..., None, :, :], keys * factor)
-        scores = scores + jnp.where(meets == 2**level, part, 0)
+    for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
+        part = _product(_right_rows(rows, block) * right[..., None, :, :], _halves(keys, block)[0] * left)
+        scores = scores + _place(jnp.moveaxis(part, -3, -4), block)
     return scores * decay.pairs[..., None, :, :]
 
 
@@ -108,29 +100,29 @@ def decayed_scores_backward(
         d_rows, d_keys = _product_backward(d_product, rows, keys)
         if decay is None:
             return d_rows, d_keys, None
-        crossing = einsum("...ij,js->...is", jnp.sum(d_scores * scores, -3), _earlier(size, keys.dtype).T)
+        crossing = einsum("...ij,sj->...is", jnp.sum(d_scores * scores, -3), _earlier(size, keys.dtype))
         d_g = jnp.sum(jnp.where(np.tril(np.ones((size, size), bool)), crossing, 0), -2)
         return d_rows, d_keys, d_g[..., None]
     d_scores = d_scores * decay.pairs[..., None, :, :]
-    meets, token = meeting_level(size), np.arange(size)
     diagonal = jnp.diagonal(d_scores, axis1=-2, axis2=-1)[..., None]
     d_rows, d_keys = diagonal * keys[..., None, :, :], jnp.sum(diagonal * rows, -3)
-    terms, gather = [], []
-    for level, factor in enumerate(decay.levels):
-        row_factor = factor[..., None, :, :]
-        d_part = jnp.where(meets == 2**level, d_scores, 0)
-        d_row, d_key = _product_backward(d_part, rows * row_factor, keys * factor)
-        d_row, d_key = d_row * row_factor, d_key * factor
-        d_rows, d_keys = d_rows + d_row, d_keys + d_key
-        # A pair crosses a token of the right half if the row comes at or after it, one of the left half if the key
-        # comes before it; on the other half of its level d_row (d_key) is zero.
-        terms.append(jnp.sum(rows * d_row, -3) + keys * d_key)
-        half = token // 2**level
-        right = (half % 2 == 1)[None, :]
-        after = np.where(right, token[None, :] >= token[:, None], token[None, :] < token[:, None])
-        gather.append(after & (half[:, None] == half[None, :]))
-    matrix = jnp.asarray(np.concatenate(gather, 1), keys.dtype)
-    return d_rows, d_keys, einsum("st,...td->...sd", matrix, jnp.concatenate(terms, -2))
+    d_g = jnp.zeros_like(keys)
+    for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
+        right = right[..., None, :, :]
+        row, key = _right_rows(rows, block), _halves(keys, block)[0]
+        d_part = jnp.moveaxis(_corners(d_scores, block), -4, -3)
+        d_row, d_key = _product_backward(d_part, row * right, key * left)
+        d_row, d_key = d_row * right, d_key * left
+        # The pairs of a block that cross a token: in its left half those whose key comes before the token, in its right
+        # half those whose row does not.
+        earlier = _earlier(block, keys.dtype)
+        d_left = einsum("st,...td->...sd", earlier, key * d_key)
+        d_right = einsum("st,...td->...sd", 1 - earlier, jnp.sum(row * d_row, -3))
+        d_row = jnp.moveaxis(d_row, -3, -4)
+        d_rows = d_rows + jnp.stack([jnp.zeros_like(d_row), d_row], -3).reshape(rows.shape)
+        d_keys = d_keys + jnp.stack([d_key, jnp.zeros_like(d_key)], -3).reshape(keys.shape)
+        d_g = d_g + jnp.stack([d_left, d_right], -3).reshape(keys.shape)
+    return d_rows, d_keys, d_g
 
 
 def boundary_gate_gradient(
@@ -161,3 +153,36 @@ def _product_backward(d_product: Array, rows: Array, keys: Array) -> tuple[Array
     flat_rows = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
     d_rows = einsum("...ij,...jk->...ik", flat_d, keys).reshape(rows.shape)
     return d_rows, einsum("...ij,...ik->...jk", flat_d, flat_rows)
+
+
+def _blocks(size: int) -> list[int]:
+    """The block sizes at which the pairs of a chunk meet: 1, 2, 4, ..., size / 2."""
+    return [2**level for level in range(size.bit_length() - 1)]
+
+
+def _halves(x: Array, block: int) -> tuple[Array, Array]:
+    """The left and right halves of every block of `2 * block` tokens: `[..., blocks, block, dim]` each."""
+    x = x.reshape(*x.shape[:-2], -1, 2, block, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _right_rows(rows: Array, block: int) -> Array:
+    """The right halves of the row sets, `[..., blocks, rows, block, key]`."""
+    return jnp.moveaxis(_halves(rows, block)[1], -4, -3)
+
+
+def _place(part: Array, block: int) -> Array:
+    """`[..., blocks, block, block]` at the lower-left quarters of the diagonal blocks of a zero `[..., C, C]`."""
+    blocks = part.shape[-3]
+    size = 2 * block * blocks
+    own = np.eye(blocks, dtype=bool)[:, None, None, :, None, None]
+    quarter = np.array([[0, 0], [1, 0]], bool)[None, :, None, None, :, None]
+    part = jnp.where(own & quarter, part[..., :, None, :, None, None, :], 0)
+    return part.reshape(*part.shape[:-6], size, size)
+
+
+def _corners(scores: Array, block: int) -> Array:
+    """The reverse of `_place`: `[..., blocks, block, block]`."""
+    blocks = scores.shape[-1] // (2 * block)
+    scores = scores.reshape(*scores.shape[:-2], blocks, 2, block, blocks, 2, block)[..., 1, :, :, 0, :]
+    return jnp.sum(jnp.where(np.eye(blocks, dtype=bool)[:, None, :, None], scores, 0), -2)
