@@ -33,7 +33,7 @@ from delta_jax.ops.decay import (
     decayed_scores_backward,
 )
 from delta_jax.ops.inverse import unit_lower_inverse
-from delta_jax.ops.precision import accumulator_dtype, einsum
+from delta_jax.ops.precision import accumulator_dtype, constant, einsum, masked, varying_like
 from delta_jax.ops.recurrence import repeat_heads
 
 TOKENS_PER_GROUP = 128
@@ -100,7 +100,7 @@ def chunkwise(
     inputs = jax.tree.map(pad, Inputs(q, k, v, beta, g, erase, reset))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, k.shape[-1], value), accumulator_dtype(v.dtype))
-    o, state = _chunkwise(inputs, initial_state, options)
+    o, state = _chunkwise(inputs, varying_like(initial_state, *inputs), options)
     return o[:, :time], state
 
 
@@ -200,7 +200,7 @@ def _group_backward(
     _, states, news, writes, _ = _run(factors, state, options)
     # A sign on the erase rows lets the state's cotangent be one product with [d_new; d_o].
     sign = np.repeat([[-1.0], [1.0]], chunk, 0) if options.erases else np.ones((1, 1))
-    read_keys = _transposed(factors.reads * jnp.asarray(sign, d_o.dtype))
+    read_keys = _transposed(factors.reads * constant(sign, d_o))
     inverse = None if factors.inverse is None else _transposed(factors.inverse)
     from_output = einsum("...ij,...jv->...iv", _transposed(factors.scores[..., -1, :, :]), d_o)
     d_ends, d_rhs, d_reads = [], [], []
@@ -218,7 +218,7 @@ def _group_backward(
 
     d_scores = d_o if not options.erases else jnp.concatenate([-d_rhs, d_o], -2)
     d_scores = einsum("...iv,...jv->...ij", d_scores, writes)
-    d_scores = jnp.where(_visible(options), d_scores.reshape(factors.scores.shape), 0)
+    d_scores = masked(_visible(options), d_scores.reshape(factors.scores.shape))
     d_v = d_rhs if beta is None else beta[..., None] * d_rhs
     d_beta = None
     if beta is not None:
@@ -229,7 +229,7 @@ def _group_backward(
             d_scores = jnp.stack([beta[..., None] * d_a, d_scores[..., 1, :, :]], -3)
     d_rows, d_k, d_g = decayed_scores_backward(d_scores, factors.scores, factors.rows, factors.k, decay)
 
-    d_read_keys = jnp.asarray(sign, d_o.dtype) * einsum("...iv,...kv->...ik", d_reads, states)
+    d_read_keys = constant(sign, d_o) * einsum("...iv,...kv->...ik", d_reads, states)
     d_read_keys = d_read_keys.reshape(factors.rows.shape)
     d_write_keys = einsum("...jv,...kv->...jk", writes, d_ends)
     if decay is None:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from delta_jax.ops.precision import einsum
+from delta_jax.ops.precision import constant, einsum, masked
 
 
 class Decay(NamedTuple):
@@ -49,13 +49,13 @@ def chunk_decay(
     start = jnp.exp(coarse + fine)
     end = jnp.exp((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
     whole = start[..., -1:, :]
-    mask = jnp.asarray(lower)
+    mask = constant(lower, g)
     if reset is not None:
         segment = jnp.cumsum(reset, axis=-1)
         mask = mask & (segment[..., :, None] == segment[..., None, :])
-        start = start * (segment == 0)[..., None]
-        end = end * (segment == segment[..., -1:])[..., None]
-        whole = whole * (segment[..., -1:] == 0)[..., None]
+        start = start * (segment == 0)[..., None].astype(g.dtype)
+        end = end * (segment == segment[..., -1:])[..., None].astype(g.dtype)
+        whole = whole * (segment[..., -1:] == 0)[..., None].astype(g.dtype)
     if channels == 1:
         rows, columns = (jnp.swapaxes(x, -1, -2) for x in (coarse, fine))
         pairs = jnp.exp(jnp.where(mask, (coarse - rows) + (fine - columns), -jnp.inf))
@@ -77,9 +77,9 @@ def decayed_scores(
     if decay is None or not decay.levels:
         scores = _product(rows, keys)
         if decay is None:
-            return jnp.where(np.tril(np.ones((size, size), bool)), scores, 0)
+            return masked(np.tril(np.ones((size, size), bool)), scores)
         return scores * decay.pairs[..., None, :, :]
-    scores = jnp.sum(rows * keys[..., None, :, :], -1)[..., None] * jnp.eye(size, dtype=keys.dtype)
+    scores = jnp.sum(rows * keys[..., None, :, :], -1)[..., None] * constant(np.eye(size), rows)
     for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
         part = _product(_right_rows(rows, block) * right[..., None, :, :], _halves(keys, block)[0] * left)
         scores = scores + _place(jnp.moveaxis(part, -3, -4), block)
@@ -101,7 +101,7 @@ def decayed_scores_backward(
         if decay is None:
             return d_rows, d_keys, None
         crossing = einsum("...ij,sj->...is", jnp.sum(d_scores * scores, -3), _earlier(size, keys.dtype))
-        d_g = jnp.sum(jnp.where(np.tril(np.ones((size, size), bool)), crossing, 0), -2)
+        d_g = jnp.sum(masked(np.tril(np.ones((size, size), bool)), crossing), -2)
         return d_rows, d_keys, d_g[..., None]
     d_scores = d_scores * decay.pairs[..., None, :, :]
     diagonal = jnp.diagonal(d_scores, axis1=-2, axis2=-1)[..., None]
@@ -177,7 +177,7 @@ def _place(part: Array, block: int) -> Array:
     size = 2 * block * blocks
     own = np.eye(blocks, dtype=bool)[:, None, None, :, None, None]
     quarter = np.array([[0, 0], [1, 0]], bool)[None, :, None, None, :, None]
-    part = jnp.where(own & quarter, part[..., :, None, :, None, None, :], 0)
+    part = masked(own & quarter, part[..., :, None, :, None, None, :])
     return part.reshape(*part.shape[:-6], size, size)
 
 
@@ -185,4 +185,4 @@ def _corners(scores: Array, block: int) -> Array:
     """The reverse of `_place`: `[..., blocks, block, block]`."""
     blocks = scores.shape[-1] // (2 * block)
     scores = scores.reshape(*scores.shape[:-2], blocks, 2, block, blocks, 2, block)[..., 1, :, :, 0, :]
-    return jnp.sum(jnp.where(np.eye(blocks, dtype=bool)[:, None, :, None], scores, 0), -2)
+    return jnp.sum(masked(np.eye(blocks, dtype=bool)[:, None, :, None], scores), -2)

@@ -1,11 +1,10 @@
 """The inverse of a unit lower-triangular matrix, by block recursion on products."""
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from delta_jax.ops.precision import einsum
+from delta_jax.ops.precision import constant, einsum, masked
 
 
 def unit_lower_inverse(a: Float[Array, "*batch c c"]) -> Float[Array, "*batch c c"]:
@@ -24,10 +23,10 @@ def unit_lower_inverse(a: Float[Array, "*batch c c"]) -> Float[Array, "*batch c 
         raise ValueError(f"a must be a square matrix whose size is a power of two, got shape {a.shape}.")
     row, column = np.indices((size, size))
     level = np.where(row > column, row ^ column, 0)  # the highest differing bit is the block size at which a pair meets
-    x = jnp.eye(size, dtype=a.dtype) - jnp.where(level == 1, a, 0)
+    x = constant(np.eye(size), a) - masked(level == 1, a)
     block = 2
     while block < size:
-        corner = jnp.where((level >= block) & (level < 2 * block), a, 0)
+        corner = masked((level >= block) & (level < 2 * block), a)
         x = x - einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", x, corner), x)
         block *= 2
     return x

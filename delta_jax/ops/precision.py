@@ -4,6 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -11,4 +13,25 @@ einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of states, inverses and accumulations: float64 for float64 inputs, float32 for everything else."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def constant(x: np.ndarray, like: Array) -> Array:
+    """A small constant with as many axes as `like`, and its dtype unless it is a mask: broadcasting is never implicit."""
+    x = x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+    return jnp.asarray(x, x.dtype if x.dtype == bool else like.dtype)
+
+
+def masked(mask: np.ndarray, x: Array) -> Array:
+    """`x` where the mask holds, zero elsewhere."""
+    return jnp.where(constant(mask, x), x, jnp.zeros((), x.dtype))
+
+
+def varying_like(x: Array, *others: Array | None) -> Array:
+    """Inside `jax.shard_map`, marks a loop's first carry as varying over the axes that what enters the loop varies over."""
+
+    def axes_of(array: Array) -> frozenset[str]:
+        return jax.typeof(array).manual_axis_type.varying
+
+    axes = frozenset().union(*(axes_of(other) for other in others if other is not None)) - axes_of(x)
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

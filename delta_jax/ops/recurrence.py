@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from delta_jax.ops.precision import accumulator_dtype, einsum
+from delta_jax.ops.precision import accumulator_dtype, einsum, varying_like
 
 
 def step(
@@ -79,5 +79,6 @@ def recurrent(
     if erases:
         erase = k if erase is None else repeat_heads(erase, heads)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, beta, g, erase, reset))
-    state, o = jax.lax.scan(body, initial_state.astype(dtype), tokens)
+    state = varying_like(initial_state.astype(dtype), q, k, v, beta, g, erase, reset)
+    state, o = jax.lax.scan(body, state, tokens)
     return jnp.moveaxis(o, 0, 1), state

@@ -1,0 +1,158 @@
+"""The family as choices of the op's inputs, and the hard inputs every implementation has to get right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from delta_jax import delta_rule, linear_attention
+
+BATCH, TIME, KEY_HEADS, HEADS, KEY, VALUE = 2, 83, 2, 4, 16, 24
+Inputs = dict[str, np.ndarray]
+
+
+def normalised(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def draw(rng: np.random.Generator, time: int = TIME, shape: tuple[int, ...] = ()) -> Inputs:
+    """Everything a member may need, float64; keys are correlated, as those of real text are."""
+    batch, key_heads, heads, key, value = shape or (BATCH, KEY_HEADS, HEADS, KEY, VALUE)
+    normal = rng.standard_normal
+    return {
+        "q": normalised(normal((batch, time, key_heads, key))),
+        "k": normalised(normal((batch, time, key_heads, key)) + 1.0),
+        "v": normal((batch, time, heads, value)),
+        "beta": sigmoid(normal((batch, time, heads)) + 1),
+        "gate_head": -np.exp(normal((batch, time, heads)) - 1.5),
+        "gate_channel": -np.exp(normal((batch, time, heads, key)) - 1.5),
+        "erase_gate": sigmoid(normal((batch, time, key_heads, key))),
+        "write_gate": sigmoid(normal((batch, time, heads, value))),
+        "initial_state": normal((batch, heads, key, value)),
+    }
+
+
+def _pick(x: Inputs, *names: str, **renamed: np.ndarray) -> Inputs:
+    return {name: x[name] for name in names} | renamed
+
+
+MEMBERS: dict[str, Callable[[Inputs], Inputs]] = {
+    "linear_attention": lambda x: _pick(x, "q", "k", "v"),
+    "gated_linear_attention": lambda x: _pick(x, "q", "k", "v", g=x["gate_channel"]),
+    "mamba2": lambda x: _pick(x, "q", "k", "v", g=x["gate_head"]),
+    "delta_net": lambda x: _pick(x, "q", "k", "v", "beta"),
+    "negative_eigenvalues": lambda x: _pick(x, "q", "k", "v", beta=2 * x["beta"]),
+    "gated_delta_net": lambda x: _pick(x, "q", "k", "v", "beta", g=x["gate_head"]),
+    "kaczmarz": lambda x: _pick(
+        x, "q", "v", k=3 * x["k"], beta=x["beta"] / (9 * np.square(x["k"]).sum(-1).repeat(x["v"].shape[2] // x["k"].shape[2], -1) + 1e-6), g=x["gate_head"]
+    ),
+    "online_scaled": lambda x: _pick(x, "q", "v", "beta", k=x["k"] * (0.5 + x["erase_gate"]), erase=x["k"]),
+    "kimi_delta_attention": lambda x: _pick(x, "q", "k", "v", "beta", g=x["gate_channel"]),
+    "gated_delta_net_2": lambda x: _pick(
+        x, "q", "k", v=x["write_gate"] * x["v"], erase=x["erase_gate"] * x["k"], g=x["gate_channel"]
+    ),
+}
+
+
+def op_of(member: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    no_erase = ("linear_attention", "gated_linear_attention", "mamba2")
+    return linear_attention if member in no_erase else delta_rule
+
+
+def _gates(value: float, every: int) -> Callable[[Inputs], None]:
+    def change(x: Inputs) -> None:
+        x["gate_head"][:, ::every] = value
+        x["gate_channel"][:, ::every, :, ::2] = value
+
+    return change
+
+
+def _repeated_keys(x: Inputs) -> None:
+    x["k"][:] = x["k"][:, :1]
+    x["beta"][:] = 1.0
+
+
+def _reflections(x: Inputs) -> None:
+    """Nearly equal keys and beta = 2: what breaks inverses made of matrix powers."""
+    rng = np.random.default_rng(7)
+    x["k"][:] = normalised(x["k"][:, :1] + 0.1 * rng.standard_normal(x["k"].shape))
+    x["beta"][:] = 1.0  # the member with negative eigenvalues doubles it
+    x["gate_head"][:] = x["gate_channel"][:] = 0.0
+
+
+def _zeros(x: Inputs) -> None:
+    x["beta"][:, ::3] = 0.0
+    x["k"][:, 1::4] = 0.0
+    x["v"][:, 2::5] = 0.0
+
+
+def _large_keys(x: Inputs) -> None:
+    """Keys that are not normalised; the step size keeps the recurrence itself stable."""
+    x["k"] *= 4.0
+    x["erase_gate"] /= 16.0
+    x["beta"] /= 16.0
+
+
+HARD: dict[str, Callable[[Inputs], None]] = {
+    "plain": lambda x: None,
+    "no_decay": lambda x: x.update(gate_head=0 * x["gate_head"], gate_channel=0 * x["gate_channel"]),
+    "gate_-50_every_token": _gates(-50.0, 1),
+    "gate_-50_sometimes": _gates(-50.0, 7),
+    "gate_-1e4_sometimes": _gates(-1e4, 5),
+    "chunk_decay_-500": _gates(-500 / 16, 1),
+    "gate_above_zero": _gates(0.05, 3),
+    "repeated_keys": _repeated_keys,
+    "reflections": _reflections,
+    "zeros": _zeros,
+    "large_keys": _large_keys,
+}
+
+
+def evaluate(
+    member: str, inputs: Inputs, dtype: Any, cotangents: tuple[np.ndarray, np.ndarray], **options: Any
+) -> dict[str, np.ndarray]:
+    """Outputs, final state and all gradients of one member, as numpy arrays named o, state, d_q, d_k ..."""
+    arrays = {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
+    d_o, d_state = (jnp.asarray(x, dtype) for x in cotangents)
+    segment_ids = options.pop("segment_ids", None)
+    return {
+        name: np.asarray(x, np.float64)
+        for name, x in _compiled(member, tuple(sorted(options.items())))(arrays, segment_ids, d_o, d_state).items()
+    }
+
+
+_CACHE: dict[Any, Any] = {}
+
+
+def _compiled(member: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    key = (member, options, jax.config.jax_enable_x64)
+    if key not in _CACHE:
+
+        def run(arrays: Any, segment_ids: Any, d_o: Any, d_state: Any) -> dict[str, jax.Array]:
+            def op(arrays: Any) -> Any:
+                return op_of(member)(**arrays, segment_ids=segment_ids, **dict(options))
+
+            (o, state), vjp = jax.vjp(op, arrays)
+            (grads,) = vjp((d_o, d_state.astype(state.dtype)))
+            return {"o": o, "state": state} | {f"d_{name}": x for name, x in grads.items()}
+
+        _CACHE[key] = jax.jit(run)
+    return _CACHE[key]
+
+
+def reference(member: str, inputs: Inputs, cotangents: tuple[np.ndarray, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+    """The recurrence in float64."""
+    with jax.enable_x64(True):
+        return evaluate(member, inputs, np.float64, cotangents, implementation="recurrent", **options)
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Root-mean-square error over the root mean square of the reference; infinite where that is 0 and `got` is not."""
+    error, size = np.sqrt(np.mean(np.square(got - want))), np.sqrt(np.mean(np.square(want)))
+    return float(error / size) if size else (0.0 if error == 0 else np.inf)

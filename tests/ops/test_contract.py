@@ -1,0 +1,213 @@
+"""The contract of the op, over every member and every implementation, against the recurrence in float64."""
+
+import jax
+import jax.numpy as jnp
+import members
+import numpy as np
+import pytest
+from members import HARD, HEADS, KEY, MEMBERS, TIME, VALUE, draw, evaluate, op_of, reference, relative_error
+
+CASES = [("recurrent", None), ("xla", 16), ("xla", 64)]
+each_member = pytest.mark.parametrize("member", MEMBERS)
+each_case = pytest.mark.parametrize(("implementation", "chunk_size"), CASES)
+each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla"])
+
+
+def problem(member, hard="plain", time=TIME, seed=0, shape=()):
+    rng = np.random.default_rng(seed)
+    drawn = draw(rng, time, shape)
+    HARD[hard](drawn)
+    inputs = MEMBERS[member](drawn) | {"initial_state": drawn["initial_state"]}
+    cotangents = rng.standard_normal(inputs["v"].shape), rng.standard_normal(drawn["initial_state"].shape)
+    # Both sides get the same numbers: those of float32, which float64 holds exactly.
+    inputs = {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
+    return inputs, tuple(x.astype(np.float32).astype(np.float64) for x in cotangents)
+
+
+def assert_exact(got, want, outputs=2e-6, gradients=1e-5, nearby=None):
+    """Within the limit, or within what the last bit of the keys decides (`nearby`: the reference with that bit changed)."""
+    for name, x in want.items():
+        limit = gradients if name.startswith("d_") else outputs
+        limit = max(limit, relative_error(nearby[name], x) if nearby else 0.0)
+        assert relative_error(got[name], x) <= limit, f"{name}: {relative_error(got[name], x):.2e} > {limit:.2e}"
+
+
+@each_member
+@each_case
+def test_float32_on_hard_inputs(member, implementation, chunk_size):
+    for hard in HARD:
+        inputs, cotangents = problem(member, hard)
+        want = reference(member, inputs, cotangents)
+        got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation, chunk_size=chunk_size)
+        nearby = None
+        if member == "negative_eigenvalues" and hard in ("repeated_keys", "reflections"):
+            # Eigenvalues of -1 and no decay: what was rounded once, |k|^2 above all, is never forgotten.
+            nearby = reference(member, inputs | {"k": inputs["k"] * (1 + 2.0**-23)}, cotangents)
+        try:
+            assert_exact(got, want, nearby=nearby)
+        except AssertionError as error:
+            raise AssertionError(f"{hard}: {error}") from None
+
+
+@each_member
+def test_float64_is_exact_at_every_chunk_size(member):
+    for hard in ("plain", "gate_-1e4_sometimes", "reflections"):
+        inputs, cotangents = problem(member, hard)
+        want = reference(member, inputs, cotangents)
+        for chunk_size in (None, 128):
+            with jax.enable_x64(True):
+                got = evaluate(member, inputs, np.float64, cotangents, implementation="xla", chunk_size=chunk_size)
+            assert_exact(got, want, 1e-13, 1e-12)
+
+
+@each_member
+@each_implementation
+def test_bfloat16_is_as_good_as_rounding_the_inputs(member, implementation):
+    inputs, cotangents = problem(member)
+    want = reference(member, inputs, cotangents)
+
+    def rounded(x):
+        return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+    best = reference(member, {name: rounded(x) for name, x in inputs.items()}, tuple(map(rounded, cotangents)))
+    best = {name: x if name == "state" else rounded(x) for name, x in best.items()}
+    got = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation=implementation)
+    for name, x in want.items():
+        assert relative_error(got[name], x) <= 2 * relative_error(best[name], x), name
+
+
+@each_implementation
+def test_float16_runs_and_is_close(implementation):
+    inputs, cotangents = problem("gated_delta_net")
+    want = reference("gated_delta_net", inputs, cotangents)
+    got = evaluate("gated_delta_net", inputs, jnp.float16, cotangents, implementation=implementation)
+    assert_exact(got, want, 2e-3, 4e-3)
+
+
+@each_member
+@each_implementation
+def test_packed_segments_equal_separate_calls(member, implementation):
+    inputs, cotangents = problem(member)
+    lengths = [17, 1, 40, TIME - 58]
+    segment_ids = np.repeat([3, 9, 3, 4], lengths)[None].repeat(2, 0)
+    want = reference(member, inputs, cotangents, segment_ids=segment_ids)
+    pieces, start = [], 0
+    for number, length in enumerate(lengths):
+        piece = {name: x[:, start : start + length] for name, x in inputs.items() if name != "initial_state"}
+        piece["initial_state"] = inputs["initial_state"] * (number == 0)
+        last = number == len(lengths) - 1
+        pieces.append(reference(member, piece, (cotangents[0][:, start : start + length], cotangents[1] * last)))
+        start += length
+    for name, x in want.items():
+        if name in ("state", "d_initial_state"):
+            assert relative_error(x, pieces[-1 if name == "state" else 0][name]) <= 1e-13
+        else:
+            assert relative_error(x, np.concatenate([piece[name] for piece in pieces], 1)) <= 1e-13
+    got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation, segment_ids=segment_ids)
+    assert_exact(got, want)
+
+
+@each_member
+@each_implementation
+def test_splitting_and_carrying_the_state_equals_one_call(member, implementation):
+    inputs, _ = problem(member)
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
+    op = op_of(member)
+    whole, state = op(**arrays, implementation=implementation)
+    parts, carried = [], arrays["initial_state"]
+    for start, stop in ((0, 37), (37, 38), (38, TIME)):
+        piece = {name: x[:, start:stop] for name, x in arrays.items() if name != "initial_state"}
+        o, carried = op(**piece, initial_state=carried, implementation=implementation)
+        parts.append(o)
+    assert relative_error(np.concatenate(parts, 1), np.asarray(whole)) < 1e-6
+    assert relative_error(np.asarray(carried), np.asarray(state)) < 1e-6
+
+
+@each_member
+def test_step_by_step_equals_the_whole(member):
+    from delta_jax import delta_rule_step
+
+    inputs, _ = problem(member, time=9)
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
+    whole, final = op_of(member)(**arrays)
+    state = arrays.pop("initial_state")
+    if op_of(member) is not members.delta_rule:
+        arrays["erase"] = jnp.zeros_like(arrays["k"])
+    step = jax.jit(lambda token, state: delta_rule_step(**token, state=state))
+    for t in range(9):
+        o, state = step({f"{name}_t": x[:, t] for name, x in arrays.items()}, state)
+        assert relative_error(np.asarray(o), np.asarray(whole[:, t])) < 1e-6
+    assert relative_error(np.asarray(state), np.asarray(final)) < 1e-6
+
+
+@each_member
+@each_case
+def test_outputs_never_depend_on_later_inputs_and_runs_repeat(member, implementation, chunk_size):
+    inputs, cotangents = problem(member)
+    options = {"implementation": implementation, "chunk_size": chunk_size}
+    first = evaluate(member, inputs, np.float32, cotangents, **options)
+    again = evaluate(member, inputs, np.float32, cotangents, **options)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    other, _ = problem(member, "large_keys", seed=1)
+    for t in (1, 20, 66):
+        changed = {
+            name: x if name == "initial_state" else np.concatenate([x[:, :t], other[name][:, t:]], 1)
+            for name, x in inputs.items()
+        }
+        later = evaluate(member, changed, np.float32, cotangents, **options)
+        assert np.array_equal(first["o"][:, :t], later["o"][:, :t])
+        assert not np.array_equal(first["o"][:, t:], later["o"][:, t:])
+
+
+@pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 129, 300])
+def test_any_length(time):
+    for member in ("gated_delta_net", "gated_delta_net_2"):
+        inputs, cotangents = problem(member, time=time)
+        got = evaluate(member, inputs, np.float32, cotangents, implementation="xla")
+        assert_exact(got, reference(member, inputs, cotangents))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 8, 1), (3, 1, 3, 5, 40), (1, 2, 6, 32, 7)])
+def test_head_groups_and_sizes(shape):
+    for member in ("gated_delta_net", "gated_delta_net_2"):
+        inputs, cotangents = problem(member, shape=shape)
+        got = evaluate(member, inputs, np.float32, cotangents, implementation="xla")
+        assert_exact(got, reference(member, inputs, cotangents))
+
+
+def test_erase_keys_of_their_own_for_every_value_head():
+    inputs, cotangents = problem("online_scaled")
+    inputs["erase"] = np.random.default_rng(3).standard_normal((2, TIME, HEADS, KEY)) / 4
+    want = reference("online_scaled", inputs, cotangents)
+    assert want["d_erase"].shape == (2, TIME, HEADS, KEY)
+    assert_exact(evaluate("online_scaled", inputs, np.float32, cotangents, implementation="xla"), want)
+
+
+@pytest.mark.parametrize("member", ["negative_eigenvalues", "gated_delta_net", "kimi_delta_attention"])
+def test_error_does_not_grow_with_the_length(member):
+    errors = []
+    for time in (1024, 65536):
+        inputs, cotangents = problem(member, time=time, shape=(1, 1, 1, 8, 8))
+        got = evaluate(member, inputs, np.float32, cotangents, implementation="xla")
+        want = reference(member, inputs, cotangents)
+        assert_exact(got, want)
+        errors.append({name: relative_error(got[name], x) for name, x in want.items()})
+    for name in ("o", "d_q", "d_k", "d_v", "d_beta"):
+        assert errors[1][name] <= 1.5 * errors[0][name], (name, errors[0][name], errors[1][name])
+
+
+def test_error_of_reflections_stays_below_that_of_the_last_bit_of_the_keys():
+    """beta = 2 and no decay keep every rounding for ever: the bound is what half a last bit of the keys changes."""
+    inputs, cotangents = problem("negative_eigenvalues", "reflections", time=16384, shape=(1, 1, 1, 8, 8))
+    want = reference("negative_eigenvalues", inputs, cotangents)
+    nearby = reference("negative_eigenvalues", inputs | {"k": inputs["k"] * (1 + 2.0**-24)}, cotangents)
+    for implementation in ("recurrent", "xla"):
+        got = evaluate("negative_eigenvalues", inputs, np.float32, cotangents, implementation=implementation)
+        assert_exact(got, want, 0.0, 0.0, nearby)
+
+
+def test_value_size_is_what_the_state_holds():
+    inputs, _ = problem("delta_net")
+    _, state = op_of("delta_net")(**{name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()})
+    assert state.shape == (2, HEADS, KEY, VALUE)
+    assert state.dtype == jnp.float32

@@ -1,0 +1,144 @@
+"""The op under every transformation JAX has: jit, vmap, jvp, second order, checkpoint, scan, shard_map, sharded jit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from members import draw, relative_error
+
+from delta_jax import delta_rule, linear_attention
+from delta_jax.ops.chunkwise import chunkwise
+from delta_jax.ops.recurrence import recurrent
+
+each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla"])
+
+
+def inputs(dtype=jnp.float32, time=40, gate="gate_head", shape=(2, 4, 4, 8, 8)):
+    x = draw(np.random.default_rng(0), time, shape)
+    x = {"q": x["q"], "k": x["k"], "v": x["v"], "beta": x["beta"], "g": x[gate]}
+    return {name: jnp.asarray(a, dtype) for name, a in x.items()}
+
+
+def loss(x, implementation):
+    o, state = delta_rule(**x, implementation=implementation)
+    return jnp.sum(jnp.sin(o)) + jnp.sum(state**2)
+
+
+def assert_close(got, want, limit=2e-6):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(np.asarray(x), np.asarray(y)) <= limit
+
+
+@each_implementation
+@pytest.mark.parametrize("gate", ["gate_head", "gate_channel"])
+def test_vmap_of_values_and_gradients(implementation, gate):
+    x = inputs(gate=gate)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a, a[::-1]]), x)
+    function = jax.value_and_grad(functools.partial(loss, implementation=implementation))
+    want = [function(jax.tree.map(lambda a, n=n: a[n], stacked)) for n in range(3)]
+    assert_close(jax.vmap(function)(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want))
+
+
+@each_implementation
+def test_second_order_equals_finite_differences(implementation):
+    with jax.enable_x64(True):
+        x = inputs(jnp.float64, time=20, shape=(1, 1, 2, 3, 2))
+        direction = jax.tree.map(lambda a: jnp.asarray(np.random.default_rng(1).standard_normal(a.shape)), x)
+        gradient = jax.grad(functools.partial(loss, implementation=implementation))
+
+        def along(x):
+            return sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient(x)), jax.tree.leaves(direction), strict=True))
+
+        got = jax.grad(along)(x)
+        step = 1e-5
+        ahead, behind = (gradient(jax.tree.map(lambda a, d, s=s: a + s * step * d, x, direction)) for s in (1, -1))
+        assert_close(got, jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind), 1e-8)
+
+
+def test_forward_mode_of_the_recurrence():
+    with jax.enable_x64(True):
+        x = inputs(jnp.float64)
+        direction = jax.tree.map(jnp.cos, x)
+        function = functools.partial(loss, implementation="recurrent")
+        _, got = jax.jvp(function, (x,), (direction,))
+        want = sum(
+            jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(jax.grad(function)(x)), jax.tree.leaves(direction), strict=True)
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+@each_implementation
+def test_checkpoint_and_scan_over_layers(implementation):
+    x = inputs()
+
+    def layers(x, wrap):
+        def layer(v, _):
+            return delta_rule(**(x | {"v": v}), implementation=implementation)[0], None
+
+        return jnp.sum(jax.lax.scan(wrap(layer), x["v"], None, length=3)[0] ** 2)
+
+    plain = jax.value_and_grad(functools.partial(layers, wrap=lambda f: f))(x)
+    names = jax.checkpoint_policies.save_only_these_names("delta_rule_states")
+    for policy in (None, names):
+        got = jax.jit(jax.value_and_grad(functools.partial(layers, wrap=functools.partial(jax.checkpoint, policy=policy))))(x)
+        assert_close(got, plain)
+
+
+@each_implementation
+def test_shard_map_and_sharded_jit_over_batch_and_heads(implementation):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    x = inputs()
+    specs = jax.tree.map(lambda a: P("data", None, "tensor"), x)
+    function = jax.value_and_grad(functools.partial(loss, implementation=implementation))
+    want = function(x)
+    sharded = jax.device_put(x, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+    assert_close(jax.jit(function)(sharded), want)
+
+    def local(x):
+        return jax.lax.psum(loss(x, implementation), ("data", "tensor"))
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())
+    assert_close(jax.jit(jax.value_and_grad(mapped))(sharded), want)
+
+
+def test_the_backward_keeps_little():
+    """Residuals of the chunkwise form: its inputs and a state every 128 tokens, nothing per token."""
+    x = inputs(time=1024, shape=(1, 2, 2, 32, 32))
+    saved = jax.eval_shape(lambda x: jax.vjp(lambda x: delta_rule(**x, implementation="xla"), x)[1], x)
+    extra = sum(a.size for a in jax.tree.leaves(saved)) - sum(a.size for a in jax.tree.leaves(x))
+    states = 1024 // 128 * 2 * 32 * 32
+    assert extra <= 2 * states
+
+
+@each_implementation
+def test_gates_that_are_equal_in_all_channels_are_gates_of_the_head(implementation):
+    x = inputs()
+    channel = x | {"g": jnp.broadcast_to(x["g"][..., None], x["k"].shape)}
+    assert_close(delta_rule(**channel, implementation=implementation), delta_rule(**x, implementation=implementation))
+    nothing = {name: a for name, a in x.items() if name != "g"}
+    zero = x | {"g": jnp.zeros_like(x["g"])}
+    assert_close(delta_rule(**zero, implementation=implementation), delta_rule(**nothing, implementation=implementation))
+
+
+@each_implementation
+def test_defaults(implementation):
+    x = inputs()
+    x.pop("g")
+    want = delta_rule(**(x | {"erase": x["k"]}), scale=8**-0.5, implementation=implementation)
+    assert_close(delta_rule(**x, implementation=implementation), want)
+    ones = x | {"beta": jnp.ones_like(x["beta"])}
+    x.pop("beta")
+    assert_close(delta_rule(**x, implementation=implementation), delta_rule(**ones, implementation=implementation))
+    nothing = delta_rule(**x, erase=jnp.zeros_like(x["k"]), implementation=implementation)
+    assert_close(linear_attention(**x, implementation=implementation), nothing)
+
+
+def test_internal_functions_share_one_signature():
+    x = inputs()
+    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, None)
+    options = {"scale": 1.0, "chunk_size": 16, "erases": True}
+    assert_close(chunkwise(*arguments, **options), recurrent(*arguments, **options))
