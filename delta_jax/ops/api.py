@@ -1,7 +1,8 @@
 """The public door of the op: checks the arguments and picks an implementation."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,23 @@ from delta_jax.ops.chunkwise import chunkwise
 from delta_jax.ops.precision import accumulator_dtype
 from delta_jax.ops.recurrence import recurrent
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"recurrent": recurrent, "xla": chunkwise}
+
+class Arguments(NamedTuple):
+    q: Array
+    k: Array
+    v: Array
+    beta: Array | None
+    g: Array | None
+    erase: Array | None
+    initial_state: Array | None
+    segment_ids: Array | None
+
+
+_STATIC = ("scale", "chunk_size", "erases")
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "recurrent": jax.jit(recurrent, static_argnames=_STATIC),
+    "xla": jax.jit(chunkwise, static_argnames=_STATIC),
+}
 _UNAVAILABLE = {"pallas": "the Pallas kernels for TPU and GPU are not part of this version"}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -67,10 +84,8 @@ def delta_rule(
 
     Source: arXiv 2406.06484 section 3, arXiv 2412.06464 section 3, in their general asymmetric form.
     """
-    _check(q, k, v, beta, g, erase, initial_state, segment_ids)
-    return _run(
-        q, k, v, beta, g, erase, initial_state, segment_ids, scale, chunk_size, implementation, erases=True
-    )
+    arguments = Arguments(q, k, v, beta, g, erase, initial_state, segment_ids)
+    return _run(arguments, scale, chunk_size, implementation, erases=True)
 
 
 def linear_attention(
@@ -91,10 +106,8 @@ def linear_attention(
 
     Arguments, results and errors are those of `delta_rule`. Source: arXiv 2312.06635 section 4.
     """
-    _check(q, k, v, None, g, None, initial_state, segment_ids)
-    return _run(
-        q, k, v, None, g, None, initial_state, segment_ids, scale, chunk_size, implementation, erases=False
-    )
+    arguments = Arguments(q, k, v, None, g, None, initial_state, segment_ids)
+    return _run(arguments, scale, chunk_size, implementation, erases=False)
 
 
 def delta_rule_step(
@@ -121,10 +134,9 @@ def delta_rule_step(
     Raises:
       ValueError: for a shape, head count or dtype that does not fit, naming the argument.
     """
-    def with_time(x: Array | None) -> Array | None:
-        return None if x is None else jax.ShapeDtypeStruct((*x.shape[:1], 1, *x.shape[1:]), x.dtype)  # type: ignore[return-value]
 
-    _check(*map(with_time, (q_t, k_t, v_t, beta_t, g_t, erase_t)), state, None, step=True)
+    arguments = {"q": q_t, "k": k_t, "v": v_t, "beta": beta_t, "g": g_t, "erase": erase_t, "initial_state": state}
+    _check(arguments, step=True)
     dtype, heads = accumulator_dtype(v_t.dtype), v_t.shape[-2]
     repeat = functools.partial(recurrence.repeat_heads, num_heads=heads)
     q, k = repeat(q_t.astype(dtype)), repeat(k_t.astype(dtype))
@@ -136,88 +148,65 @@ def delta_rule_step(
 
 
 def _run(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    scale: float | None,
-    chunk_size: int | None,
-    implementation: str | None,
-    *,
-    erases: bool,
+    arguments: Arguments, scale: float | None, chunk_size: int | None, implementation: str | None, *, erases: bool
 ) -> tuple[Array, Array]:
-    if implementation is None:
-        implementation = "xla"
+    _check(arguments._asdict())
+    implementation = "xla" if implementation is None else implementation
     if implementation not in IMPLEMENTATIONS:
         reason = _UNAVAILABLE.get(implementation, f"the names are {', '.join((*IMPLEMENTATIONS, *_UNAVAILABLE))}")
         raise ValueError(f"implementation={implementation!r} cannot run here: {reason}.")
-    if chunk_size is not None and chunk_size not in (16, 32, 64, 128):
+    if chunk_size not in (None, 16, 32, 64, 128):
         raise ValueError(f"chunk_size must be 16, 32, 64 or 128, got {chunk_size!r}.")
+    *arrays, segment_ids = arguments
     reset = None
     if segment_ids is not None:
         reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    function = jax.jit(IMPLEMENTATIONS[implementation], static_argnames=("scale", "chunk_size", "erases"))
-    return function(
-        q, k, v, beta, g, erase, initial_state, reset, scale=scale, chunk_size=chunk_size, erases=erases
-    )
+    scale = arguments.k.shape[-1] ** -0.5 if scale is None else float(scale)
+    return IMPLEMENTATIONS[implementation](*arrays, reset, scale=scale, chunk_size=chunk_size, erases=erases)
 
 
-def _check(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    *,
-    step: bool = False,
-) -> None:
-    """Raises a ValueError that names the first argument that does not fit. `step`: speak without the time axis."""
-    names = {name: f"{name}_t" for name in ("q", "k", "v", "beta", "g", "erase")} if step else {}
-    names |= {"initial_state": "state"} if step else {}
+def _check(arguments: Mapping[str, Array | None], *, step: bool = False) -> None:
+    """Raises a ValueError that names the first argument that does not fit; `step` is without the time axis."""
+    given = {name: array for name, array in arguments.items() if array is not None}
+    lead = ("batch",) if step else ("batch", "time")
 
-    def shape_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[0], *shape[2:]) if step and len(shape) > 1 else shape
+    def shown(name: str) -> str:
+        return {"initial_state": "state"}.get(name, f"{name}_t") if step else name
 
-    def fail(name: str, array: Array, wanted: str) -> None:
-        shown = array.shape if name == "initial_state" else shape_of(array.shape)
-        raise ValueError(f"{names.get(name, name)} must {wanted}, got shape {shown} and dtype {array.dtype}.")
+    def fail(name: str, wanted: str) -> NoReturn:
+        array = given[name]
+        raise ValueError(f"{shown(name)} must {wanted}, got shape {array.shape} and dtype {array.dtype}.")
 
-    for name, array, axes in (("q", q, "key_heads, key"), ("k", k, "key_heads, key"), ("v", v, "heads, value")):
-        if array.ndim != 4:
-            fail(name, array, f"have shape [batch, {'' if step else 'time, '}{axes}]")
-        if str(array.dtype) not in _DTYPES:
-            fail(name, array, f"have one of the dtypes {', '.join(_DTYPES)}")
-    batch, time, key_heads, key = q.shape
-    heads, value = v.shape[2:]
-    if time < 1 or batch < 1:
-        fail("q", q, "hold at least one token")
+    q, k, v = given["q"], given["k"], given["v"]
+    for name, axes in {"q": ("key_heads", "key"), "k": ("key_heads", "key"), "v": ("heads", "value")}.items():
+        if given[name].ndim != len(lead) + 2:
+            fail(name, f"have shape [{', '.join(lead + axes)}]")
+        if str(given[name].dtype) not in _DTYPES:
+            fail(name, f"have one of the dtypes {', '.join(_DTYPES)}")
+    leading, (key_heads, key), (heads, value) = q.shape[:-2], q.shape[-2:], v.shape[-2:]
+    if 0 in q.shape:
+        fail("q", "hold at least one token of one head")
     if k.shape != q.shape:
-        fail("k", k, f"have the shape of {names.get('q', 'q')}, {shape_of(q.shape)}")
-    if v.shape[:2] != q.shape[:2]:
-        fail("v", v, f"have the batch {'size' if step else 'and time'} of {names.get('q', 'q')}, {q.shape[: 1 if step else 2]}")
-    if heads % key_heads:
-        fail("v", v, f"have a number of heads that is a multiple of the {key_heads} key heads")
-    wanted = {"beta": [(batch, time, heads)], "g": [(batch, time, heads), (batch, time, heads, key)]}
-    wanted["erase"] = [(batch, time, key_heads, key), (batch, time, heads, key)]
-    wanted["initial_state"], wanted["segment_ids"] = [(batch, heads, key, value)], [(batch, time)]
-    given = {"beta": beta, "g": g, "erase": erase, "initial_state": initial_state, "segment_ids": segment_ids}
-    for name, array in given.items():
-        if array is not None and array.shape not in wanted[name]:
-            shapes = wanted[name] if name == "initial_state" else map(shape_of, wanted[name])
-            fail(name, array, "have shape " + " or ".join(map(str, dict.fromkeys(shapes))))
-    for name, array in {"k": k, "v": v, "erase": erase}.items():
-        if array is not None and array.dtype != q.dtype:
-            fail(name, array, f"have the dtype of {names.get('q', 'q')}, {q.dtype}")
-    for name, array in {"beta": beta, "g": g, "initial_state": initial_state}.items():
-        if array is not None and array.dtype not in (q.dtype, accumulator_dtype(q.dtype)):
-            fail(name, array, f"have dtype {' or '.join({str(q.dtype), str(accumulator_dtype(q.dtype))})}")
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        fail("segment_ids", segment_ids, "be integers")
+        fail("k", f"have the shape of {shown('q')}, {q.shape}")
+    if v.shape[:-2] != leading:
+        fail("v", f"have the {' and '.join(lead)} of {shown('q')}, {leading}")
+    if heads == 0 or heads % key_heads:
+        fail("v", f"have a number of heads that is a multiple of the {key_heads} key heads")
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "beta": [(*leading, heads)],
+        "g": [(*leading, heads), (*leading, heads, key)],
+        "erase": [(*leading, key_heads, key), (*leading, heads, key)],
+        "initial_state": [(leading[0], heads, key, value)],
+        "segment_ids": [leading],
+    }
+    for name, wanted in shapes.items():
+        if name in given and given[name].shape not in wanted:
+            fail(name, "have shape " + " or ".join(map(str, dict.fromkeys(wanted))))
+    for name in given.keys() & {"k", "v", "erase"}:
+        if given[name].dtype != q.dtype:
+            fail(name, f"have the dtype of {shown('q')}, {q.dtype}")
+    for name in given.keys() & {"beta", "g", "initial_state"}:
+        if given[name].dtype not in (q.dtype, accumulator_dtype(q.dtype)):
+            fail(name, f"have dtype {' or '.join(dict.fromkeys((str(q.dtype), str(accumulator_dtype(q.dtype)))))}")
+    if "segment_ids" in given and not jnp.issubdtype(given["segment_ids"].dtype, jnp.integer):
+        fail("segment_ids", "be integers")

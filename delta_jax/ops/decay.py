@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from delta_jax.ops.precision import constant, einsum, masked
+from delta_jax.ops.precision import constant, einsum, masked, transposed
 
 
 class Decay(NamedTuple):
@@ -34,9 +34,7 @@ class Decay(NamedTuple):
     whole: Array  # exp(G_C), [..., 1, channels]
 
 
-def chunk_decay(
-    g: Float[Array, "*batch chunk channels"], reset: Bool[Array, "*#batch chunk"] | None = None
-) -> Decay:
+def chunk_decay(g: Float[Array, "*batch chunk channels"], reset: Bool[Array, "*#batch chunk"] | None = None) -> Decay:
     """The decay factors of a chunk from its log decays and from where segments start in it."""
     size, channels = g.shape[-2:]
     # exp is zero below -128 in float32 (-1024 in float64), so cutting there changes nothing and keeps the grid exact.
@@ -152,7 +150,7 @@ def _product_backward(d_product: Array, rows: Array, keys: Array) -> tuple[Array
     flat_d = d_product.reshape(*d_product.shape[:-3], -1, d_product.shape[-1])
     flat_rows = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
     d_rows = einsum("...ij,...jk->...ik", flat_d, keys).reshape(rows.shape)
-    return d_rows, einsum("...ij,...ik->...jk", flat_d, flat_rows)
+    return d_rows, einsum("...ji,...ik->...jk", transposed(flat_d), flat_rows)
 
 
 def _blocks(size: int) -> list[int]:

@@ -17,7 +17,7 @@ def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def constant(x: np.ndarray, like: Array) -> Array:
-    """A small constant with as many axes as `like`, and its dtype unless it is a mask: broadcasting is never implicit."""
+    """A small constant with as many axes as `like`, in its dtype unless it is a mask: nothing broadcasts silently."""
     x = x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
     return jnp.asarray(x, x.dtype if x.dtype == bool else like.dtype)
 
@@ -27,8 +27,13 @@ def masked(mask: np.ndarray, x: Array) -> Array:
     return jnp.where(constant(mask, x), x, jnp.zeros((), x.dtype))
 
 
+def transposed(x: Array) -> Array:
+    """Swaps the last two axes and writes the result out: XLA's CPU products are far slower on a folded transpose."""
+    return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
+
+
 def varying_like(x: Array, *others: Array | None) -> Array:
-    """Inside `jax.shard_map`, marks a loop's first carry as varying over the axes that what enters the loop varies over."""
+    """Inside `jax.shard_map`, marks a loop's first carry as varying over the axes that its other inputs vary over."""
 
     def axes_of(array: Array) -> frozenset[str]:
         return jax.typeof(array).manual_axis_type.varying

@@ -66,19 +66,20 @@ def recurrent(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, k.shape[-1], value_dim), dtype)
 
-    def body(state: Array, token: tuple[Array | None, ...]) -> tuple[Array, Array]:
-        *inputs, starts = token
+    def body(
+        state: Array, token: tuple[tuple[Array, ...], tuple[Array | None, ...], Array | None]
+    ) -> tuple[Array, Array]:
+        (q, k, v), optional, starts = token
         if starts is not None:
             state = jnp.where(starts[:, None, None, None], 0, state)
-        q, k, v, beta, g, erase = (None if x is None else x.astype(dtype) for x in inputs)
-        o, state = step(state, q, k, v, beta, g, erase, scale)
-        return state, o.astype(v_dtype)
+        beta, g, erase = (None if x is None else x.astype(dtype) for x in optional)
+        o, state = step(state, q.astype(dtype), k.astype(dtype), v.astype(dtype), beta, g, erase, scale)
+        return state, o.astype(v.dtype)
 
-    v_dtype = v.dtype
     q, k = repeat_heads(q, heads), repeat_heads(k, heads)
     if erases:
         erase = k if erase is None else repeat_heads(erase, heads)
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, beta, g, erase, reset))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), ((q, k, v), (beta, g, erase), reset))
     state = varying_like(initial_state.astype(dtype), q, k, v, beta, g, erase, reset)
     state, o = jax.lax.scan(body, state, tokens)
     return jnp.moveaxis(o, 0, 1), state

@@ -50,7 +50,12 @@ MEMBERS: dict[str, Callable[[Inputs], Inputs]] = {
     "negative_eigenvalues": lambda x: _pick(x, "q", "k", "v", beta=2 * x["beta"]),
     "gated_delta_net": lambda x: _pick(x, "q", "k", "v", "beta", g=x["gate_head"]),
     "kaczmarz": lambda x: _pick(
-        x, "q", "v", k=3 * x["k"], beta=x["beta"] / (9 * np.square(x["k"]).sum(-1).repeat(x["v"].shape[2] // x["k"].shape[2], -1) + 1e-6), g=x["gate_head"]
+        x,
+        "q",
+        "v",
+        k=3 * x["k"],
+        beta=x["beta"] / (9 * np.square(x["k"]).sum(-1).repeat(x["v"].shape[2] // x["k"].shape[2], -1) + 1e-6),
+        g=x["gate_head"],
     ),
     "online_scaled": lambda x: _pick(x, "q", "v", "beta", k=x["k"] * (0.5 + x["erase_gate"]), erase=x["k"]),
     "kimi_delta_attention": lambda x: _pick(x, "q", "k", "v", "beta", g=x["gate_channel"]),
@@ -146,7 +151,9 @@ def _compiled(member: str, options: tuple[tuple[str, Any], ...]) -> Any:
     return _CACHE[key]
 
 
-def reference(member: str, inputs: Inputs, cotangents: tuple[np.ndarray, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+def reference(
+    member: str, inputs: Inputs, cotangents: tuple[np.ndarray, np.ndarray], **options: Any
+) -> dict[str, np.ndarray]:
     """The recurrence in float64."""
     with jax.enable_x64(True):
         return evaluate(member, inputs, np.float64, cotangents, implementation="recurrent", **options)

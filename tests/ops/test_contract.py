@@ -25,7 +25,7 @@ def problem(member, hard="plain", time=TIME, seed=0, shape=()):
 
 
 def assert_exact(got, want, outputs=2e-6, gradients=1e-5, nearby=None):
-    """Within the limit, or within what the last bit of the keys decides (`nearby`: the reference with that bit changed)."""
+    """Within the limit, or within what the last bit of the keys decides (`nearby` is the reference without it)."""
     for name, x in want.items():
         limit = gradients if name.startswith("d_") else outputs
         limit = max(limit, relative_error(nearby[name], x) if nearby else 0.0)

@@ -64,7 +64,12 @@ def test_linear_attention():
     ],
 )
 def test_step(name, shape, message):
-    good = {"q_t": jnp.ones((2, 2, 4)), "k_t": jnp.ones((2, 2, 4)), "v_t": jnp.ones((2, 4, 3)), "state": jnp.ones((2, 4, 4, 3))}
+    good = {
+        "q_t": jnp.ones((2, 2, 4)),
+        "k_t": jnp.ones((2, 2, 4)),
+        "v_t": jnp.ones((2, 4, 3)),
+        "state": jnp.ones((2, 4, 4, 3)),
+    }
     with pytest.raises(ValueError) as error:
         delta_rule_step(**(good | {name: jnp.ones(shape)}))
     assert message in str(error.value)

@@ -12,7 +12,11 @@ from delta_jax.ops.inverse import unit_lower_inverse
 def test_against_numpy_float64(size, correlation, beta):
     rng = np.random.default_rng(size)
     common = rng.standard_normal(128)
-    keys = common[None] + np.zeros((size, 1)) if correlation == np.inf else rng.standard_normal((size, 128)) + correlation * common
+    keys = (
+        common[None] + np.zeros((size, 1))
+        if correlation == np.inf
+        else rng.standard_normal((size, 128)) + correlation * common
+    )
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
     a = np.tril(beta * keys @ keys.T, -1).astype(np.float32)
     want = np.linalg.inv(np.eye(size) + a.astype(np.float64))

@@ -51,7 +51,9 @@ def test_second_order_equals_finite_differences(implementation):
         gradient = jax.grad(functools.partial(loss, implementation=implementation))
 
         def along(x):
-            return sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient(x)), jax.tree.leaves(direction), strict=True))
+            return sum(
+                jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient(x)), jax.tree.leaves(direction), strict=True)
+            )
 
         got = jax.grad(along)(x)
         step = 1e-5
@@ -66,7 +68,8 @@ def test_forward_mode_of_the_recurrence():
         function = functools.partial(loss, implementation="recurrent")
         _, got = jax.jvp(function, (x,), (direction,))
         want = sum(
-            jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(jax.grad(function)(x)), jax.tree.leaves(direction), strict=True)
+            jnp.vdot(g, d)
+            for g, d in zip(jax.tree.leaves(jax.grad(function)(x)), jax.tree.leaves(direction), strict=True)
         )
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
@@ -84,7 +87,9 @@ def test_checkpoint_and_scan_over_layers(implementation):
     plain = jax.value_and_grad(functools.partial(layers, wrap=lambda f: f))(x)
     names = jax.checkpoint_policies.save_only_these_names("delta_rule_states")
     for policy in (None, names):
-        got = jax.jit(jax.value_and_grad(functools.partial(layers, wrap=functools.partial(jax.checkpoint, policy=policy))))(x)
+        got = jax.jit(
+            jax.value_and_grad(functools.partial(layers, wrap=functools.partial(jax.checkpoint, policy=policy)))
+        )(x)
         assert_close(got, plain)
 
 
@@ -121,7 +126,9 @@ def test_gates_that_are_equal_in_all_channels_are_gates_of_the_head(implementati
     assert_close(delta_rule(**channel, implementation=implementation), delta_rule(**x, implementation=implementation))
     nothing = {name: a for name, a in x.items() if name != "g"}
     zero = x | {"g": jnp.zeros_like(x["g"])}
-    assert_close(delta_rule(**zero, implementation=implementation), delta_rule(**nothing, implementation=implementation))
+    assert_close(
+        delta_rule(**zero, implementation=implementation), delta_rule(**nothing, implementation=implementation)
+    )
 
 
 @each_implementation

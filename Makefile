@@ -1,0 +1,48 @@
+# Everything runs in .venv, which every target makes for itself from any Python >= 3.12 on the PATH.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+RUN := .venv/bin/python
+
+.PHONY: demo test test-oldest lint format peers bench-cpu accuracy clean
+
+demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per byte and a sample
+	$(RUN) -m experiments.demo
+
+test: .venv/installed  ## the whole test suite
+	$(RUN) -m pytest -n 2
+
+test-oldest: .venv-oldest/installed  ## the op's tests on the oldest supported JAX
+	.venv-oldest/bin/python -m pytest tests/ops
+
+lint: .venv/installed  ## formatting, linting, types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: .venv/installed
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+peers: .venv/installed  ## the libraries the CPU benchmark compares with, each in an environment of its own
+	benchmarks/peers/setup.sh $(RUN)
+
+bench-cpu: .venv/installed  ## speed and memory on this machine's CPU, beside the installed peers
+	$(RUN) -m benchmarks.cpu --sweep
+
+accuracy: .venv/installed  ## the float64 error table in docs
+	$(RUN) -m benchmarks.accuracy
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed on the PATH (or make PYTHON=/path/to/python)."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check 'jax==0.11.2' pytest -e .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist runs .pytest_cache .mypy_cache .ruff_cache

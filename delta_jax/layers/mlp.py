@@ -1,0 +1,45 @@
+"""The gated feed-forward layer of the Llama family."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+__all__ = ["SwiGLU"]
+
+
+class SwiGLU(nnx.Module):
+    """`y = down(silu(gate(x)) * up(x))`, without biases.
+
+    Source: Shazeer, "GLU variants improve Transformer", 2020, equation 6.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        mlp_size: int,
+        *,
+        initializer_std: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=False,
+                kernel_init=nnx.initializers.normal(initializer_std),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.gate_proj = linear(hidden_size, mlp_size)
+        self.up_proj = linear(hidden_size, mlp_size)
+        self.down_proj = linear(mlp_size, hidden_size)
+
+    def __call__(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading hidden"]:
+        """Maps x [..., hidden_size] to the same shape."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,58 @@
+"""The device mesh: data, fsdp and tensor axes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and then takes the devices the others leave.
+
+    Attributes:
+        data: copies of the model, each with its own part of the batch.
+        fsdp: parts into which parameters are cut; the batch is cut along it too.
+        tensor: parts into which heads, MLP channels and the vocabulary are cut.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"{name} should be a positive number of devices or -1 (the rest), got {size}")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"only one mesh axis can be -1 (the rest), got {sizes}")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor, whose shardings the compiler propagates
+    (``AxisType.Auto``).
+
+    Args:
+        config: the sizes of the axes.
+        devices: the devices to use, all of them; default ``jax.devices()``.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or math.prod(sizes) != len(devices):
+        wanted = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ValueError(f"mesh {wanted} does not fit the {len(devices)} {devices[0].platform} device(s) there are")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,0 +1,100 @@
+"""Where parameters and batches live on the mesh: one rule per kind of parameter."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+P = PartitionSpec
+
+# Regular expression on the end of a parameter's path -> how its own axes are cut (the leading axis over
+# stacked layers is never cut). Column-parallel into heads and MLP channels, row-parallel out of them; the
+# other axis of each matrix is cut along fsdp. Vectors over the model width are too small to be worth cutting.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r"(final_norm|mixer_norm|mlp_norm|o_norm)/scale", P(None)),
+    (r"mixer/(q|k|v|b|a|g)_proj/kernel", P("fsdp", "tensor")),
+    (r"mixer/o_proj/kernel", P("tensor", "fsdp")),
+    (r"mixer/(q|k|v)_conv/kernel", P(None, "tensor")),
+    (r"mixer/(A_log|dt_bias)", P("tensor")),
+    (r"mlp/(gate|up)_proj/kernel", P("fsdp", "tensor")),
+    (r"mlp/down_proj/kernel", P("tensor", "fsdp")),
+)
+STACKED = "blocks/"
+BATCH = ("data", "fsdp")
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How the parameter at ``path`` is cut over the mesh.
+
+    Args:
+        path: such as "blocks/0/mixer/q_proj/kernel".
+        shape: its shape, the axis over stacked layers included.
+        mesh: the mesh.
+
+    Returns:
+        One entry per axis of the parameter.
+
+    Raises:
+        ValueError: no rule names the parameter, its rank is not the rule's, or an axis does not divide.
+    """
+    rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", path)), None)
+    if rule is None:
+        raise ValueError(f"no partition rule names the parameter {path} of shape {shape}; add one to RULES")
+    spec = (None, *rule) if path.startswith(STACKED) else tuple(rule)
+    if len(spec) != len(shape):
+        raise ValueError(f"parameter {path} has shape {shape}, but its partition rule is for {len(spec)} axes")
+    for axis, name in enumerate(spec):
+        if name is not None and shape[axis] % mesh.shape[name]:
+            raise ValueError(
+                f"parameter {path} of shape {shape}: dimension {axis} ({shape[axis]}) does not divide over "
+                f"the mesh axis {name} of size {mesh.shape[name]}"
+            )
+    return P(*spec)
+
+
+def parameter_shardings(parameters: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of a tree of parameters (arrays or ShapeDtypeStructs).
+
+    Raises:
+        ValueError: see ``partition_spec``.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(path_string(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, parameters)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value every device has whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays [micro_batches, batch, time]: the batch is cut over data and fsdp."""
+    return NamedSharding(mesh, P(None, BATCH))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the batch is cut."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Put host arrays [micro_batches, batch, time] on the mesh.
+
+    Every process passes the same, whole arrays; each device gets its part.
+    """
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()
+    }

@@ -1,0 +1,257 @@
+"""Checkpoints: asynchronous saves by Orbax, a digest of every file, and a restore that survives damage."""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+from delta_jax.config import differences, load_config, to_dict
+from delta_jax.models import LanguageModel
+from delta_jax.parallel import path_string
+from delta_jax.training.config import CheckpointConfig, TrainConfig
+from delta_jax.training.state import TrainState, abstract_model, merge_model
+
+CHECKPOINTS = "checkpoints"
+DIGESTS = "digests.json"
+# What a resumed run must share with the run that wrote the checkpoint; all else may change.
+BINDING = ("model", "data", "batch_size", "sequence_length", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint, read back.
+
+    Attributes:
+        state: the train state, on the mesh.
+        data: the state of the data iterator.
+    """
+
+    state: TrainState
+    data: Any
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last save when it closes.
+
+    Opening removes what a killed save left half-written. A checkpoint newer than the newest intact one is
+    damaged: it is moved to the folder "damaged" beside the checkpoints, with a warning.
+
+    Args:
+        output: the run's folder; the checkpoints are in "checkpoints" below it.
+        config: which checkpoints are kept.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+
+    def __init__(self, output: Path, config: CheckpointConfig):
+        self._folder = (output / CHECKPOINTS).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.latest = _set_damaged_aside(self._folder)
+        self._saving = -1
+        keep = [LatestN(config.keep_last)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(
+                keep if config.keep_every is None else [*keep, EveryNSteps(config.keep_every)]
+            ),
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState, data: Any, config: TrainConfig) -> None:
+        """Copy the state off the devices and write it in the background; the arrays may be donated
+        afterwards.
+
+        Args:
+            state: what is saved, under its step.
+            data: JSON-able state of the data iterator, of the same moment.
+            config: kept beside it, so that the checkpoint says what it is.
+        """
+        self._manager.wait_until_finished()
+        self._saving = int(state.step)
+        table = {"config": to_dict(config), "arrays": _describe(state)}
+        self._manager.save(
+            self._saving,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardSave(state.parameters),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                data=ocp.args.JsonSave(data),
+                about=ocp.args.JsonSave(table),
+            ),
+            force=True,
+        )
+        self.latest = self._saving
+
+    def restore(self, template: TrainState, config: TrainConfig) -> Restored:
+        """Read the newest checkpoint onto the template's shardings.
+
+        Args:
+            template: the train state as ShapeDtypeStructs with shardings; the mesh may differ from the saved
+                one's.
+            config: of the run that resumes.
+
+        Returns:
+            State and data iterator's state.
+
+        Raises:
+            ValueError: there is none, or it is of another model, corpus or batch; the message says what
+                differs.
+        """
+        if self.latest is None:
+            raise ValueError(f"there is no checkpoint in {self._folder}")
+        about = _about(self._folder / str(self.latest))
+        here = to_dict(config)
+        unequal = differences(
+            {name: about["config"].get(name) for name in BINDING}, {name: here[name] for name in BINDING}
+        ) or differences(about["arrays"], _describe(template))
+        if unequal:
+            raise ValueError(
+                f"checkpoint {self.latest} in {self._folder} is of another run, set another output folder: "
+                + "; ".join(unequal)
+            )
+        items = self._manager.restore(
+            self.latest,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardRestore(template.parameters),
+                optimizer=ocp.args.StandardRestore(template.optimizer),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        step = jax.device_put(jax.numpy.asarray(self.latest, template.step.dtype), template.step.sharding)
+        state = TrainState(step=step, parameters=items.parameters, optimizer=items.optimizer)
+        return Restored(state=state, data=items.data)
+
+    def wait(self) -> None:
+        """Return when the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def _write_digests(self) -> None:
+        """Called by Orbax when all files are written and before the folder gets its final name."""
+        if jax.process_index() == 0:
+            for folder in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                digests = {str(path.relative_to(folder)): _digest(path) for path in _item_files(folder)}
+                (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
+
+
+def restore_model(folder: str | Path) -> tuple[TrainConfig, LanguageModel]:
+    """Read the model of the newest intact checkpoint of a run, on the default device.
+
+    Args:
+        folder: the run's output folder.
+
+    Returns:
+        The run's configuration and its model.
+
+    Raises:
+        ValueError: there is no checkpoint, or all are damaged.
+    """
+    checkpoints = Path(folder).absolute() / CHECKPOINTS
+    if not checkpoints.is_dir():
+        raise ValueError(f'"{folder}" is not the output folder of a training run: it has no folder {CHECKPOINTS}')
+    step, damaged = _newest_intact(checkpoints)
+    if step is None:
+        raise ValueError(f'there is no checkpoint in "{checkpoints}"' + _reasons(damaged))
+    if damaged:
+        warnings.warn(f"using checkpoint {step} in {checkpoints}" + _reasons(damaged), stacklevel=2)
+    table = _about(checkpoints / str(step))
+    config = load_config(TrainConfig, table["config"])
+    structure, parameters = abstract_model(config.model)
+    unequal = differences(
+        {key: value for key, value in table["arrays"].items() if key.startswith("parameters/")},
+        _describe({"parameters": parameters}),
+    )
+    if unequal:
+        raise ValueError(f"checkpoint {step} in {checkpoints} does not fit this version: " + "; ".join(unequal))
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), parameters)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(checkpoints / str(step) / "parameters", target)
+    return config, merge_model(structure, restored)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Path of each array -> its dtype and shape."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_string(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _about(checkpoint: Path) -> Mapping[str, Any]:
+    table: Mapping[str, Any] = json.loads((checkpoint / "about" / "metadata").read_text())
+    return table
+
+
+def _set_damaged_aside(folder: Path) -> int | None:
+    """Move damaged checkpoints away and return the newest intact step, None where there is no checkpoint."""
+    step, damaged = _newest_intact(folder)
+    if damaged and step is None:
+        raise ValueError(f"all checkpoints in {folder} are damaged" + _reasons(damaged))
+    if damaged:
+        aside = folder.parent / "damaged"
+        warnings.warn(
+            f"continuing from checkpoint {step} in {folder}" + _reasons(damaged) + f"; moved to {aside}",
+            stacklevel=4,
+        )
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            for name in damaged:
+                shutil.rmtree(aside / str(name), ignore_errors=True)
+                shutil.move(folder / str(name), aside / str(name))
+    return step
+
+
+def _newest_intact(folder: Path) -> tuple[int | None, dict[int, str]]:
+    """The newest checkpoint with all files there and unchanged, and what is wrong with each newer one."""
+    damaged: dict[int, str] = {}
+    for step in sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True):
+        damage = _damage(folder / str(step))
+        if damage is None:
+            return step, damaged
+        damaged[step] = damage
+    return None, damaged
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        digests: dict[str, str] = json.loads((checkpoint / DIGESTS).read_text())
+    except FileNotFoundError:
+        return f"{DIGESTS} is missing"
+    except (ValueError, OSError):
+        return f"{DIGESTS} is unreadable"
+    for name, digest in digests.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _digest(checkpoint / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _reasons(damaged: Mapping[int, str]) -> str:
+    return "".join(f"; checkpoint {step} is damaged ({reason})" for step, reason in damaged.items())
+
+
+def _item_files(checkpoint: Path) -> list[Path]:
+    """All that holds data; the files beside the items are Orbax's own, it rewrites them when it commits."""
+    return sorted(path for path in checkpoint.glob("*/**/*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

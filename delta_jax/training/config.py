@@ -1,0 +1,150 @@
+"""What a training run is made of."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from delta_jax.data import DataConfig
+from delta_jax.models.config import ModelConfig
+from delta_jax.parallel import MeshConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a learning-rate schedule and clipping.
+
+    Attributes:
+        learning_rate: the peak of the schedule.
+        schedule: "cosine" (one half-period down after the warm-up) or "wsd" (warm-up, constant, then linear
+            decay).
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: the share of all steps the decay of "wsd" takes, at the end of the run.
+        initial_ratio: first learning rate over the peak.
+        final_ratio: last learning rate over the peak.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled decay, times the learning rate; see ``weight_decay_mask`` for what decays.
+        clip_norm: the global norm gradients are scaled down to; None does not clip.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2
+    initial_ratio: float = 0.0
+    final_ratio: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"learning_rate should be positive, got {self.learning_rate}")
+        _require(self.warmup_steps >= 0, f"warmup_steps should not be negative, got {self.warmup_steps}")
+        for name in ("decay_fraction", "initial_ratio", "final_ratio"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} should lie in [0, 1], got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} should lie in [0, 1), got {value}")
+        _require(self.epsilon > 0, f"epsilon should be positive, got {self.epsilon}")
+        _require(self.weight_decay >= 0, f"weight_decay should not be negative, got {self.weight_decay}")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"clip_norm should be positive, got {self.clip_norm}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written (besides at the end and on interruption) and which are kept.
+
+    Attributes:
+        every: steps between checkpoints.
+        keep_last: how many of the newest are kept.
+        keep_every: steps that are multiples of it are kept for good; None keeps none beyond ``keep_last``.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"every should be at least 1 step, got {self.every}")
+        _require(self.keep_last >= 1, f"keep_last should be at least 1, got {self.keep_last}")
+        _require(
+            self.keep_every is None or self.keep_every >= 1,
+            f"keep_every should be >= 1, got {self.keep_every}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: the language model.
+        data: corpus and tokenizer.
+        steps: optimizer steps of the whole run.
+        batch_size: sequences per optimizer step, over all devices and micro-batches.
+        sequence_length: tokens per sequence.
+        gradient_accumulation: micro-batches a step is cut into to save memory.
+        seed: of the initialisation; the data has its own.
+        optimizer: AdamW and its schedule.
+        mesh: the devices.
+        checkpoint: when to save and what to keep.
+        output: the folder of checkpoints, metrics and curves; a run found there is resumed.
+        log_every: steps between entries of the metrics files.
+        evaluate_every: steps between evaluations on the validation split; it is evaluated at the start and
+            at the end in any case.
+        evaluation_batches: micro-batches used by each evaluation; None uses the whole validation
+            split.
+    """
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int
+    batch_size: int
+    sequence_length: int
+    gradient_accumulation: int = 1
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    output: str = "runs/default"
+    log_every: int = 10
+    evaluate_every: int = 1000
+    evaluation_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        names = (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "gradient_accumulation",
+            "log_every",
+            "evaluate_every",
+        )
+        for name in names:
+            _require(getattr(self, name) >= 1, f"{name} should be at least 1, got {getattr(self, name)}")
+        _require(self.seed >= 0, f"seed should not be negative, got {self.seed}")
+        _require(bool(self.output), "output should name a folder")
+        _require(
+            self.evaluation_batches is None or self.evaluation_batches >= 1,
+            f"evaluation_batches should be at least 1, got {self.evaluation_batches}",
+        )
+        _require(
+            self.batch_size % self.gradient_accumulation == 0,
+            f"batch_size ({self.batch_size}) should be a multiple of gradient_accumulation "
+            f"({self.gradient_accumulation})",
+        )
+        _require(
+            self.optimizer.warmup_steps <= self.steps,
+            f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds steps ({self.steps})",
+        )

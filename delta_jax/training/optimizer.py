@@ -1,0 +1,98 @@
+"""AdamW with its weight-decay mask, learning-rate schedules and clipping."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from delta_jax.parallel import path_string
+from delta_jax.training.config import OptimizerConfig
+
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+
+DECAYED = ("kernel", "embedding")
+NOT_DECAYED = ("scale", "bias", "A_log", "dt_bias")
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """The learning rate of optimizer step s = 0, 1, ..., steps - 1.
+
+    With w = warmup_steps, i = initial_ratio, f = final_ratio and peak p, both start with the warm-up
+    ``p (i + (1 - i) s / w)`` for s < w. "cosine" continues with ``p (f + (1 - f) (1 + cos(pi u)) / 2)``
+    where u runs from 0 at s = w to 1 at s = steps; "wsd" stays at p and falls in a straight line to ``p f``
+    over the last ``decay_fraction * steps`` steps (Hu et al. 2024, MiniCPM).
+
+    Args:
+        config: the schedule's name and numbers.
+        steps: optimizer steps of the whole run.
+
+    Returns:
+        A function from the int32 step to the float32 learning rate.
+    """
+    warmup = config.warmup_steps
+    decay = steps - warmup if config.schedule == "cosine" else min(round(config.decay_fraction * steps), steps - warmup)
+
+    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
+        s = jnp.asarray(step).astype(jnp.float32)
+        warm = config.initial_ratio + (1 - config.initial_ratio) * s / max(warmup, 1)
+        u = jnp.clip((s - (steps - decay)) / max(decay, 1), 0.0, 1.0)
+        left = (1 + jnp.cos(jnp.pi * u)) / 2 if config.schedule == "cosine" else 1 - u
+        after = config.final_ratio + (1 - config.final_ratio) * left
+        return config.learning_rate * jnp.where(s < warmup, warm, after)
+
+    return schedule
+
+
+def weight_decay_mask(parameters: Any) -> Any:
+    """True for what decays: every matrix, embeddings, head and short convolutions included.
+
+    This is the papers' habit (their code decays all but A_log and dt_bias) without the norm scales.
+
+    Args:
+        parameters: tree whose paths end in the parameter's name.
+
+    Returns:
+        A tree of booleans.
+
+    Raises:
+        ValueError: a parameter has a name of which neither is known.
+    """
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = path_string(path).rsplit("/", 1)[-1]
+        if name not in DECAYED + NOT_DECAYED:
+            raise ValueError(f"parameter {path_string(path)}: whether weight decay applies to a {name} is not known")
+        return name in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, parameters)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019) with the schedule and the mask.
+
+    Args:
+        config: the numbers.
+        steps: optimizer steps of the whole run.
+
+    Returns:
+        The optax transformation.
+    """
+    adamw = optax.adamw(
+        learning_rate_schedule(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=weight_decay_mask,
+    )
+    optimizer = adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it: 1 - decay**count
+            new: tuple[Any, Any] = optimizer.update(updates, state, parameters)
+            return new
+
+    return optax.GradientTransformation(optimizer.init, update)

@@ -1,0 +1,96 @@
+"""The train state: an explicit, immutable pytree, and how it is made and laid out on a mesh."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.parallel import parameter_shardings, replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+        step: optimizer steps done.
+        parameters: nested dictionary of float32 arrays.
+        optimizer: the optax state.
+    """
+
+    step: Int[Array, ""]
+    parameters: Any
+    optimizer: Any
+
+
+def split_model(model: LanguageModel) -> tuple[Any, Any]:
+    """A model as its static structure and a nested dictionary of parameters."""
+    structure, parameters = nnx.split(model, nnx.Param)
+    return structure, nnx.to_pure_dict(parameters)
+
+
+def merge_model(structure: Any, parameters: Any) -> LanguageModel:
+    """The inverse of ``split_model``."""
+    model: LanguageModel = nnx.merge(structure, nnx.State(parameters))
+    return model
+
+
+def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
+    """Static structure and parameters as ShapeDtypeStructs; nothing is allocated."""
+    return split_model(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The train state as ShapeDtypeStructs that carry their shardings; the optimizer's are its parameters'.
+
+    Raises:
+        ValueError: a parameter has no partition rule or does not divide over the mesh.
+    """
+    _, parameters = abstract_model(config)
+    shardings = parameter_shardings(parameters, mesh)
+    whole = replicated(mesh)
+
+    def place(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    optimizer_state = optax.tree_map_params(
+        optimizer,
+        place,
+        jax.eval_shape(optimizer.init, parameters),
+        shardings,
+        transform_non_params=lambda leaf: place(leaf, whole),
+    )
+    return TrainState(
+        step=place(jax.eval_shape(lambda: jnp.zeros((), jnp.int32)), whole),
+        parameters=jax.tree.map(place, parameters, shardings),
+        optimizer=optimizer_state,
+    )
+
+
+def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """A fresh train state, made in place on the mesh; the same numbers on any mesh.
+
+    Args:
+        config: the model.
+        optimizer: its ``init`` is called on the parameters.
+        mesh: where the state lives.
+        seed: of the initialisation.
+
+    Returns:
+        The state at step 0.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+
+    def make() -> TrainState:
+        _, parameters = split_model(LanguageModel(config, rngs=nnx.Rngs(seed)))
+        return TrainState(step=jnp.zeros((), jnp.int32), parameters=parameters, optimizer=optimizer.init(parameters))
+
+    state: TrainState = jax.jit(make, out_shardings=shardings)()
+    return state

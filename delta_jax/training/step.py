@@ -1,0 +1,114 @@
+"""The one jitted train step and the one jitted evaluation step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.parallel import batch_sharding, replicated
+from delta_jax.training.optimizer import Schedule
+from delta_jax.training.state import TrainState, abstract_model, abstract_state, merge_model
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def cross_entropy_sum(
+    logits: Float[Array, "batch time vocabulary"],
+    targets: Int[Array, "batch time"],
+    mask: Float[Array, "batch time"],
+) -> Float[Array, ""]:
+    """Sum over the tokens of ``-mask log softmax(logits)[target]``, in float32.
+
+    Args:
+        logits: [B, T, vocabulary], any floating dtype.
+        targets: [B, T] token ids.
+        mask: [B, T] weight of each token.
+
+    Returns:
+        The sum in nats.
+    """
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * mask)
+
+
+def loss_sum(model: LanguageModel, batch: Batch) -> Float[Array, ""]:
+    """Cross-entropy of one batch [B, T], summed over its unmasked tokens, in nats."""
+    features, _ = model.features(batch["inputs"], segment_ids=batch["segment_ids"])
+    return cross_entropy_sum(model.head(features), batch["targets"], batch["mask"])
+
+
+def make_train_step(
+    config: ModelConfig, optimizer: optax.GradientTransformation, schedule: Schedule, mesh: Mesh
+) -> TrainStep:
+    """Build ``(state, batch) -> (state, metrics)``, jitted on the mesh, the old state's memory reused.
+
+    The loss and the gradient are means over all unmasked tokens of the batch: sums over the micro-batches,
+        which are
+    the leading axis of the batch's arrays [micro_batches, batch, time], divided by the number of tokens at
+    the end.
+
+    Args:
+        config: the model.
+        optimizer: what turns gradients into updates.
+        schedule: the optimizer's learning rate, for the metrics.
+        mesh: where state and batch live.
+
+    Returns:
+        The step. Its metrics are float32: loss (nats per token), gradient_norm (before clipping),
+        learning_rate and tokens (unmasked ones in the batch).
+    """
+    structure, _ = abstract_model(config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+
+    def micro_loss(parameters: Any, batch: Batch) -> Float[Array, ""]:
+        return loss_sum(merge_model(structure, parameters), batch)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            new = jax.value_and_grad(micro_loss)(state.parameters, micro)
+            return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), carry, new), None
+
+        if batch["inputs"].shape[0] == 1:
+            only = jax.tree.map(lambda array: array[0], dict(batch))
+            loss, gradients = jax.value_and_grad(micro_loss)(state.parameters, only)
+        else:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.parameters)
+            (loss, gradients), _ = jax.lax.scan(accumulate, (jnp.zeros(()), zeros), dict(batch))
+        tokens = jnp.sum(batch["mask"])
+        loss, gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(tokens, 1.0), (loss, gradients))
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(gradients),
+            "learning_rate": schedule(state.step),
+            "tokens": tokens,
+        }
+        parameters = optax.apply_updates(state.parameters, updates)
+        return TrainState(step=state.step + 1, parameters=parameters, optimizer=optimizer_state), metrics
+
+    train_step: TrainStep = jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return train_step
+
+
+def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array]]:
+    """Build ``(parameters, batch) -> (nats, tokens)``: sums over a batch of arrays [1, batch, time]."""
+    structure, _ = abstract_model(config)
+
+    def step(parameters: Any, batch: Batch) -> tuple[Array, Array]:
+        only = jax.tree.map(lambda array: array[0], dict(batch))
+        return loss_sum(merge_model(structure, parameters), only), jnp.sum(only["mask"])
+
+    return jax.jit(step, out_shardings=replicated(mesh))

@@ -1,0 +1,242 @@
+"""The command line: a round trip through all commands, and one clear line for every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import delta_jax
+from delta_jax.cli import main
+from delta_jax.data import validation_batches, validation_bytes
+from delta_jax.evaluation import evaluate
+from delta_jax.training import restore_model
+
+CONFIG = """
+steps = 4
+batch_size = 8
+sequence_length = 32
+log_every = 1
+evaluate_every = 4
+evaluation_batches = 2
+output = "{output}"
+
+[model]
+vocab_size = 257
+hidden_size = 32
+num_layers = 1
+mlp_size = 32
+dtype = "float32"
+
+[[model.pattern]]
+mixer = "delta_net"
+num_heads = 2
+head_dim = 16
+
+[data]
+path = "{corpus}"
+validation_fraction = 0.2
+shuffle_rows = 8
+"""
+
+
+def write_config(folder):
+    """A tiny configuration with a corpus of its own; returns the path of the TOML file."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for number in range(10):
+        (corpus / f"{number}.txt").write_text(f"def f{number}(x):\n    return x + {number}\n" * 5)
+    config = folder / "tiny.toml"
+    config.write_text(CONFIG.format(output=folder / "run", corpus=corpus))
+    return str(config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(configuration file, run folder) of a finished run."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = write_config(folder)
+    assert main(["train", config]) == 0
+    return config, str(folder / "run")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path)
+
+
+def mistake(capsys, *arguments):
+    """Runs a command that must fail; returns its one line."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"delta-jax {arguments[0]}: error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def test_evaluate_prints_what_the_library_measures(trained, capsys):
+    _, folder = trained
+    assert main(["evaluate", folder]) == 0
+    shown = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
+    config, model = restore_model(folder)
+    batches = validation_batches(config.data, batch_size=8, sequence_length=32)
+    result = evaluate(model, batches, bytes=validation_bytes(config.data))
+    assert shown["loss"] == f"{result.loss:.4f} nats per token"
+    assert shown["bits per byte"] == f"{result.bits_per_byte:.4f}"
+    assert shown["perplexity"] == f"{result.perplexity:.3f} per token"
+    assert shown["bytes"] == f"{result.bytes:,}"
+
+
+def test_evaluate_on_another_corpus(trained, tmp_path, capsys):
+    _, folder = trained
+    (tmp_path / "other.data").write_text("".join(json.dumps({"body": "x" * 50}) + "\n" for _ in range(10)))
+    arguments = ["--data", str(tmp_path / "other.data"), "--format", "jsonl", "--text-field", "body"]
+    assert main(["evaluate", folder, *arguments, "--batch-size", "1", "--sequence-length", "16"]) == 0
+    assert re.search(r"bytes +100\n", capsys.readouterr().out)
+
+
+def test_generate_continues_every_prompt_and_repeats_itself(trained, capsys):
+    _, folder = trained
+    command = [
+        "generate",
+        folder,
+        "--prompt",
+        "def f",
+        "--prompt",
+        "return",
+        "--max-new-tokens",
+        "12",
+        "--seed",
+        "3",
+    ]
+    shown = []
+    for _ in range(2):
+        assert main(command) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert re.match(r"--- 1 ---\ndef f.*--- 2 ---\nreturn", shown[0], re.DOTALL)
+    assert main([*command[:4], "--max-new-tokens", "12", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("def f")
+
+
+def test_training_again_with_more_steps_goes_on(trained):
+    config, folder = trained
+    assert main(["train", config, "steps=6"]) == 0
+    assert restore_model(folder)[0].steps == 6
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^delta_jax +{re.escape(delta_jax.__version__)}$", out, re.MULTILINE)
+    assert re.search(rf"^jax +{re.escape(jax.__version__)}$", out, re.MULTILINE)
+    assert re.search(r'^"xla" +can run here$', out, re.MULTILINE)
+    assert len(re.findall(r"^device \d", out, re.MULTILINE)) == len(jax.devices())
+    for name, reason in delta_jax.ops.implementations().items():
+        if reason is not None:
+            assert re.search(rf'^"{name}" +cannot run here: {re.escape(reason)}$', out, re.MULTILINE)
+
+
+def test_unknown_key(config, capsys):
+    error = mistake(capsys, "train", config, "model.hidden_sise=64")
+    assert "model.hidden_sise" in error
+    assert "hidden_size" in error
+
+
+def test_wrong_type(config, capsys):
+    assert "batch_size" in mistake(capsys, "train", config, "batch_size=many")
+
+
+def test_unknown_preset_and_missing_file(capsys):
+    error = mistake(capsys, "train", "tinny")
+    assert "tinny" in error
+    assert "tiny" in error.replace("tinny", "")
+    assert "nowhere.toml" in mistake(capsys, "train", "nowhere.toml")
+
+
+def test_missing_corpus(config, tmp_path, capsys):
+    assert "no/corpus" in mistake(capsys, "train", config, f"data.path={tmp_path}/no/corpus")
+
+
+def test_empty_corpus(config, tmp_path, capsys):
+    (tmp_path / "void").mkdir()
+    error = mistake(capsys, "train", config, f"data.path={tmp_path}/void")
+    assert "data.path" in error
+    assert "is empty" in error
+
+
+def test_vocabulary_smaller_than_the_tokenizer(config, capsys):
+    error = mistake(capsys, "train", config, "model.vocab_size=256")
+    assert "model.vocab_size" in error
+    assert "257" in error
+
+
+def test_missing_tokenizer(config, capsys):
+    assert "data.tokenizer" in mistake(capsys, "train", config, "data.tokenizer=nothing.json")
+
+
+def test_unwritable_output(config, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in mistake(capsys, "train", config, f"output={tmp_path}/file/run")
+
+
+def test_checkpoint_of_another_model(trained, capsys):
+    config, folder = trained
+    error = mistake(capsys, "train", config, "model.hidden_size=64")
+    assert "hidden_size" in error
+    assert folder in error
+
+
+def test_folder_that_is_no_run(tmp_path, capsys):
+    for command in (["generate", str(tmp_path), "--prompt", "x"], ["evaluate", str(tmp_path)]):
+        assert str(tmp_path) in mistake(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--top-k", "0"], "top_k"),
+        (["--top-p", "1.5"], "top_p"),
+    ],
+)
+def test_impossible_generation(trained, capsys, options, message):
+    assert message in mistake(capsys, "generate", trained[1], "--prompt", "x", *options)
+
+
+def test_impossible_evaluation(trained, capsys):
+    folder = trained[1]
+    assert "no file, folder or glob" in mistake(capsys, "evaluate", folder, "--data", "no/corpus")
+    assert "batch_size" in mistake(capsys, "evaluate", folder, "--batch-size", "0")
+    assert "--data" in mistake(capsys, "evaluate", folder, "--format", "text")
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["train", "tinny", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian", "tiny"], ["generate", "run"], ["evaluate", "run", "--batch-size", "x"]]
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert "usage: delta-jax" in capsys.readouterr().err
+
+
+def test_as_a_process(tmp_path):
+    command = [sys.executable, "-m", "delta_jax.cli"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in ("train", "generate", "evaluate", "info"))
+    failed = subprocess.run([*command, "train", "tinny"], capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert failed.stdout == ""

@@ -1,0 +1,82 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from delta_jax.config import load_config, to_dict
+from delta_jax.models import MixerSpec, ModelConfig
+
+TABLE = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_layers": 4,
+    "pattern": [
+        {"mixer": "delta_net", "num_heads": 2},
+        {"mixer": "gated_delta_net", "head_dim": 8, "expand_v": 1.5},
+    ],
+}
+
+
+def test_reads_its_table_and_writes_it_again():
+    config = load_config(ModelConfig, TABLE)
+    assert config.pattern[0] == MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+    assert config.repeats == 2
+    assert load_config(ModelConfig, to_dict(config)) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+    changed = load_config(ModelConfig, TABLE, ["pattern.0.num_heads=4"])
+    assert dict(changed.pattern[0].options) == {"num_heads": 4}
+
+
+def test_the_mlp_is_as_wide_as_in_the_papers():
+    widths = {1024: 2816, 2048: 5632, 16: 256, 768: 2048}
+    for hidden, width in widths.items():
+        assert load_config(ModelConfig, TABLE | {"hidden_size": hidden}).mlp_width == width
+    assert load_config(ModelConfig, TABLE | {"mlp_size": 40}).mlp_width == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_size": -1}, "hidden_size"),
+        ({"num_layers": 3}, "num_layers must be a multiple"),
+        ({"pattern": []}, "pattern must hold"),
+        ({"mlp_size": 0}, "mlp_size"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"initializer_std": -0.1}, "initializer_std"),
+        ({"remat": "some"}, "remat must be one of none, dots, block"),
+        ({"dtype": "float8"}, "dtype must be one of"),
+        ({"param_dtype": "int8"}, "param_dtype must be one of"),
+        ({"pattern": [{"mixer": "delta_nett"}]}, "mixer must be one of delta_net"),
+        ({"pattern": [{"num_heads": 2}]}, "lacks the key mixer"),
+        ({"pattern": [{"mixer": "delta_net", "n_heads": 2}]}, "no option 'n_heads', only num_heads"),
+        ({"pattern": [{"mixer": "delta_net", "norm_eps": 0.1}]}, "no option 'norm_eps'"),
+        (
+            {"pattern": [{"mixer": "delta_net"}, {"mixer": "delta_net", "num_heads": 3}]},
+            "pattern.1: num_heads",
+        ),
+        ({"pattern": [{"mixer": "delta_net", "conv_size": "4"}]}, "pattern.0: conv_size"),
+        ({"pattern": [{"mixer": "delta_net", "expand_v": 0.3}]}, "pattern.0: expand_v"),
+    ],
+)
+def test_mistakes_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(ModelConfig, TABLE | change)
+
+
+def test_an_option_may_be_named_once():
+    with pytest.raises(ValueError, match="num_heads"):
+        MixerSpec(mixer="delta_net", options=(("num_heads", 2), ("num_heads", 4)))
+
+
+def test_a_config_leaves_the_devices_alone():
+    """Else it could not be read before `jax.distributed.initialize`."""
+    program = (
+        "from jax._src import xla_bridge\n"
+        "from delta_jax.models import MixerSpec, ModelConfig\n"
+        "spec = MixerSpec(mixer='gated_delta_net')\n"
+        "ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, pattern=(spec,))\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

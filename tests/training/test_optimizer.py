@@ -1,0 +1,110 @@
+"""Schedules at their corners, the weight-decay mask leaf by leaf, and AdamW against its formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from delta_jax.models import MixerSpec, ModelConfig
+from delta_jax.parallel import path_string
+from delta_jax.training import OptimizerConfig, learning_rate_schedule, make_optimizer, weight_decay_mask
+from delta_jax.training.state import abstract_model
+
+
+def _rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    return np.asarray(jax.vmap(learning_rate_schedule(config, steps))(jnp.arange(steps + 1)))
+
+
+def test_cosine_at_its_corners() -> None:
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, initial_ratio=0.1, final_ratio=0.2)
+    rates = _rates(config, 110)
+    np.testing.assert_allclose(rates[[0, 5, 10, 60, 110]], [0.2, 1.1, 2.0, 1.2, 0.4], rtol=1e-6)
+    assert np.all(np.diff(rates[:11]) > 0)
+    assert np.all(np.diff(rates[10:]) < 0)
+
+
+def test_warmup_stable_decay_at_its_corners() -> None:
+    config = OptimizerConfig(
+        learning_rate=2.0,
+        schedule="wsd",
+        warmup_steps=10,
+        decay_fraction=0.2,
+        initial_ratio=0.0,
+        final_ratio=0.1,
+    )
+    rates = _rates(config, 100)
+    np.testing.assert_allclose(rates[[0, 5, 10, 50, 80, 90, 100]], [0, 1, 2, 2, 2, 1.1, 0.2], rtol=1e-6)
+    assert np.all(rates[10:81] == rates[10])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedules_without_warmup_and_without_decay(schedule: str) -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, final_ratio=0.0)  # type: ignore[arg-type]
+    np.testing.assert_allclose(_rates(config, 10)[[0, 10]], [1.0, 0.0], atol=1e-7)
+    all_warm = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=4)  # type: ignore[arg-type]
+    np.testing.assert_allclose(_rates(all_warm, 4)[:4], [0, 0.25, 0.5, 0.75], rtol=1e-6)
+
+
+def test_impossible_optimizers() -> None:
+    for keywords, name in [
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"beta2": 1.0}, "beta2"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"final_ratio": 2.0}, "final_ratio"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            OptimizerConfig(**keywords)  # type: ignore[arg-type]
+
+
+def test_the_mask_of_both_mixers_is_exactly_the_matrices() -> None:
+    options: tuple[tuple[str, object], ...] = (("num_heads", 2), ("head_dim", 8), ("use_output_gate", True))
+    pattern = tuple(MixerSpec(mixer=mixer, options=options) for mixer in ("delta_net", "gated_delta_net"))
+    config = ModelConfig(vocab_size=64, hidden_size=16, num_layers=2, mlp_size=32, pattern=pattern)
+    mask = weight_decay_mask(abstract_model(config)[1])
+    decayed = {path_string(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if decays}
+    rest = {path_string(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays}
+    projections, convolutions = (
+        ("q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj"),
+        ("q_conv", "k_conv", "v_conv"),
+    )
+    expected = {"embed/embedding", "lm_head/kernel", "blocks/1/mixer/a_proj/kernel"}
+    for block in ("blocks/0", "blocks/1"):
+        expected |= {f"{block}/mixer/{name}/kernel" for name in projections + convolutions}
+        expected |= {f"{block}/mlp/{name}/kernel" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert decayed == expected
+    assert rest == {"final_norm/scale", "blocks/1/mixer/A_log", "blocks/1/mixer/dt_bias"} | {
+        f"blocks/{index}/{name}/scale" for index in (0, 1) for name in ("mixer_norm", "mlp_norm", "mixer/o_norm")
+    }
+
+
+def test_a_parameter_of_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="blocks/0/strange"):
+        weight_decay_mask({"blocks": {0: {"strange": jnp.zeros(3)}}})
+
+
+def test_two_updates_against_the_formula_in_float64() -> None:
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, initial_ratio=0.5, weight_decay=0.3, clip_norm=1.0)
+    optimizer = make_optimizer(config, 10)
+    parameters = {"proj": {"kernel": jnp.asarray([[1.0, -2.0]])}, "norm": {"scale": jnp.asarray([3.0])}}
+    gradients = [
+        {
+            "proj": {"kernel": jnp.asarray([[3.0, 4.0]])},
+            "norm": {"scale": jnp.asarray([12.0])},
+        },  # norm 13: clipped
+        {"proj": {"kernel": jnp.asarray([[0.1, -0.2]])}, "norm": {"scale": jnp.asarray([0.3])}},
+    ]
+    state = optimizer.init(parameters)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, parameters)
+        parameters = jax.tree.map(jnp.add, parameters, updates)
+
+    x, m, v = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
+    for step, raw in enumerate([np.array([3.0, 4.0, 12.0]) / 13, np.array([0.1, -0.2, 0.3])]):
+        rate = 0.1 * (0.5 + 0.5 * step / 2)
+        m, v = 0.9 * m + 0.1 * raw, 0.95 * v + 0.05 * raw**2
+        direction = (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
+        x = x - rate * (direction + 0.3 * x * np.array([1, 1, 0]))
+    actual = np.concatenate([np.asarray(parameters["proj"]["kernel"])[0], np.asarray(parameters["norm"]["scale"])])
+    np.testing.assert_allclose(actual, x, rtol=2e-6)

@@ -1,0 +1,72 @@
+"""A model so small that a run takes seconds, and runs in processes of their own that can be killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPT = """
+import json, sys, warnings
+import jax
+jax.config.update("jax_platforms", "cpu")
+from delta_jax.config import load_config
+from delta_jax.training import TrainConfig, train
+if __name__ == "__main__":
+    result = train(load_config(TrainConfig, json.loads(sys.argv[1])))
+    print("interrupted" if result.interrupted else "finished", result.step)
+"""
+
+
+def run_table(corpus: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """The table of a tiny run; keywords replace top-level keys."""
+    return {
+        "steps": 40,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "log_every": 1,
+        "evaluate_every": 20,
+        "evaluation_batches": 2,
+        "output": str(output),
+        "model": {
+            "vocab_size": 264,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "mlp_size": 32,
+            "dtype": "float32",
+            "pattern": [{"mixer": "delta_net", "num_heads": 2, "head_dim": 8, "implementation": "recurrent"}],
+        },
+        "data": {"path": str(corpus), "validation_fraction": 0.1, "shuffle_rows": 16},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 4},
+        "checkpoint": {"every": 5, "keep_last": 3},
+        **changes,
+    }
+
+
+def start(table: dict[str, Any], cache: Path) -> subprocess.Popen[str]:
+    """Train in a process of its own, on one CPU device."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(table)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Return code, standard output and standard error."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def losses(output: Path) -> list[tuple[int, float, float]]:
+    """What must not change by an interruption: step, loss and gradient norm of every line."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in map(json.loads, lines)]
