@@ -153,8 +153,9 @@ def markdown(result: dict[str, Any]) -> str:
     return f"""# How exact the op is
 
 Relative root-mean-square error against the recurrence in float64: of outputs and final state / of all gradients (the
-largest). Shape: batch {BATCH}, {TIME} tokens, {KEY_HEADS} key heads, {HEADS} value heads, keys of {KEY}, values of {VALUE}, an initial
-state, default chunk size. {result["date"]}, JAX {versions["jax"]}, Python {versions["python"]}, {versions["device"]};
+largest). Shape: batch {BATCH}, {TIME} tokens, {KEY_HEADS} key heads, {HEADS} value heads, keys of {KEY}, values of
+{VALUE}, an initial state, default chunk size.
+{result["date"]}, JAX {versions["jax"]}, Python {versions["python"]}, {versions["device"]};
 made by `{result["command"]}`.
 
 The targets are 2e-6 on outputs and 1e-5 on gradients in float32, and in bfloat16 twice the error that rounding inputs and

@@ -8,7 +8,7 @@ A member is a subclass that adds its own parameters and says in `rule_inputs` ho
 from x.
 """
 
-from typing import NamedTuple, Self, TypedDict
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class MixerCache(NamedTuple):
     state: Float[Array, "batch v_heads key value"]
     segment_id: Int[Array, " batch"]
 
-    def keep(self, rows: Bool[Array, " batch"]) -> Self:
+    def keep(self, rows: Bool[Array, " batch"]) -> "MixerCache":
         """Forgets the past of the rows that are False."""
 
         def select(x: Array) -> Array:
