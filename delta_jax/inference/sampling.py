@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 __all__ = ["Sampling", "keep_top_k", "keep_top_p", "sample"]
 
@@ -51,7 +51,7 @@ def keep_top_p(logits: Float[Array, "*leading vocab"], p: float) -> Float[Array,
 
 
 def sample(
-    logits: Float[Array, "batch vocab"], sampling: Sampling, keys: PRNGKeyArray | None = None
+    logits: Float[Array, "batch vocab"], sampling: Sampling, keys: Key[Array, " batch"] | None = None
 ) -> Int[Array, " batch"]:
     """Draws one token a row.
 

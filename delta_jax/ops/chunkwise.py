@@ -149,10 +149,11 @@ def _group_backward(
     else:
         d_rows, d_k = d_rows + d_read * decay.start[..., None, :, :], d_k + d_write * decay.end
     if inputs.g is not None and decay is not None and d_g is not None:
-        start = jnp.sum(factors.reads.reshape(factors.rows.shape) * d_read, -3)
+        start = factors.reads * d_read.reshape(factors.reads.shape)
         terms = [start, factors.writes * d_write, decay.whole * d_whole]
         if inputs.g.ndim == 3:
             terms = [jnp.sum(x, -1, keepdims=True) for x in terms]
+        terms[0] = jnp.sum(terms[0].reshape(*factors.rows.shape[:-1], -1), -3)
         d_g = leave(d_g + boundary_gate_gradient(*terms))
         d_g = d_g.reshape(*d_g.shape[:2], *inputs.g.shape[2:])
 

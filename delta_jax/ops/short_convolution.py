@@ -67,7 +67,7 @@ def short_convolution(
     return y.astype(x.dtype), new_cache
 
 
-def _runs(segment_ids: Int[Array, "batch time"], tail: int) -> Int[Array, "batch tail+time"]:
+def _runs(segment_ids: Int[Array, "batch time"], tail: int) -> Int[Array, "batch tail_and_time"]:
     """Numbers the stretches of equal ids, so that an id that comes back later is another segment."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(changes.astype(jnp.int32), axis=1), ((0, 0), (tail + 1, 0)))

@@ -58,7 +58,7 @@ def test_linear_attention():
     [
         ("q_t", (2, 4), "q_t must have shape [batch, key_heads, key], got shape (2, 4)"),
         ("k_t", (2, 2, 8), "k_t must have the shape of q_t, (2, 2, 4), got shape (2, 2, 8)"),
-        ("v_t", (3, 4, 3), "v_t must have the batch size of q_t"),
+        ("v_t", (3, 4, 3), "v_t must have the batch of q_t, (2,)"),
         ("g_t", (2, 4, 3), "g_t must have shape (2, 4) or (2, 4, 4)"),
         ("state", (2, 4, 3, 4), "state must have shape (2, 4, 4, 3), got shape (2, 4, 3, 4)"),
     ],
