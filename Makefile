@@ -41,7 +41,7 @@ accuracy: .venv/installed  ## the float64 error table in docs
 
 .venv-oldest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check 'jax==0.11.2' pytest -e .
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check 'jax==0.11.2' beartype pytest -e .
 	touch $@
 
 clean:

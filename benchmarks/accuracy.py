@@ -25,25 +25,17 @@ from tests.ops.members import (
     KEY_HEADS,
     MEMBERS,
     VALUE,
-    draw,
     evaluate,
+    problem,
     reference,
     relative_error,
+    rounded,
 )
 
 TIME = 512
 IMPLEMENTATIONS = ("recurrent", "xla")
 LENGTHS = (1024, 4096, 16384, 65536)
 Errors = dict[str, float]
-
-
-def problem(member: str, hard: str, time: int, shape: tuple[int, ...] = ()) -> tuple[Any, Any]:
-    rng = np.random.default_rng(0)
-    drawn = draw(rng, time, shape)
-    HARD[hard](drawn)
-    inputs = MEMBERS[member](drawn) | {"initial_state": drawn["initial_state"]}
-    cotangents = rng.standard_normal(inputs["v"].shape), rng.standard_normal(drawn["initial_state"].shape)
-    return jax.tree.map(lambda x: x.astype(np.float32).astype(np.float64), (inputs, cotangents))
 
 
 def errors(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> Errors:
@@ -57,9 +49,6 @@ def bfloat16_ratio(
     inputs: Any, cotangents: Any, member: str, implementation: str, want: dict[str, np.ndarray]
 ) -> Errors:
     """Errors in bfloat16 over those that rounding inputs and results to bfloat16 makes alone."""
-
-    def rounded(x: np.ndarray) -> np.ndarray:
-        return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
     best = reference(member, *jax.tree.map(rounded, (inputs, cotangents)))
     best = {name: x if name == "state" else rounded(x) for name, x in best.items()}
@@ -86,7 +75,7 @@ def measure() -> dict[str, Any]:
     for member in track(("negative_eigenvalues", "gated_delta_net", "kimi_delta_attention"), "lengths"):
         for hard in ("plain", "reflections") if member == "negative_eigenvalues" else ("plain",):
             for time in LENGTHS:
-                inputs, cotangents = problem(member, hard, time, (1, 1, 1, 8, 8))
+                inputs, cotangents = problem(member, hard, time, shape=(1, 1, 1, 8, 8))
                 want = reference(member, inputs, cotangents)
                 for implementation in IMPLEMENTATIONS:
                     got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation)

@@ -67,7 +67,7 @@ def main() -> None:
         trained,
         [prompt],
         max_new_tokens=400,
-        temperature=0.6,
+        temperature=0.8,
         stop_id=tokenizer.document_id,
         key=jax.random.key(0),
     )

@@ -71,7 +71,7 @@ def delta_rule(
       initial_state: `[batch, heads, key, value]`; belongs to the first segment. Default zero.
       segment_ids: integers `[batch, time]` of packed sequences: the state is reset to zero where the id changes.
       scale: multiplies the output. Default `key ** -0.5`.
-      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default: what is fastest.
+      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, the fastest on a CPU.
       implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), or None to choose.
 
     Returns:

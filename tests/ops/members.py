@@ -119,6 +119,23 @@ HARD: dict[str, Callable[[Inputs], None]] = {
 }
 
 
+def problem(
+    member: str, hard: str = "plain", time: int = TIME, seed: int = 0, shape: tuple[int, ...] = ()
+) -> tuple[Inputs, tuple[np.ndarray, np.ndarray]]:
+    """A member's inputs and the cotangents of its output and state: numbers of float32, which float64 holds exactly."""
+    rng = np.random.default_rng(seed)
+    drawn = draw(rng, time, shape)
+    HARD[hard](drawn)
+    inputs = MEMBERS[member](drawn) | {"initial_state": drawn["initial_state"]}
+    cotangents = rng.standard_normal(inputs["v"].shape), rng.standard_normal(drawn["initial_state"].shape)
+    return jax.tree.map(lambda x: x.astype(np.float32).astype(np.float64), (inputs, cotangents))
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """The nearest numbers of bfloat16."""
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
 def evaluate(
     member: str, inputs: Inputs, dtype: Any, cotangents: tuple[np.ndarray, np.ndarray], **options: Any
 ) -> dict[str, np.ndarray]:

@@ -5,23 +5,25 @@ import jax.numpy as jnp
 import members
 import numpy as np
 import pytest
-from members import HARD, HEADS, KEY, MEMBERS, TIME, VALUE, draw, evaluate, op_of, reference, relative_error
+from members import (
+    HARD,
+    HEADS,
+    KEY,
+    MEMBERS,
+    TIME,
+    VALUE,
+    evaluate,
+    op_of,
+    problem,
+    reference,
+    relative_error,
+    rounded,
+)
 
 CASES = [("recurrent", None), ("xla", 16), ("xla", 64)]
 each_member = pytest.mark.parametrize("member", MEMBERS)
 each_case = pytest.mark.parametrize(("implementation", "chunk_size"), CASES)
 each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla"])
-
-
-def problem(member, hard="plain", time=TIME, seed=0, shape=()):
-    rng = np.random.default_rng(seed)
-    drawn = draw(rng, time, shape)
-    HARD[hard](drawn)
-    inputs = MEMBERS[member](drawn) | {"initial_state": drawn["initial_state"]}
-    cotangents = rng.standard_normal(inputs["v"].shape), rng.standard_normal(drawn["initial_state"].shape)
-    # Both sides get the same numbers: those of float32, which float64 holds exactly.
-    inputs = {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
-    return inputs, tuple(x.astype(np.float32).astype(np.float64) for x in cotangents)
 
 
 def assert_exact(got, want, outputs=2e-6, gradients=1e-5, nearby=None):
@@ -65,9 +67,6 @@ def test_float64_is_exact_at_every_chunk_size(member):
 def test_bfloat16_is_as_good_as_rounding_the_inputs(member, implementation):
     inputs, cotangents = problem(member)
     want = reference(member, inputs, cotangents)
-
-    def rounded(x):
-        return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
     best = reference(member, {name: rounded(x) for name, x in inputs.items()}, tuple(map(rounded, cotangents)))
     best = {name: x if name == "state" else rounded(x) for name, x in best.items()}
