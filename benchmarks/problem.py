@@ -1,8 +1,6 @@
-"""The inputs that every implementation is timed and checked on, and the float64 answer they are checked
-against.
+"""The inputs that every implementation is timed and checked on, and the float64 answer they are checked against.
 
-NumPy only, so that an interpreter of any peer can import it. The answer is the recurrence itself, token by
-    token,
+NumPy only, so that an interpreter of any peer can import it. The answer is the recurrence itself, token by token,
 
     S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,    o_t = K^-1/2 S_t^T q_t,
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from delta_jax.models.loss import bits_per_byte, token_nats
 
 LogitsFunction = Callable[..., Float[Array, "batch time vocab"]]
 
@@ -69,7 +71,7 @@ def evaluate(
     loss = nats / tokens
     return EvaluationResult(
         loss=loss,
-        bits_per_byte=nats / (math.log(2.0) * bytes),
+        bits_per_byte=bits_per_byte(nats, bytes),
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         tokens=round(tokens),
         bytes=bytes,
@@ -81,15 +83,6 @@ def _row_sums(
     model: LogitsFunction, batch: Mapping[str, Array]
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """Nats and counted targets of each row."""
-    logits = model(batch["inputs"], segment_ids=batch["segment_ids"]).astype(jnp.float32)
-    return _masked_sums(logits, batch["targets"], batch["mask"])
-
-
-def _masked_sums(
-    logits: Float[Array, "batch time vocab"],
-    targets: Int[Array, "batch time"],
-    mask: Float[Array, "batch time"],
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+    nats = token_nats(model(batch["inputs"], segment_ids=batch["segment_ids"]), batch["targets"])
+    mask = batch["mask"]
     return jnp.where(mask > 0, nats * mask, 0.0).sum(axis=-1), mask.sum(axis=-1)

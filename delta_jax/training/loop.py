@@ -23,6 +23,7 @@ from delta_jax.data import (
     validation_batches,
     validation_bytes,
 )
+from delta_jax.models.loss import bits_per_byte
 from delta_jax.parallel import batch_parts, make_mesh, shard_batch
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.config import TrainConfig
@@ -30,7 +31,6 @@ from delta_jax.training.metrics import (
     EVALUATION,
     TRAINING,
     MetricsWriter,
-    bits_per_byte,
     bytes_per_token,
     count_bytes,
     read_metrics,
@@ -154,6 +154,7 @@ class _Run:
         self._evaluation_step = make_evaluation_step(config.model, mesh)
         sample = itertools.islice(self._validation(), 4)
         self._bytes_per_token = bytes_per_token(self._tokenizer, sample)
+        self._validation_bytes = validation_bytes(config.data) if config.evaluation_batches is None else 0
         self._clock: float | None = None
         self._tokens = 0.0
         self._tokens_per_second = 0.0
@@ -196,14 +197,13 @@ class _Run:
     def evaluate(self, state: TrainState) -> None:
         """Measure the loss on the validation split and write it down."""
         limit = self._config.evaluation_batches
-        nats, tokens, text = 0.0, 0.0, 0
+        nats, tokens, text = 0.0, 0.0, self._validation_bytes if limit is None else 0
         for batch in itertools.islice(self._validation(), limit):
             on_device = shard_batch({name: array[None] for name, array in batch.items()}, self._mesh)
             batch_nats, batch_tokens = self._evaluation_step(state.parameters, on_device)
             nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
-            text += count_bytes(self._tokenizer, batch)
-        if limit is None:
-            text = validation_bytes(self._config.data)
+            if limit is not None:
+                text += count_bytes(self._tokenizer, batch)
         step, bits = int(state.step), bits_per_byte(nats, text)
         self._writer.write(EVALUATION, step, {"loss": nats / max(tokens, 1.0), "bits_per_byte": bits})
         self._display.say(f"step {step}: {bits:.3f} bits/byte on the validation split")

@@ -1,7 +1,6 @@
-"""Metrics as JSON lines and TensorBoard events, and bits per byte."""
+"""Metrics as JSON lines and TensorBoard events, and the bytes that tokens stand for."""
 
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,11 +16,6 @@ from delta_jax.data import ByteTokenizer, Tokenizer
 
 TRAINING = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
-
-
-def bits_per_byte(nats: float, number_of_bytes: float) -> float:
-    """The code length ``nats / ln 2`` per byte of text."""
-    return nats / math.log(2) / max(number_of_bytes, 1)
 
 
 def count_bytes(tokenizer: Tokenizer, batch: Mapping[str, np.ndarray]) -> int:

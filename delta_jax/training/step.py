@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.models.loss import token_nats
 from delta_jax.parallel import batch_sharding, replicated
 from delta_jax.training.optimizer import Schedule
 from delta_jax.training.state import TrainState, abstract_model, abstract_state, merge_model
@@ -19,30 +20,10 @@ Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def cross_entropy_sum(
-    logits: Float[Array, "batch time vocabulary"],
-    targets: Int[Array, "batch time"],
-    mask: Float[Array, "batch time"],
-) -> Float[Array, ""]:
-    """Sum over the tokens of ``-mask log softmax(logits)[target]``, in float32.
-
-    Args:
-        logits: [B, T, vocabulary], any floating dtype.
-        targets: [B, T] token ids.
-        mask: [B, T] weight of each token.
-
-    Returns:
-        The sum in nats.
-    """
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * mask)
-
-
 def loss_sum(model: LanguageModel, batch: Batch) -> Float[Array, ""]:
     """Cross-entropy of one batch [B, T], summed over its unmasked tokens, in nats."""
     features, _ = model.features(batch["inputs"], segment_ids=batch["segment_ids"])
-    return cross_entropy_sum(model.head(features), batch["targets"], batch["mask"])
+    return jnp.sum(token_nats(model.head(features), batch["targets"]) * batch["mask"])
 
 
 def make_train_step(
@@ -50,10 +31,8 @@ def make_train_step(
 ) -> TrainStep:
     """Build ``(state, batch) -> (state, metrics)``, jitted on the mesh, the old state's memory reused.
 
-    The loss and the gradient are means over all unmasked tokens of the batch: sums over the micro-batches,
-        which are
-    the leading axis of the batch's arrays [micro_batches, batch, time], divided by the number of tokens at
-    the end.
+    The loss and the gradient are means over all unmasked tokens of the batch: sums over the micro-batches, which are the
+    leading axis of the batch's arrays [micro_batches, batch, time], divided by the number of tokens at the end.
 
     Args:
         config: the model.
