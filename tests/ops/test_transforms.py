@@ -14,13 +14,18 @@ from delta_jax import delta_rule, linear_attention
 from delta_jax.ops.chunkwise import chunkwise
 from delta_jax.ops.recurrence import recurrent
 
-each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla"])
+each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla", "pallas"])
+SIZES = {"pallas": {"shape": (2, 4, 4, 64, 64)}}
 
 
 def inputs(dtype=jnp.float32, time=40, gate="gate_head", shape=(2, 4, 4, 8, 8)):
     x = draw(np.random.default_rng(0), time, shape)
     x = {"q": x["q"], "k": x["k"], "v": x["v"], "beta": x["beta"], "g": x[gate]}
     return {name: jnp.asarray(a, dtype) for name, a in x.items()}
+
+
+def sizes(implementation):
+    return SIZES.get(implementation, {})
 
 
 def loss(x, implementation):
@@ -36,14 +41,14 @@ def assert_close(got, want, limit=2e-6):
 @each_implementation
 @pytest.mark.parametrize("gate", ["gate_head", "gate_channel"])
 def test_vmap_of_values_and_gradients(implementation, gate):
-    x = inputs(gate=gate)
+    x = inputs(gate=gate, **sizes(implementation))
     stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a, a[::-1]]), x)
     function = jax.value_and_grad(functools.partial(loss, implementation=implementation))
     want = [function(jax.tree.map(lambda a, n=n: a[n], stacked)) for n in range(3)]
     assert_close(jax.vmap(function)(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want))
 
 
-@each_implementation
+@pytest.mark.parametrize("implementation", ["recurrent", "xla"])
 def test_second_order_equals_finite_differences(implementation):
     with jax.enable_x64(True):
         x = inputs(jnp.float64, time=20, shape=(1, 1, 2, 3, 2))
@@ -74,9 +79,11 @@ def test_forward_mode_of_the_recurrence():
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-@each_implementation
+@pytest.mark.parametrize(
+    "implementation", ["recurrent", "xla"]
+)  # interpreted kernels have effects, which remat refuses
 def test_checkpoint_and_scan_over_layers(implementation):
-    x = inputs()
+    x = inputs(**sizes(implementation))
 
     def layers(x, wrap):
         def layer(v, _):
@@ -96,17 +103,18 @@ def test_checkpoint_and_scan_over_layers(implementation):
 @each_implementation
 def test_shard_map_and_sharded_jit_over_batch_and_heads(implementation):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    x = inputs()
+    x = inputs(**sizes(implementation))
     specs = jax.tree.map(lambda a: P("data", None, "tensor"), x)
     function = jax.value_and_grad(functools.partial(loss, implementation=implementation))
     want = function(x)
     sharded = jax.device_put(x, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
-    assert_close(jax.jit(function)(sharded), want)
+    if implementation != "pallas":  # the compiler cannot cut a kernel
+        assert_close(jax.jit(function)(sharded), want)
 
     def local(x):
         return jax.lax.psum(loss(x, implementation), ("data", "tensor"))
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=implementation != "pallas")
     assert_close(jax.jit(jax.value_and_grad(mapped))(sharded), want)
 
 
@@ -121,7 +129,7 @@ def test_the_backward_keeps_little():
 
 @each_implementation
 def test_gates_that_are_equal_in_all_channels_are_gates_of_the_head(implementation):
-    x = inputs()
+    x = inputs(**sizes(implementation))
     channel = x | {"g": jnp.broadcast_to(x["g"][..., None], x["k"].shape)}
     assert_close(delta_rule(**channel, implementation=implementation), delta_rule(**x, implementation=implementation))
     nothing = {name: a for name, a in x.items() if name != "g"}
@@ -133,9 +141,9 @@ def test_gates_that_are_equal_in_all_channels_are_gates_of_the_head(implementati
 
 @each_implementation
 def test_defaults(implementation):
-    x = inputs()
+    x = inputs(**sizes(implementation))
     x.pop("g")
-    want = delta_rule(**(x | {"erase": x["k"]}), scale=8**-0.5, implementation=implementation)
+    want = delta_rule(**(x | {"erase": x["k"]}), scale=x["k"].shape[-1] ** -0.5, implementation=implementation)
     assert_close(delta_rule(**x, implementation=implementation), want)
     ones = x | {"beta": jnp.ones_like(x["beta"])}
     x.pop("beta")

@@ -1,0 +1,1 @@
+"""The delta rule as kernels: arrays in, arrays out, on JAX alone."""

@@ -1,0 +1,212 @@
+"""The general delta rule on a TPU: the kernels behind `jax.custom_vjp`, and the layouts they want."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.tpu import scores
+from pallas_kernels.tpu.backward import backward, backward_bytes
+from pallas_kernels.tpu.batching import joins_batch
+from pallas_kernels.tpu.forward import forward, forward_bytes
+from pallas_kernels.tpu.plan import MAX_GROUP, MAX_HEADS, Plan, head_counts, vmem_bytes
+from pallas_kernels.tpu.products import TILE
+from pallas_kernels.tpu.tile import Tokens
+
+
+class Inputs(NamedTuple):
+    """The op's arrays over all tokens, `[batch, time, heads, ...]`; `g` has its resets and no fewer than zero heads."""
+
+    q: Array
+    k: Array
+    v: Array
+    beta: Array | None
+    g: Array | None
+    erase: Array | None
+
+
+def delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+    reset: Array | None,
+    *,
+    scale: float,
+    chunk_size: int | None,
+    erases: bool,
+) -> tuple[Array, Array]:
+    """The delta rule over all tokens, `[batch, time, heads, value]`, and the final state `[batch, heads, key, value]`.
+
+    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Tiles have
+    128 tokens whatever `chunk_size` says. Differentiable once, in reverse mode, in every floating-point argument.
+    """
+    del chunk_size
+    per_key = v.shape[2] // k.shape[2]
+    if per_key > MAX_HEADS:
+        repeats = per_key // max(n for n in range(1, MAX_HEADS + 1) if per_key % n == 0)
+        q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
+        if erase is not None and erase.shape[2] != v.shape[2]:
+            erase = jnp.repeat(erase, repeats, axis=2)
+    if reset is not None:
+        if g is None:
+            g = jnp.zeros(v.shape[:3], jnp.float32)
+        starts = reset.reshape(*reset.shape, *(1,) * (g.ndim - 2))
+        g = jnp.where(starts, jnp.asarray(-jnp.inf, g.dtype), g)
+    tiles = -(-v.shape[1] // TILE)
+    padding = -(-tiles // _groups(tiles)) * _groups(tiles) * TILE - v.shape[1]
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) if padding else x
+
+    if padding and beta is None:
+        beta = jnp.ones(v.shape[:3], jnp.float32)
+    inputs = jax.tree.map(pad, Inputs(q, k, v, beta, g, erase))
+    o, state = _delta_rule(inputs, initial_state, scale, erases)
+    return o[:, : v.shape[1]], state
+
+
+def _groups(tiles: int) -> int:
+    return -(-tiles // MAX_GROUP)
+
+
+def plan_of(inputs: Inputs, scale: float, erases: bool, needs: Callable[[Plan], int]) -> Plan:
+    """How a call with these arrays is cut for a kernel that `needs` so many bytes: into steps of the most heads that fit."""
+    key_heads, key = inputs.k.shape[2:]
+    counts = head_counts(key_heads, inputs.v.shape[2], key, inputs.v.shape[3])
+    plans = [_plan_of(inputs, scale, erases, n) for n in counts if n <= MAX_HEADS or n == counts[0]]
+    return max((p for p in plans if needs(p) <= vmem_bytes()), default=plans[0], key=lambda plan: plan.heads)
+
+
+def _plan_of(inputs: Inputs, scale: float, erases: bool, here: int) -> Plan:
+    batch, time, heads, value = inputs.v.shape
+    key_heads, key = inputs.k.shape[2:]
+    gate: Literal["none", "head", "channel"] = "none"
+    if inputs.g is not None:
+        gate = "channel" if inputs.g.ndim == 4 else "head"
+    groups = _groups(time // TILE)
+    return Plan(
+        batch=batch,
+        key_heads=here * key_heads // heads,
+        heads=here,
+        programs=heads // here,
+        group=time // TILE // groups,
+        groups=groups,
+        key=key,
+        value=value,
+        gate=gate,
+        erase_heads=0 if inputs.erase is None else here * inputs.erase.shape[2] // heads,
+        erases=erases,
+        exact=inputs.v.dtype == jnp.float32,
+        scale=scale,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _delta_rule(inputs: Inputs, initial_state: Array | None, scale: float, erases: bool) -> tuple[Array, Array]:
+    return _run(inputs, initial_state, scale, erases, keep_states=False)[:2]
+
+
+def _run(
+    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool, keep_states: bool
+) -> tuple[Array, Array, Array | None]:
+    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Array | None]:
+        plan = plan_of(inputs, scale, erases, forward_bytes)
+        state = None if initial_state is None else initial_state.astype(jnp.float32)
+        o, state, states = forward(plan, tokens_of(inputs, plan), state, keep_states)
+        return o.reshape(inputs.v.shape), state, states
+
+    return joins_batch(run)(inputs, initial_state)
+
+
+def _forward(
+    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool
+) -> tuple[tuple[Array, Array], tuple[Inputs, Array | None, Array]]:
+    o, state, states = _run(inputs, initial_state, scale, erases, keep_states=True)
+    return (o, state), (inputs, initial_state, checkpoint_name(states, "delta_rule_states"))
+
+
+def _backward(
+    scale: float, erases: bool, residuals: tuple[Inputs, Array | None, Array], cotangents: tuple[Array, Array]
+) -> tuple[Inputs, Array | None]:
+    return joins_batch(functools.partial(_cotangents, scale, erases))(*residuals, *cotangents)
+
+
+def _cotangents(
+    scale: float,
+    erases: bool,
+    inputs: Inputs,
+    initial_state: Array | None,
+    states: Array,
+    d_o: Array,
+    d_state: Array,
+) -> tuple[Inputs, Array | None]:
+    plan = plan_of(inputs, scale, erases, backward_bytes)
+    tokens = tokens_of(inputs, plan)
+    d_tokens, d_state = backward(plan, tokens, states, d_o.reshape(tokens.v.shape), d_state)
+    flat = inputs._replace(beta=None, g=inputs.g if plan.gate == "channel" else None)
+    d_flat = Inputs(d_tokens.q, d_tokens.k, d_tokens.v, None, d_tokens.g, d_tokens.erase)
+    d_inputs = jax.tree.map(lambda d, x: d.reshape(x.shape).astype(x.dtype), d_flat, flat)
+    d_beta, *gate_terms = _heads_last(d_tokens.scalars, plan)
+    if inputs.beta is not None:
+        d_inputs = d_inputs._replace(beta=d_beta.reshape(inputs.beta.shape).astype(inputs.beta.dtype))
+    if inputs.g is not None and plan.gate == "head":
+        d_inputs = d_inputs._replace(g=_gate_gradient(*gate_terms).reshape(inputs.g.shape).astype(inputs.g.dtype))
+    return d_inputs, None if initial_state is None else d_state.astype(initial_state.dtype)
+
+
+_delta_rule.defvjp(_forward, _backward)
+
+
+def tokens_of(inputs: Inputs, plan: Plan) -> Tokens:
+    """The arrays as the kernels read them: heads side by side on the lanes, token scalars with tokens on the lanes."""
+
+    def flat(x: Array | None) -> Array | None:
+        return None if x is None else x.reshape(*x.shape[:2], -1)
+
+    beta = jnp.ones(inputs.v.shape[:3], jnp.float32) if inputs.beta is None else inputs.beta
+    scalars = [_tokens_last(beta, plan)]
+    if plan.gate == "head" and inputs.g is not None:
+        gate = scores.base_two(_tokens_last(inputs.g, plan))
+        after = jnp.pad(gate[..., 1:], ((0, 0),) * 4 + ((0, 1),))
+        scalars += [gate, jnp.exp2(jnp.cumsum(gate, -1)), jnp.exp2(_suffix_sums(after))]
+    return Tokens(
+        q=flat(inputs.q),
+        k=flat(inputs.k),
+        v=flat(inputs.v),
+        erase=flat(inputs.erase),
+        g=flat(inputs.g) if plan.gate == "channel" else None,
+        scalars=jnp.concatenate(scalars, 3),
+    )
+
+
+def _tokens_last(x: Array, plan: Plan) -> Array:
+    """`[batch, time, all heads]` as float32 `[batch, programs, tiles, heads, 128]`."""
+    x = x.astype(jnp.float32).reshape(plan.batch, plan.tiles, TILE, plan.programs, plan.heads)
+    return x.transpose(0, 3, 1, 4, 2)
+
+
+def _heads_last(x: Array, plan: Plan) -> Array:
+    """`[batch, programs, tiles, kinds * heads, 128]` as `[kinds, batch, tiles, 128, all heads]`."""
+    x = x.reshape(plan.batch, plan.programs, plan.tiles, -1, plan.heads, TILE)
+    return x.transpose(3, 0, 2, 5, 1, 4).reshape(-1, plan.batch, plan.tiles, TILE, plan.programs * plan.heads)
+
+
+def _suffix_sums(x: Array, axis: int = -1) -> Array:
+    return jnp.flip(jnp.cumsum(jnp.flip(x, axis), axis), axis)
+
+
+def _gate_gradient(pairs: Array, starts: Array, ends: Array, whole: Array) -> Array:
+    """The cotangent of the gates from what holds them: pairs, what is read from and written to the state, the state.
+
+    All `[batch, tiles, 128, heads]`; a token's gate is in the reads from it on, the writes before it, and the whole.
+    """
+    earlier = jnp.cumsum(jnp.pad(ends[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))), 2)  # no difference of sums
+    return pairs + _suffix_sums(starts, 2) + earlier + jnp.sum(whole, 2, keepdims=True)

@@ -1,0 +1,77 @@
+"""How the work is cut: heads and tiles a grid step, from the shapes alone; and what is not supported."""
+
+import dataclasses
+from typing import Literal
+
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.products import TILE
+
+SIZES = (64, 128, 192, 256, 384, 512)
+MAX_HEADS, MAX_GROUP = 8, 4
+_MOST_HEADS = 32  # the loop over heads is unrolled
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static choices of a call. A grid step handles `group` tiles of 128 tokens of `heads` value heads."""
+
+    batch: int
+    key_heads: int  # a grid step
+    heads: int  # value heads a grid step
+    programs: int  # grid steps to cover all heads
+    group: int  # tiles a grid step
+    groups: int  # grid steps to cover all tokens
+    key: int
+    value: int
+    gate: Literal["none", "head", "channel"]
+    erase_heads: int  # heads of an erase key of its own a grid step; 0 where the write key erases
+    erases: bool
+    exact: bool  # float32 products, for float32 inputs
+    scale: float
+    steep: bool | None = (
+        None  # which way gates per channel take inside 16 tokens; None: every tile decides when it runs
+    )
+
+    @property
+    def per_key(self) -> int:
+        """Value heads that share a key head."""
+        return self.heads // self.key_heads
+
+    @property
+    def tiles(self) -> int:
+        return self.group * self.groups
+
+
+def unsupported(q: Array, v: Array) -> str | None:
+    """Why the kernels cannot take queries and values of these shapes and dtypes; None if they can."""
+    if str(q.dtype) not in ("bfloat16", "float32"):
+        return f"the Pallas TPU kernels take bfloat16 and float32, not {q.dtype}"
+    for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
+        if size not in SIZES:
+            return f"the Pallas TPU kernels take {name} sizes of {', '.join(map(str, SIZES))}, not {size}"
+    if not head_counts(q.shape[-2], v.shape[-2], q.shape[-1], v.shape[-1]):
+        return (
+            f"the Pallas TPU kernels find no way to cut {v.shape[-2]} heads of {q.shape[-1]} and {v.shape[-1]} into parts "
+            f"of whole registers of {TILE} lanes and at most {_MOST_HEADS} heads"
+        )
+    return None
+
+
+def vmem_bytes() -> int:
+    """What a kernel may use of the VMEM of the TPU that is compiled for; of the smallest where kernels are interpreted."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes * 15 // 16
+    except ValueError:
+        return 60 * 2**20
+
+
+def head_counts(key_heads: int, heads: int, key: int, value: int) -> list[int]:
+    """The numbers of value heads a grid step that cut all arrays into whole registers, the smallest first."""
+    per_key = heads // key_heads
+
+    def whole(count: int) -> bool:
+        return count == heads or (count * value % TILE == 0 and count // per_key * key % TILE == 0)
+
+    return [n for n in range(per_key, min(heads, _MOST_HEADS) + 1, per_key) if heads % n == 0 and whole(n)]

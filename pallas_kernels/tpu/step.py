@@ -1,0 +1,104 @@
+"""One token of B x H states: every state is read from memory and written back once, which is all that a step costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.batching import joins_batch
+from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, vmem_bytes
+from pallas_kernels.tpu.products import TILE, column, transposed
+
+
+def delta_rule_step(
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    scale: float,
+) -> tuple[Array, Array]:
+    """The step of `delta_jax.ops.recurrence.step` in float32: `state` `[batch, heads, key, value]`, a key for every head.
+
+    Returns the output `[batch, heads, value]` in float32 and the new state. `erase=None` erases nothing.
+    """
+    return joins_batch(functools.partial(_step, scale))(state, q, k, v, beta, g, erase)
+
+
+def _step(
+    scale: float,
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+) -> tuple[Array, Array]:
+    batch, heads, key, value = state.shape
+    counts = head_counts(heads, heads, key, value)
+    here = max((n for n in counts if n <= MAX_HEADS), default=counts[0])
+    f32 = jnp.float32
+    rows = [scale * q.astype(f32), k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)]
+    if erase is not None:
+        rows.append(erase.astype(f32))
+    decay, per_channel = None, False
+    if g is not None and g.ndim == 3:
+        per_channel = True
+        rows.append(jnp.exp(g.astype(f32)))
+    elif g is not None:
+        decay = jnp.broadcast_to(jnp.exp(g.astype(f32))[..., None], (batch, heads, TILE))
+
+    def body(state: Array, keys: Array, v: Array, decay: Array | None, out: Array, new: Array) -> None:
+        columns = transposed(keys[0, 0])
+        for h in range(here):
+            wide = [column(columns, kind * here + h, TILE) for kind in range(len(rows))]
+            for start in range(0, value, TILE):
+                width = min(TILE, value - start)
+                part = pl.ds(start, width)
+                q, write, *others = (x[:, :width] for x in wide)
+                now = state[0, h, :, part]
+                if per_channel:
+                    now = others[-1] * now
+                elif decay is not None:
+                    now = decay[0, 0, h : h + 1, :width] * now
+                error = v[0, 0, h : h + 1, part]
+                if erase is not None:
+                    error = error - jnp.sum(others[0] * now, 0, keepdims=True)
+                now = now + write * error
+                new[0, h, :, part] = now
+                out[0, 0, h : h + 1, part] = jnp.sum(q * now, 0, keepdims=True)
+
+    def heads_of(width: int, count: int = 1) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, count * here, width), lambda b, h: (b, h, 0, 0))
+
+    def cut(x: Array) -> Array:
+        return x.reshape(batch, heads // here, here, -1)
+
+    states = pl.BlockSpec((1, here, key, value), lambda b, h: (b, h, 0, 0))
+    out, new = pl.pallas_call(
+        body,
+        grid=(batch, heads // here),
+        in_specs=[states, heads_of(key, len(rows)), heads_of(value), None if decay is None else heads_of(TILE)],
+        out_specs=[heads_of(value), states],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads // here, here, value), f32),
+            jax.ShapeDtypeStruct(state.shape, f32),
+        ],
+        input_output_aliases={0: 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes()
+        ),
+        name="delta_rule_step",
+    )(
+        state.astype(f32),
+        jnp.concatenate([cut(x) for x in rows], 2),
+        cut(v.astype(f32)),
+        None if decay is None else cut(decay),
+    )
+    return out.reshape(batch, heads, value), new
