@@ -3,8 +3,11 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 RUN := .venv/bin/python
+# libtpu, which compiles the kernels ahead of time in the tests, is made for Linux on x86-64 alone.
+COMMA := ,
+EXTRAS := dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(COMMA)tpu)
 
-.PHONY: demo test test-oldest lint format peers bench-cpu accuracy clean
+.PHONY: demo test test-oldest lint format peers bench-cpu tpu-schedule accuracy clean
 
 demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per byte and a sample
 	$(RUN) -m experiments.demo
@@ -30,13 +33,16 @@ peers: .venv/installed  ## the libraries the CPU benchmark compares with, each i
 bench-cpu: .venv/installed  ## speed and memory on this machine's CPU, beside the installed peers
 	$(RUN) -m benchmarks.cpu --sweep
 
+tpu-schedule: .venv/installed  ## what the TPU compiler makes of the kernels, on a CPU host
+	$(RUN) -m benchmarks.tpu_schedule
+
 accuracy: .venv/installed  ## the float64 error table in docs
 	$(RUN) -m benchmarks.accuracy
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed on the PATH (or make PYTHON=/path/to/python)."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 .venv-oldest/installed: pyproject.toml

@@ -1,10 +1,11 @@
-"""The command line: delta-jax train | generate | evaluate | info."""
+"""The command line: delta-jax train | generate | evaluate | plan | info."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import sys
 import traceback
@@ -81,6 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequence-length", type=int, metavar="T", help="tokens in a row; default: as in training")
     evaluate.set_defaults(run=_evaluate)
 
+    plan = commands.add_parser(
+        "plan",
+        parents=[common],
+        help="compile a training step for TPUs that are not here: does it fit, what does it move",
+    )
+    plan.add_argument("config", metavar="CONFIG", help="name of a preset, or a TOML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as batch_size=64 or mesh.fsdp=-1")
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x1, tpu7x:2x2x1; one chip is v5e:1x1"
+    )
+    plan.set_defaults(run=_plan)
+
     info = commands.add_parser("info", parents=[common], help="versions, devices, and what can run on them")
     info.set_defaults(run=_info)
     return parser
@@ -150,6 +163,52 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     ]
     _print_rows(rows)
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is enough: take no chip from whoever trains here
+
+    from delta_jax.config import load_config
+    from delta_jax.training import TrainConfig
+    from delta_jax.training.plan import plan
+
+    config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    result = plan(config, arguments.topology)
+    chips = _count(result.chips, "chip") if result.devices == result.chips else f"{result.chips} x 2 devices"
+    rows = [
+        ("topology", f"{result.topology}, {chips} ({result.device_kind}); figures are those of one chip"),
+        ("mesh", ", ".join(f"{axis}={size}" for axis, size in result.mesh.items())),
+        (
+            "batch",
+            f"{_count(config.batch_size, 'sequence')} of {config.sequence_length:,} tokens in "
+            f"{_count(config.gradient_accumulation, 'micro-batch')}",
+        ),
+        ("parameters", f"{result.parameters:,}"),
+        ("delta rule", ", ".join(result.kernels) or "made by XLA"),
+        ("products", f"{result.flops:.4g} FLOPs a step"),
+    ]
+    memory = result.memory
+    if memory is not None:
+        rows += [(field.name, _bytes(getattr(memory, field.name))) for field in dataclasses.fields(memory)]
+        rows += [(kind, f"{_bytes(size)} received a step") for kind, size in result.collectives.items()]
+        rows += [] if result.collectives else [("collectives", "none")]
+    rows.append(("compiled in", f"{result.seconds:.0f} s"))
+    _print_rows(rows)
+    if memory is None:
+        print(f"does not fit: the compiler says: {result.refusal}")
+    else:
+        fits = "fits" if result.fits else "does not fit"
+        print(f"{fits}: {_bytes(memory.total)} of the {_bytes(result.hbm)} of a chip")
+    return 0 if result.fits else 1
+
+
+def _count(number: int, thing: str) -> str:
+    plural = "es" if thing.endswith("ch") else "s"
+    return f"{number:,} {thing}{'' if number == 1 else plural}"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.4g} GiB" if size >= 2**27 else f"{size / 2**20:.3g} MiB"
 
 
 def _info(arguments: argparse.Namespace) -> int:

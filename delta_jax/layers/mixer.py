@@ -8,7 +8,9 @@ A member is a subclass that adds its own parameters and says in `rule_inputs` ho
 from x.
 """
 
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from delta_jax.layers.norm import RMSNorm, l2_normalize
 from delta_jax.ops import delta_rule, delta_rule_step
 from delta_jax.ops.short_convolution import short_convolution
+from delta_jax.parallel import by_heads, indivisible
 
 __all__ = ["Mixer", "MixerCache", "MixerOptions", "RuleInputs"]
 
@@ -306,17 +309,25 @@ class Mixer(nnx.Module):
     def _apply_rule(
         self, inputs: RuleInputs, segment_ids: Int[Array, "batch time"] | None, cache: MixerCache | None
     ) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"]]:
+        implementation = self.implementation
+        if implementation is None and indivisible(inputs.q.shape[0], self.num_heads):
+            implementation = "xla"
         if cache is not None and inputs.q.shape[1] == 1:
-            token = jax.tree.map(lambda a: a[:, 0], inputs)
-            o, state = delta_rule_step(*token, state=cache.state)
-            return o[:, None], state
-        return delta_rule(
-            *inputs,
-            initial_state=None if cache is None else cache.state,
-            segment_ids=segment_ids,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
-        )
+            rule: Callable[..., tuple[Array, Array]] = partial(_one_token, implementation=implementation)
+        else:
+            rule = partial(_whole, chunk_size=self.chunk_size, implementation=implementation)
+        if implementation in (None, "pallas"):  # XLA cuts over a mesh what it made itself, but not a kernel
+            rule = partial(by_heads, rule)
+        return rule(inputs, None if cache is None else cache.state, segment_ids)
+
+
+def _whole(inputs: RuleInputs, state: Array | None, segment_ids: Array | None, **options: Any) -> tuple[Array, Array]:
+    return delta_rule(*inputs, initial_state=state, segment_ids=segment_ids, **options)
+
+
+def _one_token(inputs: RuleInputs, state: Array, segment_ids: Array | None, **options: Any) -> tuple[Array, Array]:
+    o, state = delta_rule_step(*jax.tree.map(lambda a: a[:, 0], inputs), state=state, **options)
+    return o[:, None], state
 
 
 def _require_positive_integers(**numbers: int | None) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from delta_jax.layers import MixerCache, RMSNorm, SwiGLU
 from delta_jax.models.config import MixerSpec, ModelConfig
+from delta_jax.parallel import cut_batch
 
 __all__ = ["Block", "LanguageModel", "ModelCache", "number_of_parameters"]
 
@@ -137,7 +138,7 @@ class LanguageModel(nnx.Module):
                 new.append(block_cache)
             return x, tuple(new) if keep_cache else None
 
-        x, new_cache = jax.lax.scan(repeat, self.embed(tokens), (tuple(self.blocks), cache))
+        x, new_cache = jax.lax.scan(repeat, cut_batch(self.embed(tokens)), (tuple(self.blocks), cache))
         return self.final_norm(x), new_cache
 
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:

@@ -1,6 +1,7 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from delta_jax.parallel.op import by_heads, current_mesh, cut_batch, indivisible
 from delta_jax.parallel.sharding import (
     RULES,
     batch_parts,
@@ -11,6 +12,7 @@ from delta_jax.parallel.sharding import (
     replicated,
     shard_batch,
 )
+from delta_jax.parallel.topology import tpu_topology
 
 __all__ = [
     "AXES",
@@ -18,10 +20,15 @@ __all__ = [
     "MeshConfig",
     "batch_parts",
     "batch_sharding",
+    "by_heads",
+    "current_mesh",
+    "cut_batch",
+    "indivisible",
     "make_mesh",
     "parameter_shardings",
     "partition_spec",
     "path_string",
     "replicated",
     "shard_batch",
+    "tpu_topology",
 ]

@@ -24,7 +24,7 @@ from delta_jax.data import (
     validation_bytes,
 )
 from delta_jax.models.loss import bits_per_byte
-from delta_jax.parallel import batch_parts, make_mesh, shard_batch
+from delta_jax.parallel import make_mesh, shard_batch
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.metrics import (
@@ -40,7 +40,7 @@ from delta_jax.training.plots import plot_curve
 from delta_jax.training.progress import ProgressDisplay
 from delta_jax.training.signals import StopRequest
 from delta_jax.training.state import TrainState, abstract_state, initial_state
-from delta_jax.training.step import make_evaluation_step, make_train_step
+from delta_jax.training.step import check_batch, make_evaluation_step, make_train_step
 
 CURVE = "curve.png"
 CONFIG = "config.json"
@@ -99,7 +99,7 @@ def train(
     output = _writable(config.output)
     tokenizer = _fitting_tokenizer(config)
     mesh = make_mesh(config.mesh, devices)
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     template = abstract_state(config.model, optimizer, mesh)
     batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
@@ -275,12 +275,3 @@ def _fitting_tokenizer(config: TrainConfig) -> Tokenizer:
             f"{tokenizer.vocab_size} ids"
         )
     return tokenizer
-
-
-def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    micro, parts = config.batch_size // config.gradient_accumulation, batch_parts(mesh)
-    if micro % parts:
-        raise ValueError(
-            f"batch_size / gradient_accumulation is {micro}: wanted a multiple of the {parts} parts into "
-            f"which the mesh cuts the batch (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
-        )

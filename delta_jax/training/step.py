@@ -1,5 +1,6 @@
 """The one jitted train step and the one jitted evaluation step."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxtyping import Array, Float
 
 from delta_jax.models import LanguageModel, ModelConfig
 from delta_jax.models.loss import token_nats
-from delta_jax.parallel import batch_sharding, replicated
+from delta_jax.parallel import batch_parts, batch_sharding, replicated
+from delta_jax.training.config import TrainConfig
 from delta_jax.training.optimizer import Schedule
 from delta_jax.training.state import TrainState, abstract_model, abstract_state, merge_model
 
@@ -50,6 +52,7 @@ def make_train_step(
     def micro_loss(parameters: Any, batch: Batch) -> Float[Array, ""]:
         return loss_sum(merge_model(structure, parameters), batch)
 
+    @_on(mesh)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
             new = jax.value_and_grad(micro_loss)(state.parameters, micro)
@@ -86,8 +89,33 @@ def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batc
     """Build ``(parameters, batch) -> (nats, tokens)``: sums over a batch of arrays [1, batch, time]."""
     structure, _ = abstract_model(config)
 
+    @_on(mesh)
     def step(parameters: Any, batch: Batch) -> tuple[Array, Array]:
         only = jax.tree.map(lambda array: array[0], dict(batch))
         return loss_sum(merge_model(structure, parameters), only), jnp.sum(only["mask"])
 
     return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises a ValueError if the sequences of a micro-batch do not divide over the mesh."""
+    micro, parts = config.batch_size // config.gradient_accumulation, batch_parts(mesh)
+    if micro % parts:
+        raise ValueError(
+            f"batch_size / gradient_accumulation is {micro}: wanted a multiple of the {parts} parts into "
+            f"which the mesh cuts the batch (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+        )
+
+
+def _on[**P, R](mesh: Mesh) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Traces a function with the mesh set: the model asks what it is, and kernels ask for which device they are."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def traced(*arguments: P.args, **keywords: P.kwargs) -> R:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments, **keywords)
+
+        return traced
+
+    return decorate

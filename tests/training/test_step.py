@@ -12,6 +12,7 @@ from delta_jax.parallel import MeshConfig, make_mesh, path_string, shard_batch
 from delta_jax.training import (
     OptimizerConfig,
     TrainState,
+    abstract_state,
     initial_state,
     learning_rate_schedule,
     make_evaluation_step,
@@ -22,7 +23,7 @@ from delta_jax.training import (
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.1)
 
 
-def _model(mixer: str = "gated_delta_net", implementation: str = "recurrent", **changes: object) -> ModelConfig:
+def _model(mixer: str = "gated_delta_net", implementation: str | None = "recurrent", **changes: object) -> ModelConfig:
     options: tuple[tuple[str, object], ...] = (
         ("num_heads", 2),
         ("head_dim", 8),
@@ -160,3 +161,16 @@ def test_bfloat16_compute_keeps_float32_parameters_and_a_close_loss() -> None:
     rough, state = _run(_model(dtype="bfloat16", remat="block"), _batches(3), MeshConfig(), 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.parameters)} == {jnp.dtype("float32")}
     np.testing.assert_allclose([m["loss"] for m in rough], [m["loss"] for m in exact], rtol=5e-3)
+
+
+@pytest.mark.parametrize(("implementation", "cut"), [(None, True), ("xla", False)])
+def test_the_step_sets_its_mesh_so_that_kernels_are_cut_over_it(implementation: str | None, cut: bool) -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    optimizer, model = make_optimizer(OPTIMIZER, 10), _model(implementation=implementation)
+    state, batch = abstract_state(model, optimizer, mesh), shard_batch(_batches(1)[0], mesh)
+    steps = (
+        (make_train_step(model, optimizer, learning_rate_schedule(OPTIMIZER, 10), mesh), state),
+        (make_evaluation_step(model, mesh), state.parameters),
+    )
+    for step, first in steps:
+        assert ("shard_map" in str(step.trace(first, batch).jaxpr)) == cut  # type: ignore[attr-defined]

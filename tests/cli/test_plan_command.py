@@ -1,0 +1,64 @@
+"""`delta-jax plan`: rows, one clear line and an exit code."""
+
+import re
+
+import pytest
+
+from delta_jax.cli import main
+
+TINY = ["plan", "tiny", "model.num_layers=1", "sequence_length=128", "model.pattern.0.implementation=pallas"]
+
+
+@pytest.fixture
+def libtpu():
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs that are not here, is not installed")
+
+
+def test_a_plan_that_fits(libtpu, capsys):
+    assert main([*TINY, "--topology", "v5e:1x1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
+    assert shown["topology"] == "v5e:1x1, 1 chip (TPU v5 lite); figures are those of one chip"
+    assert shown["mesh"] == "data=1, fsdp=1, tensor=1"
+    assert shown["batch"] == "4 sequences of 128 tokens in 1 micro-batch"
+    assert shown["delta rule"] == "delta_rule_forward, delta_rule_backward"
+    assert re.fullmatch(r"[\d.e+]+ FLOPs a step", shown["products"])
+    assert {"parameters", "arguments", "outputs", "temporaries", "program", "compiled in"} <= set(shown)
+    assert shown["collectives"] == "none"
+    assert re.fullmatch(r"fits: [\d.]+ [MG]iB of the 16 GiB of a chip", lines[-1])
+
+
+def test_a_plan_that_does_not_fit(libtpu, capsys):
+    assert main([*TINY, "batch_size=65536", "--topology", "v5e:1x1"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("does not fit: the compiler says: ")
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v5e:3x3"], "topology 'v5e:3x3'"),
+        (["mesh.data=3", "--topology", "v5e:2x2"], "does not fit the 4 tpu device"),
+        (["batch_size=3", "--topology", "v5e:2x2"], "wanted a multiple of the 4 parts"),
+    ],
+)
+def test_mistakes(libtpu, capsys, arguments, message):
+    assert main(["plan", "tiny", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("delta-jax plan: error: ")
+    assert message in error and error.count("\n") == 1
+
+
+def test_without_libtpu(monkeypatch, capsys):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", "tiny", "--topology", "v5e:1x1"]) == 2
+    assert 'pip install "delta_jax[tpu]"' in capsys.readouterr().err
+
+
+def test_the_topology_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", "tiny"])
+    assert exit.value.code == 2
+    assert "--topology" in capsys.readouterr().err

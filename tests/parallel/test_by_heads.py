@@ -1,0 +1,128 @@
+"""The op in a model on a mesh: cut by hand over sequences and heads, it gives what the whole gives."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from delta_jax.layers import GatedDeltaNet
+from delta_jax.layers.mixer import RuleInputs
+from delta_jax.ops import delta_rule
+from delta_jax.parallel import MeshConfig, by_heads, cut_batch, indivisible, make_mesh
+
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def _problem(batch: int = 8, key_heads: int = 2, erase_heads: int = 4) -> tuple[RuleInputs, jax.Array, jax.Array]:
+    """Inputs with grouped heads, a gate per channel, erase keys, a state to start from and two segments a row."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape) / 3, jnp.float32)
+
+    time, heads, key, value = 40, 2 * key_heads, 8, 16
+    inputs = RuleInputs(
+        normal(batch, time, key_heads, key),
+        normal(batch, time, key_heads, key),
+        normal(batch, time, heads, value),
+        jax.nn.sigmoid(normal(batch, time, heads)),
+        -jnp.exp(normal(batch, time, heads, key)),
+        normal(batch, time, erase_heads, key),
+    )
+    starts = random.integers(5, 35, (batch, 1))
+    return inputs, normal(batch, heads, key, value), jnp.asarray(np.arange(time) >= starts, jnp.int32)
+
+
+def _rule(inputs: RuleInputs, state: Any, segment_ids: Any) -> tuple[jax.Array, jax.Array]:
+    return delta_rule(*inputs, initial_state=state, segment_ids=segment_ids, implementation="xla")
+
+
+@pytest.mark.parametrize("erase_heads", [2, 4])
+def test_on_a_mesh_output_state_and_gradients_are_those_of_the_whole(erase_heads: int) -> None:
+    inputs, state, segment_ids = _problem(erase_heads=erase_heads)
+
+    def loss(rule: Any, inputs: RuleInputs, state: jax.Array) -> tuple[jax.Array, Any]:
+        o, final = rule(inputs, state, segment_ids)
+        return jnp.sum(o * jnp.cos(o)) + jnp.sum(jnp.sin(final)), (o, final)
+
+    def run(rule: Any) -> Any:
+        return jax.jit(jax.value_and_grad(partial(loss, rule), argnums=(0, 1), has_aux=True))
+
+    whole = run(_rule)(inputs, state)
+    with jax.set_mesh(make_mesh(MESH)):
+        compiled = run(partial(by_heads, _rule)).lower(inputs, state).compile()
+        cut = compiled(inputs, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), whole, jax.device_get(cut))
+    of_output, of_state = (sharding.spec for sharding in compiled.output_shardings[0][1])
+    assert (of_output, of_state) == (P(("data", "fsdp"), None, "tensor"), P(("data", "fsdp"), "tensor"))
+
+
+def test_every_device_sees_its_own_sequences_and_heads() -> None:
+    inputs, _, segment_ids = _problem()
+    seen = []
+
+    def rule(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        seen.append(jax.tree.map(jnp.shape, arguments))
+        return _rule(*arguments)
+
+    with jax.set_mesh(make_mesh(MESH)):
+        jax.jit(partial(by_heads, rule)).lower(RuleInputs(*inputs[:4]), None, segment_ids)
+    shapes = RuleInputs((2, 40, 1, 8), (2, 40, 1, 8), (2, 40, 2, 16), (2, 40, 2))
+    assert seen == [(shapes, None, (2, 40))]
+
+
+def test_without_a_mesh_or_on_one_device_it_is_a_plain_call() -> None:
+    inputs, state, segment_ids = _problem()
+    whole = _rule(inputs, state, segment_ids)
+    jax.tree.map(np.testing.assert_array_equal, by_heads(_rule, inputs, state, segment_ids), whole)
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert "shard_map" not in str(jax.make_jaxpr(partial(by_heads, _rule))(inputs, state, segment_ids))
+        assert indivisible(3, 5) is None
+
+
+def test_what_does_not_divide_says_so() -> None:
+    with jax.set_mesh(make_mesh(MESH)):
+        for changes, message in (
+            ({"batch": 6}, "cuts the sequences into 4 parts (data=2 x fsdp=2), which does not divide 6"),
+            ({"key_heads": 3, "erase_heads": 3}, "cuts the key heads into 2 parts (tensor=2), which does not divide 3"),
+        ):
+            with pytest.raises(ValueError) as raised:
+                jax.eval_shape(partial(by_heads, _rule), *_problem(**changes))
+            assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("heads", "cut"), [(2, True), (3, False)])
+def test_the_automatic_choice_falls_back_on_what_the_compiler_can_cut(heads: int, cut: bool) -> None:
+    layer = GatedDeltaNet(16, num_heads=heads, head_dim=8, rngs=nnx.Rngs(0))
+    x = jnp.ones((8, 20, 16))
+    whole = layer(x)
+    with jax.set_mesh(make_mesh(MESH)):
+        assert ("shard_map" in str(jax.make_jaxpr(layer)(x))) == cut
+        np.testing.assert_allclose(jax.device_get(jax.jit(layer)(x)), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_one_token_and_the_whole_agree_on_a_mesh() -> None:
+    layer = GatedDeltaNet(16, num_heads=2, head_dim=8, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (8, 21, 16))
+    whole = layer(x)
+
+    @jax.jit
+    def split(x: jax.Array) -> jax.Array:
+        _, cache = layer(x[:, :-1], return_cache=True)
+        return layer(x[:, -1:], cache=cache)[0]
+
+    with jax.set_mesh(make_mesh(MESH)):
+        last = jax.device_get(split(x))
+    np.testing.assert_allclose(last[:, 0], whole[:, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_is_cut_where_it_divides() -> None:
+    with jax.set_mesh(make_mesh(MESH)):
+        assert jax.jit(cut_batch)(jnp.ones((8, 3))).sharding.spec[0] == ("data", "fsdp")
+        assert cut_batch(jnp.ones((6, 3))).shape == (6, 3)
+    assert cut_batch(jnp.ones((6, 3))).shape == (6, 3)
