@@ -1,0 +1,121 @@
+"""Schedules of the Pallas TPU kernels and of the "xla" implementation, in a process of its own for each generation.
+
+Usage: python -m benchmarks.tpu_schedule.ours GENERATION. Prints one marked line for each compiled program.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from benchmarks.timing import MARK
+from benchmarks.tpu_schedule.compiler import schedule  # sets the environment: before everything that imports JAX
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+
+from delta_jax.ops.chunkwise import chunkwise  # isort: skip
+from pallas_kernels import tpu  # isort: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A shape of the op."""
+
+    name: str
+    gate: str = "none"
+    tokens: int = 8192
+    key_heads: int = 32
+    heads: int = 32
+    key: int = 128
+    value: int = 128
+    dtype: str = "bfloat16"
+    decode_batch: int = 64
+
+
+CASES = (
+    Case(name="no gate"),
+    Case(name="gate per head", gate="head"),
+    Case(name="gate per channel (Kimi Linear)", gate="channel"),
+    Case(name="Qwen3-Next", gate="head", key_heads=16),
+    Case(name="DeltaNet 340M", tokens=2048, key_heads=8, heads=8),
+    Case(name="DeltaNet 1.3B", tokens=2048, key_heads=16, heads=16),
+    Case(name="Gated DeltaNet 1.3B", gate="head", tokens=4096, key_heads=6, heads=6, key=256, value=512),
+    Case(name="gate per head, float32", gate="head", dtype="float32"),
+)
+XLA = {"v6e": ("gate per head",)}  # a minute of compiling
+
+
+def programs(case: Case, rule: Callable[..., Any]) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    """The functions of a case with the shapes of their arguments: heads side by side, as a projection leaves them."""
+    dtype, batch, heads = jnp.dtype(case.dtype), 1, case.heads
+
+    def flat(width: int, kind: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, case.tokens, width), kind)
+
+    keys, values = flat(case.key_heads * case.key), flat(heads * case.value)
+    widths = {"none": [], "head": [heads], "channel": [heads * case.key]}
+    arguments = [keys, keys, values, flat(heads, jnp.float32)]
+    arguments += [flat(width, jnp.float32) for width in widths[case.gate]]
+
+    def cut(x: jax.Array, size: int) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, size)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None = None) -> jax.Array:
+        q, k, v = cut(q, case.key), cut(k, case.key), cut(v, case.value)
+        if g is not None and case.gate == "channel":
+            g = cut(g, case.key)
+        o, _ = rule(q, k, v, beta, g, None, None, None, scale=case.key**-0.5, chunk_size=None, erases=True)
+        return o.reshape(*o.shape[:2], -1)
+
+    def forward_backward(d_o: jax.Array, *x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        o, pull = jax.vjp(forward, *x)
+        return o, pull(d_o)
+
+    return {"forward": (forward, arguments), "forward_backward": (forward_backward, [values, *arguments])}
+
+
+def step_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
+    """One token for a batch; the keys of every value head, erasing with the write key."""
+
+    def step(
+        state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None = None
+    ) -> Any:
+        return tpu.delta_rule_step(state, q, k, v, beta, g, k, case.key**-0.5)
+
+    def shape(*size: int, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((case.decode_batch, case.heads, *size), kind)
+
+    dtype = jnp.dtype(case.dtype)
+    keys = shape(case.key, kind=dtype)
+    arguments = [shape(case.key, case.value), keys, keys, shape(case.value, kind=dtype), shape()]
+    gates = {"none": [], "head": [shape()], "channel": [shape(case.key)]}
+    return step, arguments + gates[case.gate]
+
+
+def main() -> None:
+    generation = sys.argv[1]
+    versions = {name: version(name) for name in ("delta_jax", "jax", "libtpu")}
+    say = functools.partial(print, flush=True)
+    for case in CASES:
+        jobs = [("pallas", name, *job) for name, job in programs(case, tpu.delta_rule).items()]
+        jobs.append(("pallas", "step", *step_program(case)))
+        if case.name in XLA.get(generation, ()):
+            jobs.append(("xla", "forward", *programs(case, chunkwise)["forward"]))
+        for implementation, direction, function, arguments in jobs:
+            about = {"generation": generation, "case": asdict(case), "implementation": implementation}
+            about |= {"direction": direction, "versions": versions}
+            try:
+                say(
+                    MARK
+                    + json.dumps(about | schedule(function, arguments, generation, donate=(0,) * (direction == "step")))
+                )
+            except Exception as error:  # a kernel that does not compile is a row of the table, not the end of the run
+                say(MARK + json.dumps(about | {"error": str(error).strip().splitlines()[0][:300]}))
+
+
+if __name__ == "__main__":
+    main()
