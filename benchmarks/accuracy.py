@@ -6,7 +6,6 @@ over the root mean square of the reference. Writes accuracy.md and accuracy.json
 """
 
 import argparse
-import json
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from benchmarks.report import write
 from tests.ops.members import (
     BATCH,
     HARD,
@@ -171,10 +171,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of accuracy.md and accuracy.json")
     output = parser.parse_args().output
     result = measure()
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / "accuracy.md").write_text(markdown(result))
-    print(markdown(result))
+    text = markdown(result)
+    write(output, "accuracy", result, text)
+    print(text)
 
 
 if __name__ == "__main__":

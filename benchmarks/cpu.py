@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.problem import make_inputs, save
-from benchmarks.report import report_markdown
+from benchmarks.report import report_markdown, write
 from benchmarks.timing import MARK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,10 +260,8 @@ def main() -> None:
 
         result["sweep"] = sweep(options.seconds, console)
     result["seconds"] = round(time.time() - start)
-    options.output.mkdir(parents=True, exist_ok=True)
     text = report_markdown(result)
-    (options.output / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "cpu.md").write_text(text)
+    write(options.output, "cpu", result, text)
     print(text)
 
 

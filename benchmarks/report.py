@@ -1,5 +1,7 @@
 """The tables of a run as Markdown."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 BUSY = 0.5
@@ -50,7 +52,7 @@ def report_markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -64,7 +66,7 @@ def _speed(rows: list[dict[str, Any]]) -> str:
         return [spread, f"{ms['fastest_ms']:.1f}"]
 
     head = ["implementation", "forward", "fastest", "forward + backward", "fastest"]
-    return _table(head, [[row["name"], *cells(row, "forward"), *cells(row, "forward_backward")] for row in rows])
+    return table(head, [[row["name"], *cells(row, "forward"), *cells(row, "forward_backward")] for row in rows])
 
 
 def _ratios(rows: list[dict[str, Any]], gate: str) -> str:
@@ -78,7 +80,7 @@ def _ratios(rows: list[dict[str, Any]], gate: str) -> str:
         ]
 
     head = ["implementation", "forward", "fastest", "forward + backward", "fastest"]
-    return _table(head, [[row["name"], *cells(row, "forward"), *cells(row, "forward_backward")] for row in rows])
+    return table(head, [[row["name"], *cells(row, "forward"), *cells(row, "forward_backward")] for row in rows])
 
 
 def _matmul_text(rows: list[dict[str, Any]]) -> str:
@@ -118,7 +120,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         "error of o",
         "worst error of a gradient",
     ]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _versions(versions: dict[str, str]) -> str:
@@ -145,4 +147,11 @@ def _sweep(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _table(["T", "chunkwise", "recurrence", "ratio", "chunkwise, MB", "recurrence, MB"], lines)
+    return table(["T", "chunkwise", "recurrence", "ratio", "chunkwise, MB", "recurrence, MB"], lines)
+
+
+def write(folder: Path, name: str, result: dict[str, Any], text: str) -> None:
+    """Writes a benchmark's figures and its page as NAME.json and NAME.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(text)

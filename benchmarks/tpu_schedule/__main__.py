@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.report import write
 from benchmarks.timing import MARK
 from benchmarks.tpu_schedule.chips import CHIPS
 from benchmarks.tpu_schedule.page import page
@@ -75,10 +76,8 @@ def main() -> None:
         **collect(options.generations, Console(stderr=True)),
     }
     result["seconds"] = round(time.time() - start)
-    options.output.mkdir(parents=True, exist_ok=True)
     text = page(result)
-    (options.output / "tpu_schedule.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "tpu_schedule.md").write_text(text)
+    write(options.output, "tpu_schedule", result, text)
     print(text)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.report import _table as table
+from benchmarks.report import table
 from benchmarks.tpu_schedule.chips import CHIPS, SOURCE, Chip
 
 TOKENS = 128

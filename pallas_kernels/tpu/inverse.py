@@ -1,14 +1,13 @@
 """The inverse of unit lower-triangular matrices in float32, from blocks of 16 upwards, safe on repeated keys.
 
-A tile of 128 tokens has two diagonal blocks of 64, kept side by side as one `[64, 128]` array (a "pair"). Their diagonal
-blocks of 16 lie on lanes of their own, so all eight are one array `[16, 128]`, and substitution on the vector unit
-inverts them together:
+The eight diagonal blocks of 16 of a tile of 128 tokens lie on lanes of their own, so they are one array `[16, 128]`, and
+substitution on the vector unit inverts them together:
 
     X <- X - a_j x_j      j = 0 ... 14,      a_j column j of every block, x_j row j of the inverse so far
 
-Two levels of X21 = -X22 A21 X11 on the MXU make blocks of 64 of them. The small products of a level share one product: the
-left factors lie side by side on the lanes, the right ones on the diagonal of one 128 x 128 matrix. Half of a head's lanes
-hold such a pair of blocks, so two heads fill them. Only blocks of the inverse are multiplied, never powers of A.
+Two levels of X21 = -X22 A21 X11 on the MXU make the two blocks of 64 of them. The small products of a level share one
+product: the left factors lie side by side on the lanes, the right ones on the diagonal of one 128 x 128 matrix. Half of a
+head's lanes hold the left blocks X11, so two heads fill them. Only blocks of the inverse are multiplied, never powers of A.
 
 Source: the recursion of `delta_jax.ops.inverse` (arXiv 2605.21325 section 3); substitution: any text on linear algebra.
 """
@@ -20,16 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.products import TILE, float32_product, lanes, rows, split
 
 BASE = 16
-HALF = TILE // 2
-
-
-def diagonal_blocks(pair: Array, size: int) -> Array:
-    """The diagonal blocks of a pair, `[64, 128]`, side by side: `[size, 128]`."""
-    block = lanes(size, TILE) % HALF // size
-    result = pair[:size]
-    for n in range(1, HALF // size):
-        result = jnp.where(block == n, pair[n * size : (n + 1) * size], result)
-    return result
 
 
 def base_columns(a: Array, columns: Array) -> None:
@@ -57,13 +46,6 @@ def invert_base(columns: Array) -> tuple[Array, Array]:
             top = top - columns[BASE + j] * solved
         bottom = bottom - columns[j] * solved
     return top, bottom
-
-
-def corner_blocks(pair: Array, size: int) -> Array:
-    """The blocks A21 of a pair, on the lanes of their X11; what lies on the other lanes is of no use."""
-    if size == HALF // 2:
-        return pair[size:]
-    return jnp.where(lanes(size, TILE) % HALF < 2 * size, pair[size : 2 * size], pair[3 * size :])
 
 
 def merge_right(first: Array, second: Array, first_corner: Array, second_corner: Array, exact: bool) -> Array:

@@ -30,9 +30,7 @@ class Plan:
     erases: bool
     exact: bool  # float32 products, for float32 inputs
     scale: float
-    steep: bool | None = (
-        None  # which way gates per channel take inside 16 tokens; None: every tile decides when it runs
-    )
+    steep: bool | None = None  # the way gates per channel take inside 16 tokens; None: every tile decides as it runs
 
     @property
     def per_key(self) -> int:

@@ -117,10 +117,15 @@ def key_of(plan: Plan, head: int) -> int:
     return head // plan.per_key
 
 
+def of_key(plan: Plan, ref: Ref, head: int) -> Array:
+    """The query or key of a value head, `[128, key]`."""
+    return of_head(ref, key_of(plan, head), plan.key)
+
+
 def erase_of(plan: Plan, tokens: Tokens, head: int) -> Array:
     """The erase key of a value head, `[128, key]`."""
     if tokens.erase is None:
-        return of_head(tokens.k, key_of(plan, head), plan.key)
+        return of_key(plan, tokens.k, head)
     return of_head(tokens.erase, head * plan.erase_heads // plan.heads, plan.key)
 
 
@@ -166,7 +171,7 @@ def _head_scores(plan: Plan, tokens: Tokens, done: Prepared) -> None:
         raw = None
         for h in range(plan.heads):
             if raw is None or plan.erase_heads == plan.heads or h % plan.per_key == 0:
-                k = of_head(tokens.k, key_of(plan, h), plan.key)
+                k = of_key(plan, tokens.k, h)
                 raw = product(erase_of(plan, tokens, h), k, plan.exact, transpose_b=True)
             done.a[h] = decayed(raw, h)
     for j in range(plan.key_heads):
@@ -187,10 +192,10 @@ def _channel_scores(plan: Plan, tokens: Tokens, done: Prepared, temporary: Tempo
     before, after, f32 = temporary.before, temporary.after, jnp.float32
 
     def key(h: int) -> Array:
-        return of_head(tokens.k, key_of(plan, h), plan.key).astype(f32)
+        return of_key(plan, tokens.k, h).astype(f32)
 
     def query(h: int) -> Array:
-        return of_head(tokens.q, key_of(plan, h), plan.key).astype(f32)
+        return of_key(plan, tokens.q, h).astype(f32)
 
     def gate(h: int) -> Array:
         return scores.base_two(of_head(tokens.g, h, plan.key))
@@ -327,7 +332,7 @@ def carry(plan: Plan, tokens: Tokens, done: Prepared, state: Ref, new: Ref, y: R
         if plan.erases:
             read.append(erase_of(plan, tokens, h) if done.erase_in is None else done.erase_in[h])
         if out is not None:
-            q = of_head(tokens.q, key_of(plan, h), plan.key)
+            q = of_key(plan, tokens.q, h)
             read.append(q if done.query_in is None else done.query_in[h])
         if read:
             known = product(jnp.concatenate(read, 0), old, plan.exact)
