@@ -13,7 +13,7 @@ demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per by
 	$(RUN) -m experiments.demo
 
 test: .venv/installed  ## the whole test suite
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 test-oldest: .venv-oldest/installed  ## the op's tests on the oldest supported JAX
 	.venv-oldest/bin/python -m pytest tests/ops

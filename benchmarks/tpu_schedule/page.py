@@ -13,7 +13,8 @@ INTRODUCTION = """\
 What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anything, and none of these figures is a time.
 
 - A *bundle* is one instruction word of a TensorCore, issued in at least one cycle. A grid step's bundles are those between
-  the ends of the grid's own loop, loops inside by their trip counts, every branch as if it were taken.
+  the ends of the grid's own loop, loops inside by their trip counts, every branch as if it were taken. A gate per channel
+  has two rows: tiles decide as they run which way they take, and each row has one way and the decision.
 - *Cycles* are the bundles replayed in order with the compiler's own latencies: a result popped from a queue of the MXU, XLU
   or EUP before it is there makes the core wait. Not in it: DMA, conflicts of memory banks, instruction fetch, the pipeline's
   first and last step. Where memory is the limit, "bandwidth" says so.
@@ -193,11 +194,11 @@ def ratios(rows: list[Row], generations: Iterable[str]) -> str:
         for theirs in here:
             if theirs["implementation"] != "tokamax":
                 continue
-            ours = next((row for row in here if row["implementation"] == "pallas" and alike(row, theirs)), None)
-            if ours is not None:
-                lines.append(
-                    [name, f"{label(theirs)} over {label(ours)}: {words(theirs['direction'])}", *quotient(theirs, ours)]
-                )
+            lines += [
+                [name, f"{label(theirs)} over {label(ours)}: {words(theirs['direction'])}", *quotient(theirs, ours)]
+                for ours in here
+                if ours["implementation"] == "pallas" and alike(ours, theirs)
+            ]
     for row in rows:
         if row["implementation"] == "xla":
             ours = next(o for o in rows if o["implementation"] == "pallas" and o["generation"] == row["generation"]

@@ -1,5 +1,7 @@
 """The backward kernel: from the states before every group of tiles, forwards through the group and back again.
 
+The inverses of the tiles are those of the forward; all else is made again.
+
 With the symbols of `pallas_kernels.tpu.tile`, N = Y dS'^T, and dO already multiplied by the scale:
 
     dY = (P diag(b))^T dO + (b exp(Z) K) dS'
@@ -11,22 +13,37 @@ With the symbols of `pallas_kernels.tpu.tile`, N = Y dS'^T, and dO already multi
     dS = exp(G_128) dS' + (exp(G) Q)^T dO - (exp(G) E)^T dB
 
 The cotangent of a gate is gathered from every factor that holds it, `factor * d_factor` of the pairs around its token, the
-reads after it, the writes before it and the whole; the short form q dq - k dk is a difference of large numbers. (Inside 16
-tokens with gentle gates it is taken, on sums that hold the same rounded factors, so that they cancel exactly.)
+reads after it, the writes before it and the whole; the short form q dq - k dk is a difference of large numbers.
 """
-
-import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
-from pallas_kernels.tpu import scores
-from pallas_kernels.tpu.forward import bytes_of, held, in_memory, of_tile, state_spec, tokens_bytes, tokens_specs
+from pallas_kernels.tpu import backward_channel, scores
+from pallas_kernels.tpu.backward_scratch import (
+    Scratch,
+    Stash,
+    add,
+    add_erase,
+    reads_of,
+    scratch_shapes,
+    stash_shapes,
+)
+from pallas_kernels.tpu.forward import (
+    Kept,
+    bytes_of,
+    held,
+    in_memory,
+    kept_bytes,
+    kept_specs,
+    of_tile,
+    state_spec,
+    tokens_bytes,
+    tokens_specs,
+)
 from pallas_kernels.tpu.plan import Plan, vmem_bytes
 from pallas_kernels.tpu.products import TILE, column, lanes, product, rows, transposed
 from pallas_kernels.tpu.tile import (
@@ -36,104 +53,30 @@ from pallas_kernels.tpu.tile import (
     START,
     Prepared,
     Ref,
-    Temporary,
     Tokens,
     carry,
     erase_of,
-    if_steep,
-    key_of,
     of_head,
     of_key,
     operand,
     prepare,
-    prepared_shapes,
     scalar_row,
     solve_product,
-    temporary_shapes,
 )
 
 PAIRS, READS, WRITES, WHOLE = range(1, 5)  # the rows of a gate per head in the cotangents of the scalars, after beta's
 
 
-class Stash(NamedTuple):
-    """What the way forwards leaves for the way back, of every tile of a group; axes `[group, heads, ...]`."""
-
-    prepared: Prepared
-    states: Ref  # before the tile, [key, value]
-    y: Ref  # [128, value]
-
-
-class Scratch(NamedTuple):
-    temporary: Temporary
-    state: Ref  # float32 [heads, key, value]
-    new: Ref  # float32 [heads, 128, value]: B forwards, dY and dB backwards
-    d_o: Ref  # dO times the scale, an operand, [heads, 128, value]
-    d_b: Ref  # dB likewise
-    d_a: Ref  # dA and dP as operands, [heads, 128, 128]
-    d_p: Ref
-    raw_p: Ref  # float32, before masks, decays and beta
-    raw_a: Ref
-    d_reads: Ref  # float32 [heads, 128, key]
-    d_writes: Ref
-    scores_turned: Ref  # transposes of scores as operands: [heads, 128, 128 or 256]
-    keys_turned: Ref  # [heads, 128, key]
-    x_turned: Ref  # [heads, 128, 64]
-    reads_turned: Ref  # [heads, key, 128 or 256]
-    d_q: Ref  # float32 [key heads, 128, key]
-    d_k: Ref
-    d_erase: Ref
-    terms: Ref  # a gate per channel: factor * d_factor of levels, reads and writes, as operands [heads, 9 * 128, key]
-    near: Ref  # likewise: what pairs inside 16 tokens give to gentle gates, float32 [heads, 128, key]
-    whole: Ref  # likewise of the whole, [heads, 8, key]
-
-
-def _vmem(*shape: int, dtype: DTypeLike = jnp.float32) -> object:
-    return pltpu.VMEM(shape, dtype)
-
-
-def _stash_shapes(plan: Plan) -> Stash:
-    return Stash(
-        prepared_shapes(plan, plan.group),
-        _vmem(plan.group, plan.heads, plan.key, plan.value, dtype=operand(plan)),
-        _vmem(plan.group, plan.heads, TILE, plan.value, dtype=operand(plan)),
-    )
-
-
-def _scratch_shapes(plan: Plan) -> Scratch:
-    channel, reads = plan.gate == "channel", 1 + plan.erases
-    return Scratch(
-        temporary=temporary_shapes(plan),
-        state=_vmem(plan.heads, plan.key, plan.value),
-        new=_vmem(plan.heads, TILE, plan.value),
-        d_o=_vmem(plan.heads, TILE, plan.value, dtype=operand(plan)),
-        d_b=_vmem(plan.heads, TILE, plan.value, dtype=operand(plan)),
-        d_a=_vmem(plan.heads, TILE, TILE, dtype=operand(plan)) if plan.erases else None,
-        d_p=_vmem(plan.heads, TILE, TILE, dtype=operand(plan)),
-        raw_p=_vmem(plan.heads, TILE, TILE),
-        raw_a=_vmem(plan.heads, TILE, TILE) if plan.erases else None,
-        d_reads=_vmem(plan.heads, TILE, plan.key),
-        d_writes=_vmem(plan.heads, TILE, plan.key),
-        scores_turned=_vmem(plan.heads, TILE, reads * TILE, dtype=operand(plan)),
-        keys_turned=_vmem(plan.heads, TILE, plan.key, dtype=operand(plan)),
-        x_turned=_vmem(plan.heads, TILE, HALF) if plan.erases else None,
-        reads_turned=_vmem(plan.heads, plan.key, reads * TILE, dtype=operand(plan)),
-        d_q=_vmem(plan.key_heads, TILE, plan.key),
-        d_k=_vmem(plan.key_heads, TILE, plan.key),
-        d_erase=_vmem(plan.erase_heads, TILE, plan.key) if plan.erase_heads else None,
-        terms=_vmem(plan.heads, (len(scores.BLOCKS) + 2) * TILE, plan.key, dtype=operand(plan)) if channel else None,
-        near=_vmem(plan.heads, TILE, plan.key) if channel else None,
-        whole=_vmem(plan.heads, 8, plan.key) if channel else None,
-    )
-
-
 def backward_bytes(plan: Plan) -> int:
     """VMEM that `backward` needs: its scratch, and its blocks twice."""
-    states = 4 * plan.heads * plan.key * plan.value * 4
+    states = 3 * plan.heads * plan.key * plan.value * 4
     d_out = plan.group * TILE * plan.heads * plan.value * operand(plan).itemsize
-    return bytes_of((_stash_shapes(plan), _scratch_shapes(plan))) + 2 * (2 * tokens_bytes(plan) + d_out + states)
+    return bytes_of((stash_shapes(plan), scratch_shapes(plan))) + 2 * (
+        2 * tokens_bytes(plan) + d_out + states + kept_bytes(plan)
+    )
 
 
-def backward(plan: Plan, tokens: Tokens, states: Array, d_o: Array, d_state: Array) -> tuple[Tokens, Array]:
+def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array) -> tuple[Tokens, Array]:
     """Cotangents of the inputs, laid out like them, and of the initial states.
 
     Those of `scalars` are `[batch, programs, tiles, kinds * heads, 128]`: beta; with a gate per head also the four parts of
@@ -145,19 +88,34 @@ def backward(plan: Plan, tokens: Tokens, states: Array, d_o: Array, d_state: Arr
     kinds = 1 + WHOLE * (plan.gate == "head")
 
     def body(
-        tokens: Tokens, kept: Ref, d_o: Ref, d_last: Ref, d_tokens: Tokens, d_state: Ref, stash: Stash, scratch: Scratch
+        tokens: Tokens,
+        kept: Kept,
+        d_o: Ref,
+        d_last: Ref,
+        d_tokens: Tokens,
+        d_state: Ref,
+        stash: Stash,
+        scratch: Scratch,
+        steep: Ref,
     ) -> None:
+        def stash_of(index: Array) -> Stash:
+            left = jax.tree.map(lambda ref: ref.at[index], stash)
+            if not plan.erases:
+                return left
+            return left._replace(prepared=left.prepared._replace(x=kept.inverses.at[0, :, index]))
+
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             d_state[0] = d_last[0]
 
-        scratch.state[0] = kept[0, :, 0]
+        scratch.state[0] = kept.states[0, :, 0]
 
         @pl.loop(0, plan.group)
         def _(index: Array) -> None:
-            tile, left = of_tile(tokens, index), jax.tree.map(lambda ref: ref.at[index], stash)
-            here = in_memory(scratch, index)
-            prepare(plan, tile, left.prepared, here.temporary)
+            tile, left, here = of_tile(tokens, index), stash_of(index), in_memory(scratch, index)
+            is_steep = prepare(plan, tile, left.prepared, here.temporary)
+            if is_steep is not None:
+                steep[index] = is_steep.astype(jnp.int32)
             for h in range(plan.heads):
                 left.states[h] = here.state[h].astype(left.states.dtype)
             carry(plan, tile, left.prepared, here.state, here.new, left.y, None, None)
@@ -165,9 +123,10 @@ def backward(plan: Plan, tokens: Tokens, states: Array, d_o: Array, d_state: Arr
         @pl.loop(0, plan.group)
         def _(step: Array) -> None:
             index = plan.group - 1 - step
-            left, here = jax.tree.map(lambda ref: ref.at[index], stash), in_memory(scratch, step)
             d_tile_o = d_o.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            _tile_backward(plan, of_tile(tokens, index), left, d_tile_o, d_state.at[0], of_tile(d_tokens, index), here)
+            tile, d_tile, here = of_tile(tokens, index), of_tile(d_tokens, index), in_memory(scratch, step)
+            is_steep = steep[index] == 1 if plan.gate == "channel" else None
+            _tile_backward(plan, tile, stash_of(index), d_tile_o, d_state.at[0], d_tile, here, is_steep)
 
     def tile_scalars(spec: pl.BlockSpec) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, plan.group, kinds * plan.heads, TILE), spec.index_map)
@@ -180,25 +139,33 @@ def backward(plan: Plan, tokens: Tokens, states: Array, d_o: Array, d_state: Arr
         grid=(plan.batch, plan.programs, plan.groups),
         in_specs=[
             specs,
-            pl.BlockSpec((1, plan.heads, 1, plan.key, plan.value), lambda b, h, t: (b, h, last - t, 0, 0)),
+            kept_specs(plan, lambda t: last - t),
             specs.v,
             state_spec(plan),
         ],
         out_specs=[specs._replace(scalars=tile_scalars(specs.scalars)), state_spec(plan)],
         out_shape=[out_shapes._replace(scalars=scalars), jax.ShapeDtypeStruct((plan.batch, *square), f32)],
         scratch_shapes=[
-            _stash_shapes(plan),
-            held(_scratch_shapes(plan)),
+            stash_shapes(plan),
+            held(scratch_shapes(plan)),
+            pltpu.SMEM((plan.group,), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         name="delta_rule_backward",
-    )(tokens, states, d_o, d_state)
+    )(tokens, kept, d_o, d_state)
 
 
 def _tile_backward(
-    plan: Plan, tokens: Tokens, stash: Stash, d_o: Ref, d_state: Ref, d_tokens: Tokens, scratch: Scratch
+    plan: Plan,
+    tokens: Tokens,
+    stash: Stash,
+    d_o: Ref,
+    d_state: Ref,
+    d_tokens: Tokens,
+    scratch: Scratch,
+    steep: Array | None,
 ) -> None:
     """Cotangents of one tile's inputs; `d_state` holds those of the state after the tile, and then before it."""
     value = plan.value
@@ -208,13 +175,13 @@ def _tile_backward(
     for h in range(plan.heads):
         d_tokens.v[:, h * value : (h + 1) * value] = scratch.d_b[h].astype(d_tokens.v.dtype)
     _scores_cotangents(plan, tokens, stash, d_tokens.scalars, scratch)
-    if plan.gate == "channel":
-        _channel_scores_backward(plan, tokens, stash.prepared, scratch)
+    if steep is not None:
+        backward_channel.scores_backward(plan, tokens, stash.prepared, scratch, steep)
     else:
         _head_scores_backward(plan, tokens, scratch)
     _state_backward(plan, tokens, stash, d_state, d_tokens.scalars, scratch)
     if plan.gate == "channel":
-        _channel_gates_backward(plan, tokens, d_tokens.g, scratch)
+        backward_channel.gates_backward(plan, d_tokens.g, scratch)
     for j in range(plan.key_heads):
         here = slice(j * plan.key, (j + 1) * plan.key)
         d_tokens.q[:, here] = scratch.d_q[j].astype(d_tokens.q.dtype)
@@ -261,20 +228,20 @@ def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref,
     done, exact = stash.prepared, plan.exact
     row, lane = rows(TILE, TILE), lanes(TILE, TILE)
     for h in range(plan.heads):
-        scratch.raw_p[h] = product(scratch.d_o[h], stash.y[h], exact, transpose_b=True)
-    if plan.erases:
-        for h in range(plan.heads):
-            scratch.raw_a[h] = product(scratch.d_b[h], stash.y[h], exact, transpose_b=True)
+        raw = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.y[h], exact, transpose_b=True)
+        scratch.raw_p[h] = raw[:TILE]
+        if plan.erases:
+            scratch.raw_a[h] = raw[TILE:]
     for h in range(plan.heads):
         weight = scalar_row(plan, tokens, BETA, h)
         scale = weight if done.decay is None else done.decay[h] * weight
-        d_p = jnp.where(row >= lane, scratch.raw_p[h], 0.0)
+        d_p = scratch.raw_p[h] if plan.gate != "none" else jnp.where(row >= lane, scratch.raw_p[h], 0.0)
         scratch.d_p[h] = (d_p * scale).astype(scratch.d_p.dtype)
         terms = d_p * done.p[h]
         if plan.erases:
-            d_a = jnp.where(row > lane, -scratch.raw_a[h], 0.0)
-            scratch.d_a[h] = (d_a * scale).astype(scratch.d_a.dtype)
-            terms = terms + d_a * done.a[h]
+            d_a = scratch.raw_a[h] if plan.gate == "channel" else jnp.where(row > lane, scratch.raw_a[h], 0.0)
+            scratch.d_a[h] = (d_a * -scale).astype(scratch.d_a.dtype)
+            terms = terms - d_a * done.a[h]
         d_scalars[pl.ds(h, 1)] = jnp.sum(terms, 0, keepdims=True)
         if plan.gate == "head":
             scratch.raw_p[h] = terms * weight
@@ -294,36 +261,15 @@ def _head_scores_backward(plan: Plan, tokens: Tokens, scratch: Scratch) -> None:
         if plan.erases:
             scratch.scores_turned[h, :, TILE:] = transposed(scratch.d_a[h])
     for h in range(plan.heads):
-        k = of_key(plan, tokens.k, h)
-        _add(plan, scratch.d_q, h, product(scratch.d_p[h], k, plan.exact))
-    for h in range(plan.heads):
         reads = of_key(plan, tokens.q, h)
         if plan.erases:
             reads = jnp.concatenate([reads, erase_of(plan, tokens, h)], 0)
-        _add(plan, scratch.d_k, h, product(scratch.scores_turned[h], reads, plan.exact))
-    if plan.erases:
-        for h in range(plan.heads):
-            d_erase = product(scratch.d_a[h], of_key(plan, tokens.k, h), plan.exact)
-            _add_erase(plan, scratch, h, d_erase, start=True)
-
-
-def _add(plan: Plan, ref: Ref, head: int, x: Array, *, start: bool = True, block: int = 1) -> None:
-    """Adds what a value head gives to its key head (or erase head); with `start` the first of a key head overwrites.
-
-    `x` holds the `right_rows` of a level.
-    """
-    index = head * ref.shape[0] // plan.heads
-    first = start and head * ref.shape[0] % plan.heads == 0
-    for here, there in scores.right_pieces(block):
-        ref[index, there] = x[here] if first else ref[index, there] + x[here]
-
-
-def _add_erase(plan: Plan, scratch: Scratch, head: int, x: Array, *, start: bool, block: int = 1) -> None:
-    """Adds to the cotangent of the erase key; where the write key erases, to that of the write key, never first."""
-    if scratch.d_erase is None:
-        _add(plan, scratch.d_k, head, x, start=False, block=block)
-    else:
-        _add(plan, scratch.d_erase, head, x, start=start, block=block)
+        add(plan, scratch.d_k, h, product(scratch.scores_turned[h], reads, plan.exact))
+    for h in range(plan.heads):
+        d_reads = product(reads_of(plan, scratch.d_p, scratch.d_a, h), of_key(plan, tokens.k, h), plan.exact)
+        add(plan, scratch.d_q, h, d_reads[:TILE])
+        if plan.erases:
+            add_erase(plan, scratch, h, d_reads[TILE:], start=True)
 
 
 def _row_sums(x: Array, exact: bool) -> Array:
@@ -347,20 +293,21 @@ def _state_backward(plan: Plan, tokens: Tokens, stash: Stash, d_state: Ref, d_sc
     def start_of(h: int) -> Array:
         return column(columns, plan.heads + h, plan.key) if plan.gate == "head" else done.factors[h, -2 * TILE : -TILE]
 
-    for h in range(plan.heads):  # queries
-        scratch.d_reads[h] = product(scratch.d_o[h], stash.states[h], exact, transpose_b=True)
     for h in range(plan.heads):
+        d_reads = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.states[h], exact, transpose_b=True)
+        scratch.d_reads[h] = d_reads[:TILE]
+        if plan.erases:
+            scratch.d_writes[h] = d_reads[TILE:]
+    for h in range(plan.heads):  # queries
         d_read = scratch.d_reads[h]
-        _add(plan, scratch.d_q, h, d_read if plan.gate == "none" else d_read * start_of(h), start=False)
+        add(plan, scratch.d_q, h, d_read if plan.gate == "none" else d_read * start_of(h), start=False)
         if plan.gate != "none":
             scratch.d_reads[h] = of_key(plan, tokens.q, h).astype(f32) * d_read
     if plan.erases:  # erase keys
         for h in range(plan.heads):
-            scratch.d_writes[h] = product(scratch.d_b[h], stash.states[h], exact, transpose_b=True)
-        for h in range(plan.heads):
             d_read = scratch.d_writes[h]
             d_erase = d_read if plan.gate == "none" else d_read * start_of(h)
-            _add_erase(plan, scratch, h, -d_erase, start=False)
+            add_erase(plan, scratch, h, -d_erase, start=False)
             if plan.gate != "none":
                 scratch.d_reads[h] = scratch.d_reads[h] - erase_of(plan, tokens, h).astype(f32) * d_read
     for h in range(plan.heads):  # what the reads give to the gates
@@ -377,7 +324,7 @@ def _state_backward(plan: Plan, tokens: Tokens, stash: Stash, d_state: Ref, d_sc
         if plan.gate == "channel":
             d_write = d_write * done.factors[h, -TILE:]
         weighted = d_write * column(columns, h, plan.key)
-        _add(plan, scratch.d_k, h, weighted, start=False)
+        add(plan, scratch.d_k, h, weighted, start=False)
         scratch.d_writes[h] = k * d_write
         if plan.gate == "channel":
             scratch.terms[h, (levels + 1) * TILE :] = (k * weighted).astype(scratch.terms.dtype)
@@ -413,111 +360,5 @@ def _state_backward(plan: Plan, tokens: Tokens, stash: Stash, d_state: Ref, d_sc
             scratch.whole[h] = done.whole[h] * _row_sums(old * d_new, exact)
             d_state[h] = d_new * column(transposed(done.whole[h]), 0, plan.value)
     for h in range(plan.heads):
-        d_reads = jnp.concatenate([scratch.d_o[h], scratch.d_b[h]], 0) if plan.erases else scratch.d_o[h]
+        d_reads = reads_of(plan, scratch.d_o, scratch.d_b, h)
         d_state[h] = d_state[h] + product(scratch.reads_turned[h], d_reads, exact)
-
-
-def _channel_scores_backward(plan: Plan, tokens: Tokens, done: Prepared, scratch: Scratch) -> None:
-    """As `_head_scores_backward`, level by level; leaves what the levels give to the gates."""
-    exact, f32, dtype = plan.exact, jnp.float32, scratch.d_p.dtype
-    zero = jnp.zeros((), dtype)
-
-    def steep() -> None:
-        diagonal = rows(TILE, TILE) == lanes(TILE, TILE)
-        for h in range(plan.heads):
-            q, k = (of_key(plan, x, h) for x in (tokens.q, tokens.k))
-            own = jnp.where(diagonal, scratch.d_p[h], zero)
-            _add(plan, scratch.d_q, h, product(own, k, exact))
-            _add(plan, scratch.d_k, h, product(own, q, exact))
-            if scratch.d_erase is not None:
-                _add(plan, scratch.d_erase, h, jnp.zeros((TILE, plan.key), f32))
-        for block in scores.BLOCKS[:4]:
-            level(block)
-
-    def gentle() -> None:
-        near = scores.near()
-        for h in range(plan.heads):
-            of_rows, of_keys = done.factors[h, :TILE], done.factors[h, TILE : 2 * TILE]
-            # The gates take a difference of sums over the same pairs: it is exact if both sums have the same factors.
-            keys = (of_key(plan, tokens.k, h).astype(f32) * of_keys).astype(dtype)
-            reads = [(of_key(plan, tokens.q, h).astype(f32) * of_rows).astype(dtype)]
-            d_scores = [jnp.where(near, scratch.d_p[h], zero)]
-            if plan.erases:
-                reads.append((erase_of(plan, tokens, h).astype(f32) * of_rows).astype(dtype))
-                d_scores.append(jnp.where(near, scratch.d_a[h], zero))
-            stacked = jnp.concatenate(d_scores, 0)
-            d_reads = product(stacked, keys, exact)
-            d_keys = product(transposed(stacked), jnp.concatenate(reads, 0), exact)
-            _add(plan, scratch.d_q, h, d_reads[:TILE] * of_rows)
-            _add(plan, scratch.d_k, h, d_keys * of_keys)
-            terms = reads[0].astype(f32) * d_reads[:TILE] - keys.astype(f32) * d_keys
-            if plan.erases:
-                _add_erase(plan, scratch, h, d_reads[TILE:] * of_rows, start=True)
-                terms = terms + reads[1].astype(f32) * d_reads[TILE:]
-            scratch.near[h] = scores.near_suffix_sums(terms)
-
-    def level(block: int) -> None:
-        n = scores.BLOCKS.index(block)
-        for h in range(plan.heads):
-            factor = done.factors[h, n * TILE : (n + 1) * TILE]
-            q, k = (of_key(plan, x, h).astype(f32) for x in (tokens.q, tokens.k))
-            keys, right = k * factor, scores.right_rows(factor, block)
-            meets = scores.meets(block)
-            d_scores = [jnp.where(meets, scores.right_rows(scratch.d_p[h], block), zero)]
-            reads = [scores.right_rows(q, block)]
-            if plan.erases:
-                d_scores.append(jnp.where(meets, scores.right_rows(scratch.d_a[h], block), zero))
-                reads.append(
-                    scores.right_rows(k if scratch.d_erase is None else erase_of(plan, tokens, h).astype(f32), block)
-                )
-            stacked = jnp.concatenate(d_scores, 0)
-            d_reads = product(stacked, keys, exact)
-            d_q = d_reads[: len(right)] * right
-            _add(plan, scratch.d_q, h, d_q, start=False, block=block)
-            terms = reads[0] * d_q
-            if plan.erases:
-                d_erase = d_reads[len(right) :] * right
-                _add_erase(plan, scratch, h, d_erase, start=False, block=block)
-                terms = terms + reads[1] * d_erase
-            weighted = jnp.concatenate([x * right for x in reads], 0)
-            d_keys = product(transposed(stacked), weighted, exact) * factor
-            j = key_of(plan, h)
-            for left in scores.left_pieces(block):
-                scratch.d_k[j, left] = scratch.d_k[j, left] + d_keys[left]
-            if block < 8:
-                terms = terms + k * d_keys
-            else:
-                pieces = []
-                for (here, _), left in zip(scores.right_pieces(block), scores.left_pieces(block), strict=True):
-                    pieces += [k[left] * d_keys[left], terms[here]]
-                terms = jnp.concatenate(pieces, 0)
-            scratch.terms[h, n * TILE : (n + 1) * TILE] = terms.astype(scratch.terms.dtype)
-
-    if_steep(plan, tokens, steep, gentle)
-    for block in scores.BLOCKS[4:]:
-        level(block)
-
-
-def _channel_gates_backward(plan: Plan, tokens: Tokens, d_g: Ref, scratch: Scratch) -> None:
-    """Gathers the cotangent of every gate from the terms whose range of tokens holds it."""
-    gate, token = rows(TILE, TILE), lanes(TILE, TILE)
-    held = []
-    for block in scores.BLOCKS:
-        right = token // block % 2 == 1
-        inside = (right & (gate <= token)) | (~right & (gate > token))
-        held.append(inside & (gate // block == token // block))
-    held += [gate <= token, gate > token]
-    matrix = jnp.concatenate([x.astype(operand(plan)) for x in held], 1)
-
-    def gather(levels: slice, near: bool) -> None:
-        for h in range(plan.heads):
-            total = product(matrix[:, levels], scratch.terms[h, levels], plan.exact) + scratch.whole[h][:1]
-            total = total + scratch.near[h] if near else total
-            d_g[:, h * plan.key : (h + 1) * plan.key] = total.astype(d_g.dtype)
-
-    if_steep(
-        plan,
-        tokens,
-        functools.partial(gather, slice(0, None), near=False),
-        functools.partial(gather, slice(4 * TILE, None), near=True),
-    )

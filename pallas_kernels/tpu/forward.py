@@ -13,16 +13,25 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.plan import Plan, vmem_bytes
 from pallas_kernels.tpu.products import TILE
 from pallas_kernels.tpu.tile import (
+    HALF,
     Prepared,
     Ref,
     Temporary,
     Tokens,
     carry,
+    invert,
     operand,
     prepare,
     prepared_shapes,
     temporary_shapes,
 )
+
+
+class Kept(NamedTuple):
+    """What the forward leaves for the backward: arrays, or their references, shapes or blocks."""
+
+    states: Ref  # before every group of tiles, float32 [batch, heads, groups, key, value]
+    inverses: Ref  # `Prepared.x` of every tile, float32 [batch, heads, tiles, 64, 128]
 
 
 class Scratch(NamedTuple):
@@ -92,47 +101,68 @@ def state_spec(plan: Plan) -> pl.BlockSpec:
     return pl.BlockSpec((1, plan.heads, plan.key, plan.value), lambda b, h, t: (b, h, 0, 0))
 
 
+def kept_specs(plan: Plan, time: Callable[[Array], Array] = lambda t: t) -> Kept:
+    """The blocks of a grid step; `time` as in `tokens_specs`."""
+    return Kept(
+        pl.BlockSpec((1, plan.heads, 1, plan.key, plan.value), lambda b, h, t: (b, h, time(t), 0, 0)),
+        pl.BlockSpec((1, plan.heads, plan.group, HALF, TILE), lambda b, h, t: (b, h, time(t), 0, 0))
+        if plan.erases
+        else None,
+    )
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Bytes of the blocks of `kept_specs`."""
+    return 4 * plan.heads * (plan.key * plan.value + plan.group * HALF * TILE * plan.erases)
+
+
 def _scratch_shapes(plan: Plan) -> Scratch:
     wide = pltpu.VMEM((plan.heads, TILE, plan.value), jnp.float32)
     y = pltpu.VMEM(wide.shape, operand(plan))
-    return Scratch(prepared_shapes(plan), temporary_shapes(plan), wide, y, wide)
+    return Scratch(prepared_shapes(plan), temporary_shapes(plan, inverts=plan.erases), wide, y, wide)
 
 
 def forward_bytes(plan: Plan) -> int:
     """VMEM that `forward` needs: its scratch, and its blocks twice."""
-    states = 3 * plan.heads * plan.key * plan.value * 4
+    states = 2 * plan.heads * plan.key * plan.value * 4
     outputs = plan.group * TILE * plan.heads * plan.value * operand(plan).itemsize
-    return bytes_of(_scratch_shapes(plan)) + 2 * (tokens_bytes(plan) + outputs + states)
+    return bytes_of(_scratch_shapes(plan)) + 2 * (tokens_bytes(plan) + outputs + states + kept_bytes(plan))
 
 
-def forward(
-    plan: Plan, tokens: Tokens, initial_state: Array | None, keep_states: bool
-) -> tuple[Array, Array, Array | None]:
-    """Outputs `[batch, time, heads * value]`, final states, and the states before every group if they are kept.
+def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool) -> tuple[Array, Array, Kept | None]:
+    """Outputs `[batch, time, heads * value]`, final states, and what the backward wants if it is to be kept.
 
     `tokens` holds whole arrays, as `[batch, time, heads * size]`; `scalars` is `[batch, programs, tiles, kinds, 128]`.
     """
     heads = plan.programs * plan.heads
     square = (heads, plan.key, plan.value)
 
-    def body(tokens: Tokens, first: Ref, out: Ref, state: Ref, kept: Ref, scratch: Scratch) -> None:
+    def body(tokens: Tokens, first: Ref, out: Ref, state: Ref, kept: Kept | None, scratch: Scratch) -> None:
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             state[0] = jnp.zeros(state.shape[1:], state.dtype) if first is None else first[0]
 
         if kept is not None:
-            kept[0, :, 0] = state[0]
+            kept.states[0, :, 0] = state[0]
 
         @pl.loop(0, plan.group)
         def _(index: Array) -> None:
             tile, here = of_tile(tokens, index), in_memory(scratch, index)
-            prepare(plan, tile, here.prepared, here.temporary)
+            done = here.prepared
+            if kept is not None and plan.erases:
+                done = done._replace(x=kept.inverses.at[0, :, index])
+            prepare(plan, tile, done, here.temporary)
+            if plan.erases:
+                invert(plan, tile, done, here.temporary)
             tile_out = out.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            carry(plan, tile, here.prepared, state.at[0], here.new, here.y, here.reads, tile_out)
+            carry(plan, tile, done, state.at[0], here.new, here.y, here.reads, tile_out)
 
     time = plan.tiles * TILE
-    kept_spec = pl.BlockSpec((1, plan.heads, 1, plan.key, plan.value), lambda b, h, t: (b, h, t, 0, 0))
-    kept_shape = jax.ShapeDtypeStruct((plan.batch, heads, plan.groups, plan.key, plan.value), jnp.float32)
+    f32 = jnp.float32
+    kept_shapes = Kept(
+        jax.ShapeDtypeStruct((plan.batch, heads, plan.groups, plan.key, plan.value), f32),
+        jax.ShapeDtypeStruct((plan.batch, heads, plan.tiles, HALF, TILE), f32) if plan.erases else None,
+    )
     return pl.pallas_call(
         body,
         grid=(plan.batch, plan.programs, plan.groups),
@@ -140,12 +170,12 @@ def forward(
         out_specs=[
             tokens_specs(plan).v,
             state_spec(plan),
-            kept_spec if keep_states else None,
+            kept_specs(plan) if keep else None,
         ],
         out_shape=[
             jax.ShapeDtypeStruct((plan.batch, time, heads * plan.value), tokens.v.dtype),
-            jax.ShapeDtypeStruct((plan.batch, *square), jnp.float32),
-            kept_shape if keep_states else None,
+            jax.ShapeDtypeStruct((plan.batch, *square), f32),
+            kept_shapes if keep else None,
         ],
         scratch_shapes=[held(_scratch_shapes(plan))],
         compiler_params=pltpu.CompilerParams(

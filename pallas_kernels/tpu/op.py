@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.tpu import scores
 from pallas_kernels.tpu.backward import backward, backward_bytes
 from pallas_kernels.tpu.batching import joins_batch
-from pallas_kernels.tpu.forward import forward, forward_bytes
+from pallas_kernels.tpu.forward import Kept, forward, forward_bytes
 from pallas_kernels.tpu.plan import MAX_GROUP, MAX_HEADS, Plan, head_counts, vmem_bytes
 from pallas_kernels.tpu.products import TILE
 from pallas_kernels.tpu.tile import Tokens
@@ -111,30 +111,30 @@ def _plan_of(inputs: Inputs, scale: float, erases: bool, here: int) -> Plan:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _delta_rule(inputs: Inputs, initial_state: Array | None, scale: float, erases: bool) -> tuple[Array, Array]:
-    return _run(inputs, initial_state, scale, erases, keep_states=False)[:2]
+    return _run(inputs, initial_state, scale, erases, keep=False)[:2]
 
 
 def _run(
-    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool, keep_states: bool
-) -> tuple[Array, Array, Array | None]:
-    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Array | None]:
+    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool, keep: bool
+) -> tuple[Array, Array, Kept | None]:
+    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         plan = plan_of(inputs, scale, erases, forward_bytes)
         state = None if initial_state is None else initial_state.astype(jnp.float32)
-        o, state, states = forward(plan, tokens_of(inputs, plan), state, keep_states)
-        return o.reshape(inputs.v.shape), state, states
+        o, state, kept = forward(plan, tokens_of(inputs, plan), state, keep)
+        return o.reshape(inputs.v.shape), state, kept
 
     return joins_batch(run)(inputs, initial_state)
 
 
 def _forward(
     inputs: Inputs, initial_state: Array | None, scale: float, erases: bool
-) -> tuple[tuple[Array, Array], tuple[Inputs, Array | None, Array]]:
-    o, state, states = _run(inputs, initial_state, scale, erases, keep_states=True)
-    return (o, state), (inputs, initial_state, checkpoint_name(states, "delta_rule_states"))
+) -> tuple[tuple[Array, Array], tuple[Inputs, Array | None, Kept]]:
+    o, state, kept = _run(inputs, initial_state, scale, erases, keep=True)
+    return (o, state), (inputs, initial_state, checkpoint_name(kept, "delta_rule_states"))
 
 
 def _backward(
-    scale: float, erases: bool, residuals: tuple[Inputs, Array | None, Array], cotangents: tuple[Array, Array]
+    scale: float, erases: bool, residuals: tuple[Inputs, Array | None, Kept], cotangents: tuple[Array, Array]
 ) -> tuple[Inputs, Array | None]:
     return joins_batch(functools.partial(_cotangents, scale, erases))(*residuals, *cotangents)
 
@@ -144,13 +144,13 @@ def _cotangents(
     erases: bool,
     inputs: Inputs,
     initial_state: Array | None,
-    states: Array,
+    kept: Kept,
     d_o: Array,
     d_state: Array,
 ) -> tuple[Inputs, Array | None]:
     plan = plan_of(inputs, scale, erases, backward_bytes)
     tokens = tokens_of(inputs, plan)
-    d_tokens, d_state = backward(plan, tokens, states, d_o.reshape(tokens.v.shape), d_state)
+    d_tokens, d_state = backward(plan, tokens, kept, d_o.reshape(tokens.v.shape), d_state)
     flat = inputs._replace(beta=None, g=inputs.g if plan.gate == "channel" else None)
     d_flat = Inputs(d_tokens.q, d_tokens.k, d_tokens.v, None, d_tokens.g, d_tokens.erase)
     d_inputs = jax.tree.map(lambda d, x: d.reshape(x.shape).astype(x.dtype), d_flat, flat)

@@ -30,7 +30,7 @@ class Plan:
     erases: bool
     exact: bool  # float32 products, for float32 inputs
     scale: float
-    steep: bool | None = None  # the way gates per channel take inside 16 tokens; None: every tile decides as it runs
+    only_steep: bool | None = None  # for measuring: the one way for gates per channel that is compiled; None: both
 
     @property
     def per_key(self) -> int:

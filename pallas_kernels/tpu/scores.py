@@ -13,6 +13,9 @@ sums, so a gate of any size leaves its neighbours exact, and no exponent is abov
 Source: the levels of `delta_jax.ops.decay`; sub-blocks rebased on their start: arXiv 2312.06635 section 4.3.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
@@ -30,18 +33,19 @@ def base_two(g: Array) -> Array:
     return jnp.maximum(g.astype(jnp.float32) * LOG2_E, FORGETS)
 
 
-def steep(g: Array, exact: bool) -> Array:
-    """Whether a gate is too strong for products over 16 tokens, whose factors reach exp(8 |g|) either way.
+def steep(sums: Sequence[Array], exact: bool) -> Array:
+    """Whether gates are too strong for products over 16 tokens, from the sums up to each token of `near_sums`.
 
-    In bfloat16 the limit is what float32 can hold, 2^80; in float32 the last digits of the exponents, 2^16.
+    The factors are the exponentials of the sums either way. In bfloat16 the limit is what float32 can hold, and room for the
+    cotangents, 2^80; in float32 the last digits of the exponents, 2^16.
     """
-    return jnp.min(g.astype(jnp.float32)) < (-1.4 if exact else -7.0)
+    return jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, sums))) > (16.0 if exact else 80.0)
 
 
-def near(height: int = TILE) -> Array:
-    """The pairs i >= j inside the same 16 tokens; rows modulo 128."""
-    row, lane = rows(height, TILE) % TILE, lanes(height, TILE)
-    return (row // NEAR == lane // NEAR) & (row >= lane)
+def near(*, earlier: bool = False) -> Array:
+    """The pairs i >= j inside the same 16 tokens, or those with i > j."""
+    row, lane = rows(TILE, TILE), lanes(TILE, TILE)
+    return (row // NEAR == lane // NEAR) & (row > lane if earlier else row >= lane)
 
 
 def near_sums(g: Array) -> tuple[Array, Array]:
@@ -56,7 +60,7 @@ def near_sums(g: Array) -> tuple[Array, Array]:
 
 def near_factors(before: Array, after: Array) -> tuple[Array, Array]:
     """Decays between each token and the middle of its 16: those of rows, and of keys, their inverses."""
-    exponent = jnp.where(rows(*before.shape) // 8 % 2 == 1, before, -after)
+    exponent = _right_else_left(before, -after, NEAR // 2)
     return jnp.exp2(exponent), jnp.exp2(-exponent)
 
 
@@ -122,7 +126,17 @@ def level_factor(before: Array, after: Array, block: int) -> Array:
 
     `before` and `after` hold the sums of the gates of its half up to the token, and of those that follow.
     """
-    return jnp.exp2(jnp.where(rows(*before.shape) // block % 2 == 1, before, after))
+    return jnp.exp2(_right_else_left(before, after, block))
+
+
+def _right_else_left(right: Array, left: Array, block: int) -> Array:
+    """The rows of right halves of blocks of `2 * block` tokens from one array, those of left halves from the other."""
+    if block < 8:
+        return jnp.where(rows(*right.shape) // block % 2 == 1, right, left)
+    pieces = []
+    for _, tokens in right_pieces(block):
+        pieces += [left[tokens.start - block : tokens.start], right[tokens]]
+    return jnp.concatenate(pieces, 0)
 
 
 def next_level(before: Array, after: Array, block: int) -> tuple[Array, Array]:

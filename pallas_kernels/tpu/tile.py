@@ -85,7 +85,7 @@ def prepared_shapes(plan: Plan, tiles: int = 0) -> Prepared:
     return Prepared(
         a=vmem(*square) if plan.erases else None,
         p=vmem(*square),
-        x=vmem(HALF, TILE) if plan.erases else None,
+        x=vmem(HALF, TILE) if plan.erases and not tiles else None,
         keys=vmem(plan.key, TILE, dtype=operand(plan)),
         decay=vmem(*square) if plan.gate == "head" else None,
         start=vmem(*square) if plan.gate == "head" else None,
@@ -96,12 +96,12 @@ def prepared_shapes(plan: Plan, tiles: int = 0) -> Prepared:
     )
 
 
-def temporary_shapes(plan: Plan) -> Temporary:
+def temporary_shapes(plan: Plan, *, inverts: bool) -> Temporary:
     def vmem(count: int, *shape: int) -> object:
         return pltpu.VMEM((count, *shape), jnp.float32)
 
     sums = vmem(plan.heads, TILE, plan.key) if plan.gate == "channel" else None
-    if not plan.erases:
+    if not inverts:
         return Temporary(None, None, None, None, sums, sums)
     return Temporary(
         vmem(plan.heads, 24, 8, TILE),
@@ -146,14 +146,12 @@ def start_columns(plan: Plan, tokens: Tokens) -> Array:
     return transposed(tokens.scalars[START * plan.heads : (START + 1) * plan.heads])
 
 
-def prepare(plan: Plan, tokens: Tokens, done: Prepared, temporary: Temporary) -> None:
-    """Fills `done` for one tile."""
+def prepare(plan: Plan, tokens: Tokens, done: Prepared, temporary: Temporary) -> Array | None:
+    """Fills `done` for one tile, but for the inverses; returns whether the tile is steep, with a gate per channel."""
     if plan.gate == "channel":
-        _channel_scores(plan, tokens, done, temporary)
-    else:
-        _head_scores(plan, tokens, done)
-    if plan.erases:
-        _invert(plan, tokens, done, temporary)
+        return _channel_scores(plan, tokens, done, temporary)
+    _head_scores(plan, tokens, done)
+    return None
 
 
 def _head_scores(plan: Plan, tokens: Tokens, done: Prepared) -> None:
@@ -167,18 +165,18 @@ def _head_scores(plan: Plan, tokens: Tokens, done: Prepared) -> None:
     def decayed(raw: Array, h: int) -> Array:
         return jnp.where(lower, raw, 0.0) if done.decay is None else raw * done.decay[h]
 
-    if done.a is not None:
-        raw = None
-        for h in range(plan.heads):
-            if raw is None or plan.erase_heads == plan.heads or h % plan.per_key == 0:
-                k = of_key(plan, tokens.k, h)
-                raw = product(erase_of(plan, tokens, h), k, plan.exact, transpose_b=True)
-            done.a[h] = decayed(raw, h)
     for j in range(plan.key_heads):
-        k = of_head(tokens.k, j, plan.key)
-        raw = product(of_head(tokens.q, j, plan.key), k, plan.exact, transpose_b=True)
-        for h in range(j * plan.per_key, (j + 1) * plan.per_key):
-            done.p[h] = decayed(raw, h)
+        heads = range(j * plan.per_key, (j + 1) * plan.per_key)
+        reads = [of_head(tokens.q, j, plan.key)]
+        if plan.erases:
+            own = heads if plan.erase_heads == plan.heads else heads[:1]
+            reads += [erase_of(plan, tokens, h) for h in own]
+        raw = product(jnp.concatenate(reads, 0), of_head(tokens.k, j, plan.key), plan.exact, transpose_b=True)
+        for n, h in enumerate(heads):
+            if plan.erases:
+                place = TILE * (1 + min(n, len(reads) - 2))
+                done.a[h] = decayed(raw[place : place + TILE], h)
+            done.p[h] = decayed(raw[:TILE], h)
     for j in range(plan.key_heads):
         k = transposed(of_head(tokens.k, j, plan.key)).astype(jnp.float32)
         for h in range(j * plan.per_key, (j + 1) * plan.per_key):
@@ -188,7 +186,7 @@ def _head_scores(plan: Plan, tokens: Tokens, done: Prepared) -> None:
             done.keys[h] = (k * scale).astype(done.keys.dtype)
 
 
-def _channel_scores(plan: Plan, tokens: Tokens, done: Prepared, temporary: Temporary) -> None:
+def _channel_scores(plan: Plan, tokens: Tokens, done: Prepared, temporary: Temporary) -> Array:
     before, after, f32 = temporary.before, temporary.after, jnp.float32
 
     def key(h: int) -> Array:
@@ -207,14 +205,17 @@ def _channel_scores(plan: Plan, tokens: Tokens, done: Prepared, temporary: Tempo
             if done.factors is not None:
                 done.factors[h, n * TILE : (n + 1) * TILE] = factor
             keys = key(h) * factor
+            reads = [scores.right_rows(query(h), block) * scores.right_rows(factor, block)]
             if done.a is not None:
                 erase = scores.right_rows(keys, block)
                 if plan.erase_heads:
                     erase = scores.right_rows(erase_of(plan, tokens, h).astype(f32), block)
                     erase = erase * scores.right_rows(factor, block)
-                _place(done.a, h, block, product(erase, keys, plan.exact, transpose_b=True))
-            queries = scores.right_rows(query(h), block) * scores.right_rows(factor, block)
-            _place(done.p, h, block, product(queries, keys, plan.exact, transpose_b=True))
+                reads.append(erase)
+            part = product(jnp.concatenate(reads, 0), keys, plan.exact, transpose_b=True)
+            _place(done.p, h, block, part)
+            if done.a is not None:
+                _place(done.a, h, block, part[len(erase) :])
         for h in range(plan.heads):
             before[h], after[h] = scores.next_level(before[h], after[h], block)
 
@@ -230,22 +231,25 @@ def _channel_scores(plan: Plan, tokens: Tokens, done: Prepared, temporary: Tempo
             level(block)
 
     def gentle() -> None:
-        near = scores.near()
-        for h in range(plan.heads):
-            before[h], after[h] = scores.near_sums(gate(h))
+        near, earlier = scores.near(), scores.near(earlier=True)
         for h in range(plan.heads):
             of_rows, of_keys = scores.near_factors(before[h], after[h])
             if done.factors is not None:
                 done.factors[h, :TILE], done.factors[h, TILE : 2 * TILE] = of_rows, of_keys
-            keys = key(h) * of_keys
+            reads = [query(h) * of_rows]
             if done.a is not None:
-                part = product(erase_of(plan, tokens, h).astype(f32) * of_rows, keys, plan.exact, transpose_b=True)
-                done.a[h] = jnp.where(near, part, 0.0)
-            done.p[h] = jnp.where(near, product(query(h) * of_rows, keys, plan.exact, transpose_b=True), 0.0)
+                reads.append(erase_of(plan, tokens, h).astype(f32) * of_rows)
+            part = product(jnp.concatenate(reads, 0), key(h) * of_keys, plan.exact, transpose_b=True)
+            done.p[h] = jnp.where(near, part[:TILE], 0.0)
+            if done.a is not None:
+                done.a[h] = jnp.where(earlier, part[TILE:], 0.0)
         for h in range(plan.heads):
             before[h], after[h] = scores.next_level(before[h], after[h], 8)
 
-    if_steep(plan, tokens, steep, gentle)
+    for h in range(plan.heads):
+        before[h], after[h] = scores.near_sums(gate(h))
+    is_steep = scores.steep([before[h] for h in range(plan.heads)], plan.exact)
+    if_steep(plan, is_steep, steep, gentle)
     for block in scores.BLOCKS[4:]:
         level(block)
     for h in range(plan.heads):
@@ -258,26 +262,27 @@ def _channel_scores(plan: Plan, tokens: Tokens, done: Prepared, temporary: Tempo
         done.query_in[h] = (query(h) * start).astype(done.query_in.dtype)
         if done.erase_in is not None:
             done.erase_in[h] = (erase_of(plan, tokens, h).astype(f32) * start).astype(done.erase_in.dtype)
+    return is_steep
 
 
-def if_steep(plan: Plan, tokens: Tokens, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
-    """Runs one of two stages, by the gates of the tile or as the plan says."""
-    if plan.steep is not None:
-        then() if plan.steep else otherwise()
-        return
-    steep = scores.steep(tokens.g[...], plan.exact)
-    pl.when(steep)(then)
-    pl.when(jnp.logical_not(steep))(otherwise)
+def if_steep(plan: Plan, steep: Array, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Runs one of two stages."""
+    if plan.only_steep is not False:
+        pl.when(steep)(then)
+    if plan.only_steep is not True:
+        pl.when(jnp.logical_not(steep))(otherwise)
 
 
 def _place(ref: Ref, head: int, block: int, part: Array) -> None:
     """Puts a level's scores, of its `right_rows`, where they belong."""
     meets = scores.meets(block)
     for here, there in scores.right_pieces(block):
-        ref[head, there] = jnp.where(meets[here], part[here], ref[head, there])
+        pltpu.store(ref.at[head, there], part[here], mask=meets[here])
 
 
-def _invert(plan: Plan, tokens: Tokens, done: Prepared, temporary: Temporary) -> None:
+def invert(plan: Plan, tokens: Tokens, done: Prepared, temporary: Temporary) -> None:
+    """Fills `done.x`."""
+
     def blocks(h: int, size: int, period: int, offset: int) -> Array:
         """The blocks at rows n * period + offset and the lanes of n, side by side, times beta."""
         lane, result = lanes(size, TILE) // period, done.a[h, offset : offset + size]

@@ -1,15 +1,21 @@
 """The family as choices of the op's inputs, and the hard inputs every implementation has to get right."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from delta_jax import delta_rule, linear_attention
+from delta_jax.ops import api
 
 BATCH, TIME, KEY_HEADS, HEADS, KEY, VALUE = 2, 83, 2, 4, 16, 24
+# The kernels take head sizes that fill registers, and tiles of 128 tokens.
+SIZES: dict[str, dict[str, Any]] = {"pallas": {"time": 140, "shape": (1, 1, 2, 64, 64)}}
 Inputs = dict[str, np.ndarray]
 
 
@@ -143,6 +149,14 @@ def problem(
 def rounded(x: np.ndarray) -> np.ndarray:
     """The nearest numbers of bfloat16."""
     return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """TPU kernels run in interpretation on the CPU: memory nobody wrote holds NaN, and a race is an error."""
+    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with mock.patch.object(api, "platform", return_value="tpu"), pltpu.force_tpu_interpret_mode(parameters):
+        yield
 
 
 def evaluate(
