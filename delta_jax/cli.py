@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for a mistake of the user and 1 for a run that diverged, one line on stderr says
         what is wrong; 130 after Ctrl-C (training itself ends with 0 then: it saves and can go on).
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.run(arguments))
     except (ValueError, OSError, ArithmeticError) as error:
@@ -38,6 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"delta-jax {arguments.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses; overrides may stand on either side of an option, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = "overrides" in arguments and all("=" in word and not word.startswith("-") for word in rest)
+    if rest and not overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def test_a_plan_that_fits(libtpu, capsys):
 
 
 def test_a_plan_that_does_not_fit(libtpu, capsys):
-    assert main([*TINY, "batch_size=65536", "--topology", "v5e:1x1"]) == 1
+    assert main([*TINY, "--topology", "v5e:1x1", "batch_size=65536"]) == 1  # overrides on both sides of an option
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith("does not fit: the compiler says: ")
     assert err == ""
@@ -55,6 +55,14 @@ def test_without_libtpu(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["plan", "tiny", "--topology", "v5e:1x1"]) == 2
     assert 'pip install "delta_jax[tpu]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--depth=3", "depth"])
+def test_unknown_words_are_refused(capsys, word):
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", "tiny", "--topology", "v5e:1x1", "batch_size=4", word])
+    assert exit.value.code == 2
+    assert word in capsys.readouterr().err
 
 
 def test_the_topology_is_asked_for(capsys):
