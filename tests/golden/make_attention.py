@@ -1,0 +1,94 @@
+"""Writes attention.npz: attention and experts of Hugging Face transformers with random weights, forward and backward.
+
+    python tests/golden/make_attention.py        with torch 2.13.0 and transformers 5.23.0; nothing is downloaded
+
+For each case NAME the file holds NAME/x, NAME/y, NAME/dx (the gradient of sum(y * weight) with respect to x, for
+NAME/weight) and, for every parameter P, NAME/p/P and its gradient NAME/d/P. All layers run in float64.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.models.kimi_linear import KimiLinearConfig
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention, KimiLinearMoE
+from transformers.models.qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    Qwen3NextAttention,
+    Qwen3NextRotaryEmbedding,
+    Qwen3NextSparseMoeBlock,
+)
+
+BATCH, TIME, HIDDEN = 2, 9, 12
+
+KIMI = KimiLinearConfig(
+    hidden_size=HIDDEN,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    kv_lora_rank=6,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=2,
+    v_head_dim=5,
+    num_hidden_layers=4,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=6,
+    attn_implementation="eager",
+)
+QWEN = Qwen3NextConfig(
+    hidden_size=HIDDEN,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_hidden_layers=4,
+    num_experts=5,
+    num_experts_per_tok=3,
+    moe_intermediate_size=6,
+    shared_expert_intermediate_size=4,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    attn_implementation="eager",
+)
+
+
+def causal_mask():
+    return torch.full((1, 1, TIME, TIME), float("-inf"), dtype=torch.float64).triu(1)
+
+
+def qwen_attention(layer, x):
+    rotary = Qwen3NextRotaryEmbedding(QWEN)
+    position = rotary(x, torch.arange(TIME)[None])
+    return layer(x, position_embeddings=position, attention_mask=causal_mask())[0]
+
+
+CASES = {
+    "qwen3_next_attention": (lambda: Qwen3NextAttention(QWEN, 3), qwen_attention),
+    "kimi_latent_attention": (
+        lambda: KimiLinearAttention(KIMI, 3),
+        lambda layer, x: layer(x, attention_mask=causal_mask())[0],
+    ),
+    "kimi_experts": (lambda: KimiLinearMoE(KIMI), lambda layer, x: layer(x)),
+    "qwen3_next_experts": (lambda: Qwen3NextSparseMoeBlock(QWEN), lambda layer, x: layer(x)),
+}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    arrays = {}
+    for name, (make, run) in CASES.items():
+        layer = make().double()
+        with torch.no_grad():
+            for parameter in [*layer.parameters(), *layer.buffers()]:
+                parameter.copy_(0.4 * torch.randn(parameter.shape, dtype=torch.float64))
+        x = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64, requires_grad=True)
+        y = run(layer, x)
+        weight = torch.randn(y.shape, dtype=torch.float64)
+        (y * weight).sum().backward()
+        arrays |= {f"{name}/{key}": value for key, value in {"x": x, "y": y, "weight": weight, "dx": x.grad}.items()}
+        arrays |= {f"{name}/p/{key}": value for key, value in layer.state_dict().items()}
+        arrays |= {f"{name}/d/{key}": value.grad for key, value in layer.named_parameters()}
+    small = {key: value.detach().numpy().astype(np.float32) for key, value in arrays.items()}
+    np.savez_compressed(Path(__file__).with_name("attention.npz"), **small)
+
+
+if __name__ == "__main__":
+    main()
