@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.norm import RMSNorm, l2_normalize
+from delta_jax.layers.token_mixer import TokenMixer
 from delta_jax.ops import delta_rule, delta_rule_step
 from delta_jax.ops.short_convolution import short_convolution
 from delta_jax.parallel import by_heads, indivisible
@@ -89,7 +90,7 @@ class ShortConvolution(nnx.Module):
         return jax.nn.silu(y), tail
 
 
-class Mixer(nnx.Module):
+class Mixer(TokenMixer):
     """A token mixer built on the delta rule; subclasses choose the inputs of the rule.
 
     Args:
@@ -230,8 +231,8 @@ class Mixer(nnx.Module):
         beta = jax.nn.sigmoid(logits.astype(jnp.float32))
         return 2.0 * beta if self.allow_negative_eigenvalues else beta
 
-    def init_cache(self, batch_size: int) -> MixerCache:
-        """The cache of `batch_size` sequences that have not begun."""
+    def init_cache(self, batch_size: int, *, length: int | None = None) -> MixerCache:
+        """The cache of `batch_size` sequences that have not begun; its size does not depend on their length."""
         key_size, value_size = self.num_heads * self.key_dim, self.num_v_heads * self.value_dim
         sizes = (key_size, key_size, value_size) if self.use_short_conv else ()
         return MixerCache(

@@ -91,5 +91,38 @@ def by_heads(
     return result
 
 
+def by_tokens(
+    mix: Callable[..., tuple[Array, Array]], tokens: Any, gate: Array, up: Array, down: Array
+) -> tuple[Array, Array]:
+    """``mix(tokens, gate, up, down)``, run by every device on its own sequences and its channels of every expert.
+
+    The compiler would sort the tokens of all devices together. Under the current mesh the batch is cut over data and
+    fsdp and the channels of the experts over tensor, whose parts of the output are added up; without a mesh, or where
+    the batch does not divide, it is a plain call.
+
+    Args:
+        mix: returns the float32 output [B, T, D], linear in ``down``, and how many tokens every expert got [E].
+        tokens: a tree of arrays [B, ...], the first leaf in the dtype of the output.
+        gate, up: [E, D, F].
+        down: [E, F, D].
+
+    Returns:
+        The output [B, T, D] in the dtype of the first leaf, and the load [E] of all devices' tokens.
+    """
+    mesh, first = current_mesh(), jax.tree.leaves(tokens)[0]
+    if mesh is None or first.shape[0] % _parts(mesh, BATCH):
+        y, load = mix(tokens, gate, up, down)
+        return y.astype(first.dtype), load
+
+    def part(tokens: Any, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+        y, load = mix(tokens, gate, up, down)
+        return jax.lax.psum(y, HEADS).astype(first.dtype), jax.lax.psum(load, BATCH)
+
+    specs = (jax.tree.map(lambda _: P(BATCH), tokens), P(None, None, HEADS), P(None, None, HEADS), P(None, HEADS))
+    cut = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(P(BATCH), P()))
+    result: tuple[Array, Array] = cut(tokens, gate, up, down)
+    return result
+
+
 def _parts(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)

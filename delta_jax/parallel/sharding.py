@@ -15,13 +15,19 @@ P = PartitionSpec
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    (r"(final_norm|mixer_norm|mlp_norm|o_norm)/scale", P(None)),
+    (r"(final|mixer|mlp|o|q|k|kv)_norm/(scale|offset)", P(None)),
     (r"mixer/(q|k|v|b|a|g)_proj/kernel", P("fsdp", "tensor")),
     (r"mixer/o_proj/kernel", P("tensor", "fsdp")),
+    (r"mixer/kv_a_proj/kernel", P("fsdp", None)),
+    (r"mixer/kv_b_proj/kernel", P("fsdp", "tensor")),
     (r"mixer/(q|k|v)_conv/kernel", P(None, "tensor")),
     (r"mixer/(A_log|dt_bias)", P("tensor")),
-    (r"mlp/(gate|up)_proj/kernel", P("fsdp", "tensor")),
-    (r"mlp/down_proj/kernel", P("tensor", "fsdp")),
+    (r"mlp/(shared/)?(gate|up)_proj/kernel", P("fsdp", "tensor")),
+    (r"mlp/(shared/)?down_proj/kernel", P("tensor", "fsdp")),
+    (r"mlp/experts/(gate|up)_proj", P(None, "fsdp", "tensor")),
+    (r"mlp/experts/down_proj", P(None, "tensor", "fsdp")),
+    (r"mlp/(router|shared_gate)/kernel", P("fsdp", None)),
+    (r"mlp/expert_bias", P(None)),
 )
 STACKED = "blocks/"
 BATCH = ("data", "fsdp")
