@@ -3,8 +3,15 @@
 from delta_jax.layers.attention import Attention
 from delta_jax.layers.cached_attention import AttentionCache, CachedAttention
 from delta_jax.layers.delta_net import DeltaNet
+from delta_jax.layers.delta_product import DeltaProduct, GatedDeltaProduct
 from delta_jax.layers.gated_delta_net import GatedDeltaNet
+from delta_jax.layers.gated_delta_net_2 import GatedDeltaNet2
+from delta_jax.layers.gated_linear_attention import GatedLinearAttention
+from delta_jax.layers.kaczmarz import KaczmarzLinearAttention
+from delta_jax.layers.kimi_delta_attention import KimiDeltaAttention
 from delta_jax.layers.latent_attention import LatentAttention
+from delta_jax.layers.linear_attention import LinearAttention, RetNet
+from delta_jax.layers.mamba_2 import Mamba2
 from delta_jax.layers.mixer import Mixer, MixerCache
 from delta_jax.layers.mixture_of_experts import ExpertBias, MixtureOfExperts
 from delta_jax.layers.mlp import SwiGLU
@@ -17,13 +24,22 @@ __all__ = [
     "AttentionCache",
     "CachedAttention",
     "DeltaNet",
+    "DeltaProduct",
     "ExpertBias",
     "GatedDeltaNet",
+    "GatedDeltaNet2",
+    "GatedDeltaProduct",
+    "GatedLinearAttention",
+    "KaczmarzLinearAttention",
+    "KimiDeltaAttention",
     "LatentAttention",
+    "LinearAttention",
+    "Mamba2",
     "Mixer",
     "MixerCache",
     "MixtureOfExperts",
     "RMSNorm",
+    "RetNet",
     "SwiGLU",
     "TokenMixer",
     "l2_normalize",
@@ -32,6 +48,15 @@ __all__ = [
 MIXERS: dict[str, type[TokenMixer]] = {
     "attention": Attention,
     "delta_net": DeltaNet,
+    "delta_product": DeltaProduct,
     "gated_delta_net": GatedDeltaNet,
+    "gated_delta_net_2": GatedDeltaNet2,
+    "gated_delta_product": GatedDeltaProduct,
+    "gated_linear_attention": GatedLinearAttention,
+    "kaczmarz_linear_attention": KaczmarzLinearAttention,
+    "kimi_delta_attention": KimiDeltaAttention,
     "latent_attention": LatentAttention,
+    "linear_attention": LinearAttention,
+    "mamba_2": Mamba2,
+    "ret_net": RetNet,
 }

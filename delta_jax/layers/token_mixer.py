@@ -64,12 +64,12 @@ class TokenMixer(nnx.Module):
         y, new_cache = self.with_cache(x, segment_ids, cache)
         return (y, new_cache) if return_cache or cache is not None else y
 
-    def linear(self, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-        """A projection without bias, in the layer's dtypes."""
+    def linear(self, inputs: int, outputs: int, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:
+        """A projection in the layer's dtypes; a bias begins at zero."""
         return nnx.Linear(
             inputs,
             outputs,
-            use_bias=False,
+            use_bias=use_bias,
             kernel_init=nnx.initializers.normal(self.initializer_std),
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -52,7 +52,12 @@ def indivisible(batch: int, heads: int) -> str | None:
 
 
 def by_heads(
-    rule: Callable[..., tuple[Array, Array]], inputs: Any, state: Array | None, segment_ids: Array | None
+    rule: Callable[..., tuple[Array, Array]],
+    inputs: Any,
+    state: Array | None,
+    segment_ids: Array | None,
+    *,
+    axes: Any = None,
 ) -> tuple[Array, Array]:
     """``rule(inputs, state, segment_ids)``, run by every device on its own sequences and heads.
 
@@ -65,6 +70,7 @@ def by_heads(
         inputs: a tree of q [B, T, Hk, K], k, v [B, T, H, V], beta [B, T, H] and the like; its first leaf is q.
         state: [B, H, K, V] or None.
         segment_ids: [B, T] or None.
+        axes: a tree like inputs that says which axis of each holds the heads; None is the third of all.
 
     Returns:
         The output [B, T, H, V] and the final state [B, H, K, V].
@@ -79,14 +85,17 @@ def by_heads(
     reason = indivisible(q.shape[0], q.shape[2])
     if reason is not None:
         raise ValueError(f"q has shape {q.shape}, but {reason}.")
-    of_inputs, of_state = P(BATCH, None, HEADS), P(BATCH, HEADS)
+    of_output, of_state = P(BATCH, None, HEADS), P(BATCH, HEADS)
+    if axes is None:
+        axes = jax.tree.map(lambda _: 2, inputs)
     arguments = (inputs, state, segment_ids)
-    specs = tuple(
-        jax.tree.map(lambda _, spec=spec: spec, argument)
-        for argument, spec in zip(arguments, (of_inputs, of_state, P(BATCH)), strict=True)
+    specs = (
+        jax.tree.map(lambda axis: P(BATCH, *(None,) * (axis - 1), HEADS), axes),
+        None if state is None else of_state,
+        None if segment_ids is None else P(BATCH),
     )
     # Kernels do not say along which axes their results vary, which the check wants to know.
-    cut = jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=(of_inputs, of_state), check_vma=False)
+    cut = jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=(of_output, of_state), check_vma=False)
     result: tuple[Array, Array] = cut(*arguments)
     return result
 

@@ -14,7 +14,7 @@ from delta_jax.training.config import OptimizerConfig
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 DECAYED = ("kernel", "embedding", "offset", "gate_proj", "up_proj", "down_proj")
-NOT_DECAYED = ("scale", "bias", "A_log", "dt_bias", "expert_bias")
+NOT_DECAYED = ("scale", "bias", "A_log", "D", "dt_bias", "expert_bias")
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
