@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from delta_jax.layers.token_mixer import TokenMixer
+from delta_jax.layers.token_mixer import TokenMixer, keep_rows
 from delta_jax.ops.attention import Places, places, visible
 
 __all__ = ["AttentionCache", "CachedAttention"]
@@ -29,11 +29,7 @@ class AttentionCache(NamedTuple):
 
     def keep(self, rows: Bool[Array, " batch"]) -> "AttentionCache":
         """Forgets the past of the rows that are False."""
-
-        def select(x: Array) -> Array:
-            return jnp.where(rows.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-
-        return jax.tree.map(select, self)
+        return keep_rows(self, rows)
 
     def places(self) -> Places:
         """The places of what lies in the slots, relative to the token that comes next; empty slots are never seen."""

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from delta_jax.layers.token_mixer import keep_rows
 
 __all__ = ["MixerCache"]
 
@@ -26,8 +26,4 @@ class MixerCache(NamedTuple):
 
     def keep(self, rows: Bool[Array, " batch"]) -> "MixerCache":
         """Forgets the past of the rows that are False."""
-
-        def select(x: Array) -> Array:
-            return jnp.where(rows.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-
-        return jax.tree.map(select, self)
+        return keep_rows(self, rows)

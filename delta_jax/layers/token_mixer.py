@@ -2,11 +2,22 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["TokenMixer"]
+__all__ = ["TokenMixer", "keep_rows"]
+
+
+def keep_rows[Cache](cache: Cache, rows: Bool[Array, " batch"]) -> Cache:
+    """A cache, any tree of arrays [B, ...], with zeros in the rows that are False."""
+
+    def select(x: Array) -> Array:
+        return jnp.where(rows.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+    kept: Cache = jax.tree.map(select, cache)
+    return kept
 
 
 class TokenMixer(nnx.Module):
