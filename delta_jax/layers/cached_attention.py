@@ -108,9 +108,11 @@ class CachedAttention(TokenMixer):
             cache: one, or a stack of several along a leading axis.
             tokens: tokens of the next call, which continue the segment of the cache.
         """
+        if self.window is not None:
+            return
         slots = cache.entries[0].shape[cache.position.ndim]
         past = 0 if isinstance(cache.position, jax.core.Tracer) else int(jnp.max(cache.position))
-        if self.window is None and past + tokens > slots:
+        if past + tokens > slots:
             raise ValueError(
                 f"cache has room for {slots} tokens of a segment and holds {past}, but {tokens} more are given; "
                 f"make it with init_cache(length={past + tokens}) or more"

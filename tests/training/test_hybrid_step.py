@@ -10,12 +10,13 @@ from delta_jax.models import ExpertsConfig, MixerSpec, ModelConfig, PlacedMixer
 from delta_jax.parallel import MeshConfig, make_mesh, path_string, shard_batch
 from delta_jax.training import (
     OptimizerConfig,
+    TrainState,
     abstract_state,
-    initial_state,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
 )
+from delta_jax.training.state import abstract_model
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
 RATE, ONE = 0.01, MeshConfig()
@@ -50,9 +51,18 @@ def batches(micro):
 
 @functools.cache
 def beginning():
-    """The state at step 0, on the host: making it takes longer than all the rest."""
-    grid = make_mesh(ONE, jax.devices()[:1])
-    return jax.device_get(initial_state(MODEL, make_optimizer(OPTIMIZER, 10), grid, seed=3))
+    """The state at step 0, filled by numpy: compiling the initialisation takes longer than all the rest."""
+    draw = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        name = path_string(path)
+        if "bias" in name:
+            return np.zeros(leaf.shape, leaf.dtype)
+        return np.asarray(("scale" in name) + 0.2 * draw.standard_normal(leaf.shape), leaf.dtype)
+
+    parameters = jax.tree_util.tree_map_with_path(fill, abstract_model(MODEL)[1])
+    moments = jax.device_get(make_optimizer(OPTIMIZER, 10).init(parameters))
+    return TrainState(step=np.zeros((), np.int32), parameters=parameters, optimizer=moments)
 
 
 @functools.cache
