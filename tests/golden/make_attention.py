@@ -1,9 +1,10 @@
-"""Writes attention.npz: attention and experts of Hugging Face transformers with random weights, forward and backward.
+"""Writes attention.npz and hybrids.npz: what Hugging Face transformers computes with random weights.
 
     python tests/golden/make_attention.py        with torch 2.13.0 and transformers 5.23.0; nothing is downloaded
 
-For each case NAME the file holds NAME/x, NAME/y, NAME/dx (the gradient of sum(y * weight) with respect to x, for
-NAME/weight) and, for every parameter P, NAME/p/P and its gradient NAME/d/P. All layers run in float64.
+attention.npz has attention layers and experts, forward and backward: for each case NAME it holds NAME/x, NAME/y, NAME/dx
+(the gradient of sum(y * weight) with respect to x, for NAME/weight) and, for every parameter P, NAME/p/P and its gradient
+NAME/d/P. hybrids.npz has whole language models: NAME/tokens, NAME/logits and NAME/p/P. All run in float64.
 """
 
 from pathlib import Path
@@ -11,10 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers.models.kimi_linear import KimiLinearConfig
-from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention, KimiLinearMoE
+from transformers.models.kimi_linear.modeling_kimi_linear import (
+    KimiLinearAttention,
+    KimiLinearForCausalLM,
+    KimiLinearMoE,
+)
 from transformers.models.qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextAttention,
+    Qwen3NextForCausalLM,
     Qwen3NextRotaryEmbedding,
     Qwen3NextSparseMoeBlock,
 )
@@ -22,6 +28,19 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 BATCH, TIME, HIDDEN = 2, 9, 12
 
 KIMI = KimiLinearConfig(
+    vocab_size=19,
+    pad_token_id=None,
+    rms_norm_eps=1e-6,
+    intermediate_size=10,
+    linear_num_heads=2,
+    linear_head_dim=4,
+    linear_attn_config={
+        "full_attn_layers": [4, 5],
+        "kda_layers": [1, 2, 3],
+        "num_heads": 2,
+        "head_dim": 4,
+        "short_conv_kernel_size": 4,
+    },
     hidden_size=HIDDEN,
     num_attention_heads=2,
     num_key_value_heads=2,
@@ -29,13 +48,19 @@ KIMI = KimiLinearConfig(
     qk_nope_head_dim=4,
     qk_rope_head_dim=2,
     v_head_dim=5,
-    num_hidden_layers=4,
+    num_hidden_layers=5,
     num_local_experts=5,
     num_experts_per_tok=2,
     moe_intermediate_size=6,
     attn_implementation="eager",
+    experts_implementation="eager",
 )
 QWEN = Qwen3NextConfig(
+    vocab_size=19,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=4,
+    linear_value_head_dim=4,
     hidden_size=HIDDEN,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -47,6 +72,7 @@ QWEN = Qwen3NextConfig(
     shared_expert_intermediate_size=4,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     attn_implementation="eager",
+    experts_implementation="eager",
 )
 
 
@@ -71,14 +97,29 @@ CASES = {
 }
 
 
+HYBRIDS = {"kimi_linear": lambda: KimiLinearForCausalLM(KIMI), "qwen3_next": lambda: Qwen3NextForCausalLM(QWEN)}
+
+
+def randomize(module):
+    """Every parameter and every number that is learned otherwise; not the wave lengths of the rotation."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if "inv_freq" not in name:
+                tensor.copy_(0.4 * torch.randn(tensor.shape, dtype=torch.float64))
+
+
+def save(file, arrays):
+    small = {key: value.detach().numpy() for key, value in arrays.items()}
+    small = {key: value.astype(np.float32 if value.dtype == np.float64 else np.int32) for key, value in small.items()}
+    np.savez_compressed(Path(__file__).with_name(file), **small)
+
+
 def main() -> None:
     torch.manual_seed(0)
     arrays = {}
     for name, (make, run) in CASES.items():
         layer = make().double()
-        with torch.no_grad():
-            for parameter in [*layer.parameters(), *layer.buffers()]:
-                parameter.copy_(0.4 * torch.randn(parameter.shape, dtype=torch.float64))
+        randomize(layer)
         x = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64, requires_grad=True)
         y = run(layer, x)
         weight = torch.randn(y.shape, dtype=torch.float64)
@@ -86,8 +127,16 @@ def main() -> None:
         arrays |= {f"{name}/{key}": value for key, value in {"x": x, "y": y, "weight": weight, "dx": x.grad}.items()}
         arrays |= {f"{name}/p/{key}": value for key, value in layer.state_dict().items()}
         arrays |= {f"{name}/d/{key}": value.grad for key, value in layer.named_parameters()}
-    small = {key: value.detach().numpy().astype(np.float32) for key, value in arrays.items()}
-    np.savez_compressed(Path(__file__).with_name("attention.npz"), **small)
+    save("attention.npz", arrays)
+    arrays = {}
+    for name, make in HYBRIDS.items():
+        model = make().double().eval()
+        randomize(model)
+        tokens = torch.randint(0, 19, (BATCH, TIME))
+        with torch.no_grad():
+            arrays |= {f"{name}/tokens": tokens, f"{name}/logits": model(tokens, use_cache=False).logits.double()}
+        arrays |= {f"{name}/p/{key}": value for key, value in model.state_dict().items()}
+    save("hybrids.npz", arrays)
 
 
 if __name__ == "__main__":
