@@ -100,12 +100,12 @@ CASES = {
 HYBRIDS = {"kimi_linear": lambda: KimiLinearForCausalLM(KIMI), "qwen3_next": lambda: Qwen3NextForCausalLM(QWEN)}
 
 
-def randomize(module):
-    """Every parameter and every number that is learned otherwise; not the wave lengths of the rotation."""
+def randomize(module, size):
+    """Numbers of float32 for all that is learned, by gradients or not; the wave lengths of the rotation stay."""
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if "inv_freq" not in name:
-                tensor.copy_(0.4 * torch.randn(tensor.shape, dtype=torch.float64))
+                tensor.copy_((size * torch.randn(tensor.shape)).double())
 
 
 def save(file, arrays):
@@ -119,8 +119,8 @@ def main() -> None:
     arrays = {}
     for name, (make, run) in CASES.items():
         layer = make().double()
-        randomize(layer)
-        x = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64, requires_grad=True)
+        randomize(layer, 0.4)
+        x = torch.randn(BATCH, TIME, HIDDEN).double().requires_grad_()
         y = run(layer, x)
         weight = torch.randn(y.shape, dtype=torch.float64)
         (y * weight).sum().backward()
@@ -131,7 +131,7 @@ def main() -> None:
     arrays = {}
     for name, make in HYBRIDS.items():
         model = make().double().eval()
-        randomize(model)
+        randomize(model, 0.3)
         tokens = torch.randint(0, 19, (BATCH, TIME))
         with torch.no_grad():
             arrays |= {f"{name}/tokens": tokens, f"{name}/logits": model(tokens, use_cache=False).logits.double()}
