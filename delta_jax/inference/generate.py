@@ -1,4 +1,4 @@
-"""Text generation: one pass over the prompts, then one token at a time in constant memory."""
+"""Text generation: one pass over the prompts, then one token at a time in memory that is fixed beforehand."""
 
 from collections.abc import Sequence
 from functools import partial

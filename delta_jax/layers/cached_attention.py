@@ -128,10 +128,10 @@ class CachedAttention(TokenMixer):
         x = x.astype(self.dtype)
         batch, time = x.shape[:2]
         old = self.init_cache(batch, length=time) if cache is None else cache
-        if segment_ids is None:
-            self.check_room(old, time)
-        elif cache is not None:
+        if segment_ids is not None:
             old = old.keep(segment_ids[:, 0] == old.segment_id)
+        elif cache is not None:
+            self.check_room(old, time)
         ids = jnp.broadcast_to(old.segment_id[:, None], (batch, time)) if segment_ids is None else segment_ids
         here = places(ids, old.position)
         q, entries = self.project(x, here.position)

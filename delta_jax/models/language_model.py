@@ -121,13 +121,20 @@ class LanguageModel(nnx.Module):
         )
 
     def extend_cache(self, cache: ModelCache, length: int) -> ModelCache:
-        """The cache with room for segments of `length` tokens, which must not be fewer than it has room for."""
+        """The cache with room for segments of `length` tokens.
+
+        Raises:
+            ValueError: it has room for more already.
+        """
         wanted = jax.eval_shape(lambda: self.init_cache(cache[0].segment_id.shape[1], length=length))
-        return jax.tree.map(
-            lambda x, like: jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, like.shape, strict=True)]),
-            cache,
-            wanted,
-        )
+
+        def extend(x: Array, like: jax.ShapeDtypeStruct) -> Array:
+            more = [(0, new - old) for old, new in zip(x.shape, like.shape, strict=True)]
+            if min(more) < (0, 0):
+                raise ValueError(f"length must not be less than the room there is, {x.shape[2]} tokens, got {length}")
+            return jnp.pad(x, more)
+
+        return jax.tree.map(extend, cache, wanted)
 
     def __call__(
         self,

@@ -84,6 +84,8 @@ def test_step_by_step_and_in_parts_equals_the_whole(model):
         model(x[:, :1], cache=cache)
     with pytest.raises(ValueError, match="length must be a positive integer"):
         model.init_cache(2)
+    with pytest.raises(ValueError, match=f"length must not be less than the room there is, {TIME} tokens, got 3"):
+        model.extend_cache(cache, 3)
 
 
 def test_packed_equals_separate(model):
