@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from delta_jax.layers.cached_attention import CachedAttention
 from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
 from delta_jax.layers.norm import RMSNorm
-from delta_jax.ops.attention import attend, rotate
+from delta_jax.ops.attention import Places, attend, rotate
 
 __all__ = ["Attention"]
 
@@ -128,12 +128,12 @@ class Attention(CachedAttention):
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads channels"],
         entries: tuple[Array, ...],
-        mask: Bool[Array, "batch 1 time keys"] | None,
+        places: tuple[Places, Places] | None,
     ) -> Float[Array, "batch time hidden"]:
         k, v = entries
-        implementation = self.implementation if mask is None else None
+        implementation = self.implementation if places is None else None
         scale = self.head_dim**-0.5
-        o = attend(q, k, v, scale=scale, window=self.window, mask=mask, implementation=implementation)
+        o = attend(q, k, v, scale=scale, window=self.window, places=places, implementation=implementation)
         o = o.reshape(*x.shape[:2], -1)
         if self.use_output_gate:
             o = o * jax.nn.sigmoid(self.g_proj(x))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.token_mixer import TokenMixer, keep_rows
-from delta_jax.ops.attention import Places, places, visible
+from delta_jax.ops.attention import Places, places
 
 __all__ = ["AttentionCache", "CachedAttention"]
 
@@ -77,9 +77,9 @@ class CachedAttention(TokenMixer):
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads key"],
         entries: tuple[Array, ...],
-        mask: Bool[Array, "batch 1 time keys"] | None,
+        places: tuple[Places, Places] | None,
     ) -> Float[Array, "batch time hidden"]:
-        """The output, from the queries and the entries of all tokens; None is the causal mask."""
+        """The output, from the queries, the entries of all tokens and the places of both; None is one segment."""
         raise NotImplementedError
 
     def init_cache(self, batch_size: int, *, length: int | None = None) -> AttentionCache:
@@ -137,14 +137,13 @@ class CachedAttention(TokenMixer):
         q, entries = self.project(x, here.position)
         new = old.write(entries, here, ids[:, -1].astype(jnp.int32))
         if cache is None:
-            mask = None if segment_ids is None else visible(here, here, self.window)
-            return self.mix(x, q, entries, mask), new
+            return self.mix(x, q, entries, None if segment_ids is None else (here, here)), new
         if time == 1:
-            y = self.mix(x, q, new.entries, visible(here, new.places(), self.window))
+            y = self.mix(x, q, new.entries, (here, new.places()))
         else:
             both = tuple(jnp.concatenate(pair, axis=1) for pair in zip(old.entries, entries, strict=True))
             there = Places(*(jnp.concatenate(pair, axis=1) for pair in zip(old.places(), here, strict=True)))
-            y = self.mix(x, q, both, visible(here, there, self.window))
+            y = self.mix(x, q, both, (here, there))
         if self.window is None:
             fits = here.position < new.entries[0].shape[1]
             y = jnp.where(fits[..., None], y, jnp.full((), jnp.nan, y.dtype))

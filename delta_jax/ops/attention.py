@@ -1,5 +1,6 @@
 """Softmax attention over packed sequences: positions inside segments, rotary embedding, and the masks."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,22 +73,51 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
-    mask: Bool[Array, "batch 1 time keys"] | None = None,
+    places: tuple[Places, Places] | None = None,
     implementation: Any = None,
+    block: int = 1024,
 ) -> Float[Array, "batch time heads value"]:
     """Softmax attention by `jax.nn.dot_product_attention`, the softmax in float32.
 
+    Queries go block by block, at most 16 of them, each to the keys that it may see; the backward pass computes scores
+    again. Memory then grows with T, not with T^2, and a window makes the cost grow with T too.
+
     Args:
         q: [B, T, H, K].
-        k, v: [B, S, Hkv, K] and [B, S, Hkv, V] with V <= K; H is a multiple of Hkv.
+        k, v: [B, S, Hkv, K] and [B, S, Hkv, V] with V <= K; H is a multiple of Hkv. The last T are the queries' own.
         scale: of the products q k^T.
-        window: without a mask, how many tokens a query sees, itself included; None is all.
-        mask: True where a query sees a key; None is causal, with S = T.
-        implementation: None, "xla" or "cudnn".
+        window: how many tokens a query sees, itself included; None is all.
+        places: those of the queries and of the keys; None is one segment and S = T.
+        implementation: None, "xla" or "cudnn"; the latter takes all queries at once.
+        block: queries of a block, at least.
 
     Returns:
         [B, T, H, V].
     """
+    time, past = q.shape[1], k.shape[1] - q.shape[1]
+    size = max(block, -(-time // 16))
+    if time <= size or implementation == "cudnn":
+        mask = None if places is None else visible(*places, window)
+        return _attend(q, k, v, mask, scale=scale, window=window, implementation=implementation)
+    if places is None:
+        index = jnp.arange(time, dtype=jnp.int32)[None]
+        places = (Places(jnp.zeros_like(index), index),) * 2
+
+    def of_block(start: int) -> Array:
+        first = 0 if window is None or past else max(0, start - window + 1)
+        queries, keys = slice(start, start + size), slice(first, past + start + size)
+        mask = visible(Places(*(x[:, queries] for x in places[0])), Places(*(x[:, keys] for x in places[1])), window)
+        again = jax.checkpoint(partial(_attend, scale=scale, window=None, implementation=implementation))
+        part: Array = again(q[:, queries], k[:, keys], v[:, keys], mask)
+        return part
+
+    return jnp.concatenate([of_block(start) for start in range(0, time, size)], axis=1)
+
+
+def _attend(
+    q: Array, k: Array, v: Array, mask: Array | None, *, scale: float, window: int | None, implementation: Any
+) -> Array:
+    """Attention of all queries at once; without a mask it is causal, in the window."""
     size, dtype = v.shape[-1], v.dtype
     if dtype == jnp.float16:  # for which the library asks for products that CPUs and TPUs do not have
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
