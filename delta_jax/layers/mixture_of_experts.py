@@ -8,10 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
 from delta_jax.layers.mlp import SwiGLU
 from delta_jax.parallel import by_tokens
 
 __all__ = ["ExpertBias", "MixtureOfExperts", "balanced_bias"]
+
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 
 
 class ExpertBias(nnx.Param):
@@ -39,6 +42,9 @@ class MixtureOfExperts(nnx.Module):
         use_shared_gate: multiplies the shared expert's output with sigmoid(x w), a number a token.
         initializer_std, dtype, param_dtype, rngs: as in `SwiGLU`.
 
+    Raises:
+        ValueError: an option is impossible, alone or with the others.
+
     Source: DeepSeek-AI, "DeepSeek-V3", 2024, section 2.1.2, as in Kimi Team, "Kimi Linear", 2025 (arXiv 2510.26692);
     softmax and shared gate: Qwen3-Next.
     """
@@ -59,10 +65,21 @@ class MixtureOfExperts(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        require_positive_integers(hidden_size=hidden_size, size=size, number=number, per_token=per_token)
+        require_positive_numbers(scale=scale, initializer_std=initializer_std)
+        require_flags(use_shared_gate=use_shared_gate)
+        if per_token > number:
+            raise ValueError(f"per_token must be at most number, the experts there are, got {per_token} of {number}")
+        if shared_size != 0:
+            require_positive_integers(shared_size=shared_size)
+        if use_shared_gate and not shared_size:
+            raise ValueError("use_shared_gate needs a shared expert, but shared_size is 0")
+        if router not in SCORES:
+            raise ValueError(f"router must be one of {', '.join(SCORES)}, got {router!r}")
         normal = nnx.initializers.normal(initializer_std)
         kinds: dict[str, Any] = {"use_bias": False, "kernel_init": normal, "param_dtype": param_dtype, "rngs": rngs}
         self.number, self.per_token, self.scale = number, per_token, scale
-        self.normalize = jax.nn.sigmoid if router == "sigmoid" else jax.nn.softmax
+        self.router_scores = SCORES[router]
         self.dtype = jnp.dtype(dtype)
         self.router = nnx.Linear(hidden_size, number, dtype=jnp.float32, precision="highest", **kinds)
         self.expert_bias = ExpertBias(jnp.zeros((number,), jnp.float32))
@@ -99,7 +116,7 @@ class MixtureOfExperts(nnx.Module):
         self, x: Float[Array, "batch time hidden"]
     ) -> tuple[Int[Array, "batch time per_token"], Float[Array, "batch time per_token"]]:
         """The experts chosen for every token, and their float32 weights."""
-        scores = self.normalize(self.router(x.astype(jnp.float32)))
+        scores = self.router_scores(self.router(x.astype(jnp.float32)))
         _, chosen = jax.lax.top_k(scores + self.expert_bias[...][None, None], self.per_token)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         return chosen, self.scale * weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)

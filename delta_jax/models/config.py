@@ -1,15 +1,17 @@
 """What a language model is made of, as frozen data."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
 from flax import nnx
 
-from delta_jax.layers import MIXERS, TokenMixer
-from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.layers import MIXERS, MixtureOfExperts, TokenMixer
+from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
 from delta_jax.layers.mixer import MixerOptions
 from delta_jax.models.stack import Run, cut_into_runs
 
@@ -17,7 +19,6 @@ __all__ = ["ExpertsConfig", "Layer", "MixerSpec", "ModelConfig", "PlacedMixer"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "block")
-ROUTERS = ("sigmoid", "softmax")
 _NOT_OPTIONS = {
     "self",
     "hidden_size",
@@ -115,19 +116,6 @@ class ExpertsConfig:
     balance_rate: float = 0.001
 
     def __post_init__(self) -> None:
-        require_positive_integers(size=self.size, number=self.number, per_token=self.per_token)
-        require_positive_numbers(scale=self.scale)
-        require_flags(use_shared_gate=self.use_shared_gate)
-        if self.per_token > self.number:
-            raise ValueError(
-                f"per_token must be at most number, the experts there are, got {self.per_token} of {self.number}"
-            )
-        if not isinstance(self.shared_size, int) or self.shared_size < 0:
-            raise ValueError(f"shared_size must be 0 or a positive integer, got {self.shared_size!r}")
-        if self.use_shared_gate and not self.shared_size:
-            raise ValueError("use_shared_gate needs a shared expert, but shared_size is 0")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}")
         if not self.balance_rate >= 0:
             raise ValueError(f"balance_rate must not be negative, got {self.balance_rate}")
 
@@ -197,12 +185,18 @@ class ModelConfig:
             )
         self._check_choices()
         self._check_places()
-        for field in ("pattern", "placed"):
-            for place, spec in enumerate(getattr(self, field)):
-                try:
-                    jax.eval_shape(lambda spec=spec: self.mixer(spec, nnx.Rngs(0)))
-                except ValueError as error:
-                    raise ValueError(f"{field}.{place}: {error}") from error
+        layers: dict[str, Callable[..., nnx.Module]] = {
+            f"{field}.{place}": partial(self.mixer, spec)
+            for field in ("pattern", "placed")
+            for place, spec in enumerate(getattr(self, field))
+        }
+        if self.experts is not None:
+            layers["experts"] = self.expert_layer
+        for name, layer in layers.items():
+            try:
+                jax.eval_shape(lambda layer=layer: layer(rngs=nnx.Rngs(0)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
     def _check_choices(self) -> None:
         for name, allowed in {"remat": REMAT_POLICIES, "dtype": DTYPES, "param_dtype": DTYPES}.items():
@@ -232,6 +226,20 @@ class ModelConfig:
             param_dtype=self.param_dtype,
             rngs=rngs,
             **dict(spec.options),
+        )
+
+    def expert_layer(self, rngs: nnx.Rngs) -> MixtureOfExperts:
+        """The layer that `experts` stands for."""
+        assert self.experts is not None
+        options = dataclasses.asdict(self.experts)
+        del options["balance_rate"]
+        return MixtureOfExperts(
+            self.hidden_size,
+            **options,
+            initializer_std=self.initializer_std,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=rngs,
         )
 
     @property

@@ -1,6 +1,5 @@
 """The language model: embedding, a stack of pre-norm blocks run by one scan, norm, head."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,24 +27,21 @@ class Block(nnx.Module):
     """`x += mixer(norm(x))`, then `x += mlp(norm(x))`."""
 
     def __init__(self, config: ModelConfig, layer: Layer, *, rngs: nnx.Rngs):
-        param_dtype = jnp.dtype(config.param_dtype)
-        kinds: dict[str, Any] = {
-            "initializer_std": config.initializer_std,
-            "dtype": jnp.dtype(config.dtype),
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
         self.mixer_norm = _norm(config)
         self.mixer = config.mixer(layer.mixer, rngs)
         self.mlp_norm = _norm(config)
         self.mlp: MixtureOfExperts | SwiGLU
         if layer.experts:
-            assert config.experts is not None
-            options = dataclasses.asdict(config.experts)
-            del options["balance_rate"]
-            self.mlp = MixtureOfExperts(config.hidden_size, **options, **kinds)
+            self.mlp = config.expert_layer(rngs)
         else:
-            self.mlp = SwiGLU(config.hidden_size, config.mlp_width, **kinds)
+            self.mlp = SwiGLU(
+                config.hidden_size,
+                config.mlp_width,
+                initializer_std=config.initializer_std,
+                dtype=jnp.dtype(config.dtype),
+                param_dtype=jnp.dtype(config.param_dtype),
+                rngs=rngs,
+            )
 
     def __call__(
         self,

@@ -161,3 +161,22 @@ def test_balancing_evens_out_the_loads():
         spread.append(EXPERTS * int(load.max()) / int(load.sum()))
     assert spread[0] > 1.5
     assert spread[-1] < 1.1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"per_token": 7}, "per_token must be at most number, the experts there are, got 7 of 6"),
+        ({"per_token": 0}, "per_token must be a positive integer"),
+        ({"number": 0}, "number must be a positive integer"),
+        ({"size": 2.5}, "size must be a positive integer"),
+        ({"shared_size": -1}, "shared_size must be a positive integer"),
+        ({"shared_size": 0, "use_shared_gate": True}, "use_shared_gate needs a shared expert"),
+        ({"use_shared_gate": 1}, "use_shared_gate must be true or false"),
+        ({"router": "hash"}, "router must be one of sigmoid, softmax, got 'hash'"),
+        ({"scale": 0.0}, "scale must be a positive number"),
+    ],
+)
+def test_impossible_options_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        MixtureOfExperts(HIDDEN, **({"size": 8, "number": EXPERTS, "per_token": 2} | options), rngs=nnx.Rngs(0))
