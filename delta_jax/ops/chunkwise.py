@@ -141,6 +141,10 @@ def _group_backward(
     """Cotangents of a group's first state and inputs, from those of its outputs and last state; last chunk first."""
     factors = prepare(inputs, index, options)
     done = carry(factors, state, options)
+
+    def parted(x: Array) -> Array:
+        return x.reshape(*x.shape[:-2], -1, options.chunk, x.shape[-1])
+
     d_o = enter(d_o[:, :, None], index, options, d_state.dtype)[..., 0, :, :]
     beta, decay, writes = factors.beta, factors.decay, options.writes
     # With a sign on the erase rows the state's cotangent is one product with [d_new; d_o].
@@ -185,21 +189,17 @@ def _group_backward(
     else:
         d_rows, d_k = d_rows + d_read * decay.start[..., None, :, :], d_k + d_write * decay.end[..., None, :, :]
     if inputs.g is not None and decay is not None and d_g is not None:
-        start = (factors.reads * merged(d_read)).reshape(d_read.shape)
-        end = (factors.writes * merged(d_write)).reshape(d_write.shape)
-        terms = [jnp.sum(start, -3), jnp.sum(end, -3), decay.whole * d_whole]
+        terms = [factors.reads * merged(d_read), factors.writes * merged(d_write), decay.whole * d_whole]
         if inputs.g.shape[-1] == 1:
             terms = [jnp.sum(x, -1, keepdims=True) for x in terms]
-        d_g = leave((d_g + boundary_gate_gradient(*terms))[..., None, :, :])
+        start, end = (jnp.sum(parted(x), -3) for x in terms[:2])
+        d_g = leave((d_g + boundary_gate_gradient(start, end, terms[2]))[..., None, :, :])
 
     key_heads, d_erase = inputs.k.shape[3], None
     if options.erases and inputs.erase is None:
         d_k = d_k + d_rows[..., :-1, :, :]
     elif inputs.erase is not None:
         d_erase = leave(d_rows[..., :-1, :, :], inputs.erase.shape[3])
-
-    def parted(x: Array) -> Array:
-        return x.reshape(*x.shape[:-2], writes, options.chunk, x.shape[-1])
 
     return d_state, Inputs(
         q=leave(options.scale * d_rows[..., -1:, :, :], key_heads),
