@@ -1,4 +1,4 @@
-"""Text generation: one pass over the prompts, then one token at a time in constant memory."""
+"""Text generation: one pass over the prompts, then one token at a time in memory that is fixed beforehand."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -56,7 +56,7 @@ def generate(
     if stop_id is not None and not 0 <= stop_id < vocab_size:
         raise ValueError(f"stop_id must lie in [0, {vocab_size}), got {stop_id}")
     tokens, segment_ids = _left_pad(prompts, vocab_size)
-    logits, cache = _prefill(model, tokens, segment_ids)
+    logits, cache = _prefill(model, tokens, segment_ids, tokens.shape[1] + max_new_tokens)
     keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
     new = _decode(model, logits, cache, keys, sampling, max_new_tokens, stop_id)
     return [_before(row, stop_id) for row in np.asarray(new).tolist()]
@@ -82,14 +82,14 @@ def _left_pad(
     return jnp.asarray(tokens), jnp.asarray(segment_ids)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="length")
 def _prefill(
-    model: LanguageModel, tokens: Int[Array, "batch time"], segment_ids: Int[Array, "batch time"]
+    model: LanguageModel, tokens: Int[Array, "batch time"], segment_ids: Int[Array, "batch time"], length: int
 ) -> tuple[Float[Array, "batch vocab"], ModelCache]:
-    """The logits after the last token of every prompt, and the cache there."""
+    """The logits after the last token of every prompt, and the cache there, with room for `length` tokens."""
     features, cache = model.features(tokens, segment_ids=segment_ids, return_cache=True)
     assert cache is not None
-    return model.head(features[:, -1]), cache
+    return model.head(features[:, -1]), model.extend_cache(cache, length)
 
 
 @partial(jax.jit, static_argnames=("sampling", "max_new_tokens", "stop_id"))

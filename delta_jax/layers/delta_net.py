@@ -5,7 +5,8 @@ from typing import Unpack
 from flax import nnx
 from jaxtyping import Array, Float
 
-from delta_jax.layers.mixer import Mixer, MixerOptions, RuleInputs
+from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
+from delta_jax.layers.norm import l2_normalize
 
 __all__ = ["DeltaNet"]
 
@@ -17,9 +18,9 @@ class DeltaNet(Mixer):
 
     Args:
         hidden_size: width of x.
-        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues: as in `Mixer`.
+        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues: as in `MixerSettings`.
         rngs: where the initial parameters come from.
-        options: the other options of `Mixer`.
+        options: the other options, see `MixerSettings`.
 
     Source: Yang, Wang, Zhang, Shen and Kim, "Parallelizing linear transformers with the delta rule over
     sequence length", 2024 (arXiv 2406.06484); beta in [0, 2] after Grazzi, Siems et al., 2024
@@ -38,16 +39,16 @@ class DeltaNet(Mixer):
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
-        super().__init__(
-            hidden_size,
+        settings = MixerSettings(
+            hidden_size=hidden_size,
             num_heads=num_heads,
             head_dim=head_dim,
             expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_negative_eigenvalues=allow_negative_eigenvalues,
-            rngs=rngs,
             **options,
         )
+        super().__init__(settings, rngs=rngs)
         self.b_proj = self.linear(hidden_size, self.num_v_heads, rngs)
 
     def rule_inputs(
@@ -57,4 +58,4 @@ class DeltaNet(Mixer):
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time v_heads value"],
     ) -> RuleInputs:
-        return RuleInputs(q, k, v, beta=self.write_strength(self.b_proj(x)))
+        return RuleInputs(l2_normalize(q), l2_normalize(k), v, beta=self.write_strength(self.b_proj(x)))

@@ -1,14 +1,13 @@
 """Gated DeltaNet: the delta rule with a decay per head."""
 
-import math
-from typing import Unpack
+from typing import ClassVar, Unpack
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from delta_jax.layers.mixer import Mixer, MixerOptions, RuleInputs
+from delta_jax.layers.gates import initial_log_rate, initial_step_bias, log_decay
+from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
+from delta_jax.layers.norm import l2_normalize
 
 __all__ = ["GatedDeltaNet"]
 
@@ -21,13 +20,15 @@ class GatedDeltaNet(Mixer):
 
     Args:
         hidden_size: width of x.
-        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues: as in `Mixer`.
+        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues: as in `MixerSettings`.
         rngs: where the initial parameters come from.
-        options: the other options of `Mixer`.
+        options: the other options, see `MixerSettings`.
 
     Source: Yang, Kautz and Hatamizadeh, "Gated delta networks: improving Mamba2 with delta rule", 2024
     (arXiv 2412.06464); the decay after Dao and Gu, "Transformers are SSMs", 2024.
     """
+
+    beta_bias: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -41,20 +42,20 @@ class GatedDeltaNet(Mixer):
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
-        super().__init__(
-            hidden_size,
+        settings = MixerSettings(
+            hidden_size=hidden_size,
             num_heads=num_heads,
             head_dim=head_dim,
             expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_negative_eigenvalues=allow_negative_eigenvalues,
-            rngs=rngs,
             **options,
         )
+        super().__init__(settings, rngs=rngs)
         self.a_proj = self.linear(hidden_size, self.num_v_heads, rngs)
-        self.b_proj = self.linear(hidden_size, self.num_v_heads, rngs)
-        self.A_log = nnx.Param(_initial_log_rate(rngs.params(), self.num_v_heads))
-        self.dt_bias = nnx.Param(_initial_step_bias(rngs.params(), self.num_v_heads))
+        self.b_proj = self.linear(hidden_size, self.num_v_heads, rngs, use_bias=self.beta_bias)
+        self.A_log = nnx.Param(initial_log_rate(rngs.params(), self.num_v_heads))
+        self.dt_bias = nnx.Param(initial_step_bias(rngs.params(), self.num_v_heads))
 
     def rule_inputs(
         self,
@@ -63,18 +64,6 @@ class GatedDeltaNet(Mixer):
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time v_heads value"],
     ) -> RuleInputs:
-        step = jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...][None, None])
-        g = -jnp.exp(self.A_log[...])[None, None] * step
-        return RuleInputs(q, k, v, beta=self.write_strength(self.b_proj(x)), g=g)
-
-
-def _initial_log_rate(key: PRNGKeyArray, heads: int) -> Float[Array, " heads"]:
-    """The logarithm of a number drawn uniformly from (0, 16]; never that of zero."""
-    return jnp.log(16.0 * (1.0 - jax.random.uniform(key, (heads,), jnp.float32)))
-
-
-def _initial_step_bias(key: PRNGKeyArray, heads: int) -> Float[Array, " heads"]:
-    """The inverse softplus of a step drawn log-uniformly from [0.001, 0.1]."""
-    low, high = math.log(0.001), math.log(0.1)
-    step = jnp.exp(jax.random.uniform(key, (heads,), jnp.float32, low, high))
-    return step + jnp.log(-jnp.expm1(-step))
+        beta = self.write_strength(self.b_proj(x))
+        g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
+        return RuleInputs(l2_normalize(q), l2_normalize(k), v, beta=beta, g=g)

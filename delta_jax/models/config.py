@@ -1,17 +1,21 @@
 """What a language model is made of, as frozen data."""
 
+import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 from flax import nnx
 
-from delta_jax.layers import MIXERS, Mixer
+from delta_jax.layers import MIXERS, MixtureOfExperts, TokenMixer
+from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
 from delta_jax.layers.mixer import MixerOptions
+from delta_jax.models.stack import Run, cut_into_runs
 
-__all__ = ["MixerSpec", "ModelConfig"]
+__all__ = ["ExpertsConfig", "Layer", "MixerSpec", "ModelConfig", "PlacedMixer"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "block")
@@ -63,17 +67,82 @@ class MixerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacedMixer(MixerSpec):
+    """A mixer for certain layers, in place of the pattern's.
+
+    Attributes:
+        layers: their places in the stack, the first is 0.
+    """
+
+    layers: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Reads a `[[model.placed]]` table: `layers`, `mixer` and, beside them, the options."""
+        places = table.get("layers")
+        if not isinstance(places, list | tuple) or not all(type(place) is int for place in places):
+            raise ValueError(f"layers must be an array of integers, got {places!r}")
+        spec = MixerSpec.from_dict({key: value for key, value in table.items() if key != "layers"})
+        return cls(layers=tuple(places), mixer=spec.mixer, options=spec.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`."""
+        return {"layers": list(self.layers), **super().to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts, see `delta_jax.layers.MixtureOfExperts`.
+
+    Attributes:
+        size: width of an expert.
+        number: experts to choose from.
+        per_token: experts that each token goes to.
+        shared_size: width of the expert that all tokens share; 0 is none.
+        router: how scores come from logits.
+        scale: factor on the sum over the chosen experts.
+        use_shared_gate: whether every token gates the shared expert.
+        balance_rate: by how much a training step moves the bias of an expert that got more or fewer tokens than the
+            mean. All tokens of the batch count, padding too.
+    """
+
+    size: int
+    number: int
+    per_token: int
+    shared_size: int = 0
+    router: Literal["sigmoid", "softmax"] = "sigmoid"
+    scale: float = 1.0
+    use_shared_gate: bool = False
+    balance_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not self.balance_rate >= 0:
+            raise ValueError(f"balance_rate must not be negative, got {self.balance_rate}")
+
+
+class Layer(NamedTuple):
+    """One layer of the stack: its mixer, and whether experts follow in place of the SwiGLU layer."""
+
+    mixer: MixerSpec
+    experts: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A stack of blocks, each a mixer and a SwiGLU layer, between an embedding and a head.
+    """A stack of blocks, each a mixer and a SwiGLU layer or a mixture of experts, between an embedding and a head.
 
     Attributes:
         vocab_size: number of token ids.
         hidden_size: width of the residual stream.
-        num_layers: number of blocks, a multiple of the length of the pattern.
-        pattern: the mixers of consecutive blocks, repeated until num_layers are filled.
+        num_layers: number of blocks.
+        pattern: the mixers of consecutive blocks, repeated until num_layers are filled; the last repeat may be cut.
+        placed: mixers of single blocks, in place of the pattern's.
         mlp_size: width of the SwiGLU layer; None is 8/3 of hidden_size, rounded up to a multiple of 256.
+        experts: a mixture of experts in place of the SwiGLU layer; None is none.
+        dense_layers: how many of the first blocks keep the SwiGLU layer where there are experts.
         tie_embeddings: use the embedding as the head.
         norm_eps: epsilon of every RMSNorm, those inside the mixers too.
+        zero_centered_norms: the form of the norms between the layers, see `RMSNorm`.
         initializer_std: standard deviation of every matrix at the start.
         remat: what the backward pass computes again to save memory: "none"; "dots", all but the matrix
             products with weights; "block", everything but the input of every block.
@@ -85,46 +154,71 @@ class ModelConfig:
     hidden_size: int
     num_layers: int
     pattern: tuple[MixerSpec, ...]
+    placed: tuple[PlacedMixer, ...] = ()
     mlp_size: int | None = None
+    experts: ExpertsConfig | None = None
+    dense_layers: int = 0
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
+    zero_centered_norms: bool = False
     initializer_std: float = 0.02
     remat: str = "none"
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "mlp_size"):
-            number = getattr(self, name)
-            if name == "mlp_size" and number is None:
-                continue
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{name} must be a positive integer, got {number!r}")
-        for name in ("norm_eps", "initializer_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("vocab_size", "hidden_size", "num_layers"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be a positive integer, got None")
+        require_positive_integers(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            mlp_size=self.mlp_size,
+        )
+        require_positive_numbers(norm_eps=self.norm_eps, initializer_std=self.initializer_std)
         if not self.pattern:
             raise ValueError("pattern must hold at least one mixer")
-        if self.num_layers % len(self.pattern):
+        if self.num_layers < len(self.pattern):
             raise ValueError(
-                f"num_layers must be a multiple of the length of the pattern, "
-                f"got {self.num_layers} and {len(self.pattern)}"
+                f"num_layers must be at least the length of the pattern, got {self.num_layers} and {len(self.pattern)}"
             )
         self._check_choices()
-        for place, spec in enumerate(self.pattern):
+        self._check_places()
+        layers: dict[str, Callable[..., nnx.Module]] = {
+            f"{field}.{place}": partial(self.mixer, spec)
+            for field in ("pattern", "placed")
+            for place, spec in enumerate(getattr(self, field))
+        }
+        if self.experts is not None:
+            layers["experts"] = self.expert_layer
+        for name, layer in layers.items():
             try:
-                jax.eval_shape(lambda spec=spec: self.mixer(spec, nnx.Rngs(0)))
+                jax.eval_shape(lambda layer=layer: layer(rngs=nnx.Rngs(0)))
             except ValueError as error:
-                raise ValueError(f"pattern.{place}: {error}") from error
+                raise ValueError(f"{name}: {error}") from error
 
     def _check_choices(self) -> None:
         for name, allowed in {"remat": REMAT_POLICIES, "dtype": DTYPES, "param_dtype": DTYPES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
-    def mixer(self, spec: MixerSpec, rngs: nnx.Rngs) -> Mixer:
+    def _check_places(self) -> None:
+        places = [place for spec in self.placed for place in spec.layers]
+        for place in places:
+            if not 0 <= place < self.num_layers:
+                raise ValueError(f"placed names layer {place}, but the layers are 0 to {self.num_layers - 1}")
+            if places.count(place) > 1:
+                raise ValueError(f"placed names layer {place} twice")
+        if not 0 <= self.dense_layers <= (self.num_layers if self.experts else 0):
+            raise ValueError(
+                f"dense_layers must lie between 0 and num_layers, and be 0 without experts, got {self.dense_layers}"
+            )
+
+    def mixer(self, spec: MixerSpec, rngs: nnx.Rngs) -> TokenMixer:
         """The layer that an entry of the pattern stands for."""
-        return MIXERS[spec.mixer](
+        layer: Callable[..., TokenMixer] = MIXERS[spec.mixer]
+        return layer(
             self.hidden_size,
             norm_eps=self.norm_eps,
             initializer_std=self.initializer_std,
@@ -134,10 +228,38 @@ class ModelConfig:
             **dict(spec.options),
         )
 
+    def expert_layer(self, rngs: nnx.Rngs) -> MixtureOfExperts:
+        """The layer that `experts` stands for."""
+        assert self.experts is not None
+        options = dataclasses.asdict(self.experts)
+        del options["balance_rate"]
+        return MixtureOfExperts(
+            self.hidden_size,
+            **options,
+            initializer_std=self.initializer_std,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=rngs,
+        )
+
     @property
-    def repeats(self) -> int:
-        """How often the pattern is repeated."""
-        return self.num_layers // len(self.pattern)
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer of the stack."""
+        placed = {
+            place: MixerSpec(mixer=spec.mixer, options=spec.options) for spec in self.placed for place in spec.layers
+        }
+        return tuple(
+            Layer(
+                placed.get(place, self.pattern[place % len(self.pattern)]),
+                self.experts is not None and place >= self.dense_layers,
+            )
+            for place in range(self.num_layers)
+        )
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The stack, cut into runs that each repeat a block."""
+        return cut_into_runs(self.layers, len(self.pattern))
 
     @property
     def mlp_width(self) -> int:
@@ -148,5 +270,5 @@ class ModelConfig:
 def mixer_options(mixer: str) -> tuple[str, ...]:
     """The keyword arguments of a mixer that a `MixerSpec` may set."""
     own = inspect.signature(MIXERS[mixer].__init__).parameters
-    shared = MixerOptions.__annotations__
+    shared = MixerOptions.__annotations__ if "options" in own else ()
     return tuple(name for name in (*own, *shared) if name not in _NOT_OPTIONS)

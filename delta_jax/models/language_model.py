@@ -6,52 +6,64 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from delta_jax.layers import MixerCache, RMSNorm, SwiGLU
-from delta_jax.models.config import MixerSpec, ModelConfig
+from delta_jax.layers import AttentionCache, ExpertBias, MixerCache, MixtureOfExperts, RMSNorm, SwiGLU
+from delta_jax.models.config import Layer, ModelConfig
+from delta_jax.models.stack import Run
 from delta_jax.parallel import cut_batch
 
-__all__ = ["Block", "LanguageModel", "ModelCache", "number_of_parameters"]
+__all__ = ["Block", "LanguageModel", "Loads", "ModelCache", "number_of_parameters"]
 
-type ModelCache = tuple[MixerCache, ...]
-"""A mixer cache for every place in the pattern; its arrays carry a leading axis, the repeats of it."""
+type LayerCache = MixerCache | AttentionCache
+type ModelCache = tuple[LayerCache, ...]
+"""The caches of `LanguageModel.blocks`; their arrays carry a leading axis, the repeats of each block."""
+
+type Loads = tuple[Int[Array, "repeats experts"] | None, ...]
+"""How many tokens every expert got, for each of `LanguageModel.blocks`; None where there are no experts."""
 
 
 class Block(nnx.Module):
     """`x += mixer(norm(x))`, then `x += mlp(norm(x))`."""
 
-    def __init__(self, config: ModelConfig, spec: MixerSpec, *, rngs: nnx.Rngs):
-        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, param_dtype=param_dtype)
-        self.mixer = config.mixer(spec, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, param_dtype=param_dtype)
-        self.mlp = SwiGLU(
-            config.hidden_size,
-            config.mlp_width,
-            initializer_std=config.initializer_std,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+    def __init__(self, config: ModelConfig, layer: Layer, *, rngs: nnx.Rngs):
+        self.mixer_norm = _norm(config)
+        self.mixer = config.mixer(layer.mixer, rngs)
+        self.mlp_norm = _norm(config)
+        self.mlp: MixtureOfExperts | SwiGLU
+        if layer.experts:
+            self.mlp = config.expert_layer(rngs)
+        else:
+            self.mlp = SwiGLU(
+                config.hidden_size,
+                config.mlp_width,
+                initializer_std=config.initializer_std,
+                dtype=jnp.dtype(config.dtype),
+                param_dtype=jnp.dtype(config.param_dtype),
+                rngs=rngs,
+            )
 
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],
         segment_ids: Int[Array, "batch time"] | None = None,
-        cache: MixerCache | None = None,
-    ) -> tuple[Float[Array, "batch time hidden"], MixerCache]:
-        """Returns the new residual stream and the mixer's new cache."""
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "batch time hidden"], LayerCache, Int[Array, " experts"] | None]:
+        """Returns the new residual stream, the mixer's new cache and the load of the experts, if there are any."""
         y, cache = self.mixer.with_cache(self.mixer_norm(x), segment_ids, cache)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        if isinstance(self.mlp, SwiGLU):
+            return x + self.mlp(self.mlp_norm(x)), cache, None
+        y, load = self.mlp(self.mlp_norm(x))
+        return x + y, cache, load
 
 
 class LanguageModel(nnx.Module):
     """A causal language model whose blocks repeat a pattern of mixers.
 
-    The parameters of each block of the pattern are stacked along a leading axis, the repeats, and one
-    `lax.scan` runs over them: compile time does not grow with depth.
+    `config.runs` says what repeats. The parameters of each block of a run are stacked along a leading axis, the
+    repeats, and one `lax.scan` runs over them: compile time does not grow with depth. `blocks` holds the stacks of
+    all runs, in order.
 
     Args:
         config: what the model is made of.
@@ -73,9 +85,8 @@ class LanguageModel(nnx.Module):
             embedding_init=normal,
             rngs=rngs,
         )
-        keys = jax.random.split(rngs.params(), (len(config.pattern), config.repeats))
-        self.blocks = nnx.List([_stacked(config, *pair) for pair in zip(config.pattern, keys, strict=True)])
-        self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, param_dtype=param_dtype)
+        self.blocks = nnx.List([stack for run in config.runs for stack in _stacks(config, run, rngs.params())])
+        self.final_norm = _norm(config)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size,
@@ -88,11 +99,38 @@ class LanguageModel(nnx.Module):
                 rngs=rngs,
             )
 
-    def init_cache(self, batch_size: int) -> ModelCache:
-        """The cache of `batch_size` sequences that have not begun."""
-        repeats = self.config.repeats
-        caches = tuple(block.mixer.init_cache(batch_size) for block in self.blocks)
-        return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), caches)
+    def init_cache(self, batch_size: int, *, length: int | None = None) -> ModelCache:
+        """The cache of `batch_size` sequences that have not begun.
+
+        Args:
+            batch_size: sequences.
+            length: tokens that a sequence may have at most; needed where there is attention without a window.
+
+        Raises:
+            ValueError: length is needed and missing.
+        """
+        caches = tuple(block.mixer.init_cache(batch_size, length=length) for block in self.blocks)
+        repeats = tuple(run.repeats for run in self.config.runs for _ in run.block)
+        return tuple(
+            jax.tree.map(lambda x, count=count: jnp.zeros((count, *x.shape), x.dtype), cache)
+            for count, cache in zip(repeats, caches, strict=True)
+        )
+
+    def extend_cache(self, cache: ModelCache, length: int) -> ModelCache:
+        """The cache with room for segments of `length` tokens.
+
+        Raises:
+            ValueError: it has room for more already.
+        """
+        wanted = jax.eval_shape(lambda: self.init_cache(cache[0].segment_id.shape[1], length=length))
+
+        def extend(x: Array, like: jax.ShapeDtypeStruct) -> Array:
+            more = [(0, new - old) for old, new in zip(x.shape, like.shape, strict=True)]
+            if min(more) < (0, 0):
+                raise ValueError(f"length must not be less than the room there is, {x.shape[2]} tokens, got {length}")
+            return jnp.pad(x, more)
+
+        return jax.tree.map(extend, cache, wanted)
 
     def __call__(
         self,
@@ -109,10 +147,15 @@ class LanguageModel(nnx.Module):
             segment_ids: [B, T] integers; nothing passes from one segment to the next. None continues the
                 segment of the cache (a new cache is in segment 0).
             cache: what a former call returned, or `init_cache`; None starts anew.
-            return_cache: return the new cache as well, which is always done when a cache is given.
+            return_cache: return the new cache as well, which is always done when a cache is given. Attention without
+                a window, if no cache is given, has room for these T tokens; `extend_cache` makes more.
 
         Returns:
             logits [B, T, vocab_size] in float32, or (logits, cache).
+
+        Raises:
+            ValueError: the cache is known to be too small for the tokens (inside `jit` it is not known, and logits
+                beyond are NaN).
         """
         x, new_cache = self.features(tokens, segment_ids=segment_ids, cache=cache, return_cache=return_cache)
         logits = self.head(x)
@@ -127,19 +170,45 @@ class LanguageModel(nnx.Module):
         return_cache: bool = False,
     ) -> tuple[Float[Array, "batch time hidden"], ModelCache | None]:
         """What the head reads, [B, T, hidden_size], and the new cache where one is given or asked for."""
+        x, new_cache, _ = self.features_and_loads(
+            tokens, segment_ids=segment_ids, cache=cache, return_cache=return_cache
+        )
+        return x, new_cache
+
+    def features_and_loads(
+        self,
+        tokens: Int[Array, "batch time"],
+        *,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        cache: ModelCache | None = None,
+        return_cache: bool = False,
+    ) -> tuple[Float[Array, "batch time hidden"], ModelCache | None, Loads]:
+        """`features`, and how many tokens every expert got."""
         keep_cache = return_cache or cache is not None
         apply = _rematerialized(self.config.remat)
+        if cache is not None and segment_ids is None:
+            for block, block_cache in zip(self.blocks, cache, strict=True):
+                block.mixer.check_room(block_cache, tokens.shape[1])
 
-        def repeat(x: Array, stack: tuple[tuple[Block, ...], ModelCache | None]) -> tuple[Array, ModelCache | None]:
+        def repeat(x: Array, stack: tuple[tuple[Block, ...], ModelCache | None]) -> tuple[Array, tuple]:
             blocks, old = stack
-            new = []
+            new, loads = [], []
             for index, block in enumerate(blocks):
-                x, block_cache = apply(block, x, segment_ids, None if old is None else old[index])
+                x, block_cache, load = apply(block, x, segment_ids, None if old is None else old[index])
                 new.append(block_cache)
-            return x, tuple(new) if keep_cache else None
+                loads.append(load)
+            return x, (tuple(new) if keep_cache else (), tuple(loads))
 
-        x, new_cache = jax.lax.scan(repeat, cut_batch(self.embed(tokens)), (tuple(self.blocks), cache))
-        return self.final_norm(x), new_cache
+        x, place = cut_batch(self.embed(tokens)), 0
+        new_cache: ModelCache = ()
+        loads: Loads = ()
+        for run in self.config.runs:
+            here = slice(place, place + len(run.block))
+            x, (run_cache, run_loads) = jax.lax.scan(
+                repeat, x, (tuple(self.blocks[here]), None if cache is None else cache[here])
+            )
+            new_cache, loads, place = new_cache + run_cache, loads + run_loads, here.stop
+        return self.final_norm(x), new_cache if keep_cache else None, loads
 
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:
         """The float32 logits of the features x."""
@@ -150,18 +219,31 @@ class LanguageModel(nnx.Module):
 
 
 def number_of_parameters(model: nnx.Module) -> int:
-    """How many numbers the model learns; works on the result of `nnx.eval_shape` too."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    """How many numbers the model learns by gradients; works on the result of `nnx.eval_shape` too."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.All(nnx.Param, nnx.Not(ExpertBias)))))
 
 
-def _stacked(config: ModelConfig, spec: MixerSpec, keys: Array) -> Block:
-    """Independent blocks, one for every key, in one module whose parameters have a leading axis."""
-    return jax.vmap(lambda key: Block(config, spec, rngs=nnx.Rngs(key)))(keys)
+def _norm(config: ModelConfig) -> RMSNorm:
+    return RMSNorm(
+        config.hidden_size,
+        eps=config.norm_eps,
+        zero_centered=config.zero_centered_norms,
+        param_dtype=jnp.dtype(config.param_dtype),
+    )
+
+
+def _stacks(config: ModelConfig, run: Run, key: PRNGKeyArray) -> list[Block]:
+    """The blocks of a run: independent ones for all its repeats in one module, whose parameters have a leading axis."""
+    keys = jax.random.split(key, (len(run.block), run.repeats))
+    return [
+        jax.vmap(lambda key, layer=layer: Block(config, layer, rngs=nnx.Rngs(key)))(row)
+        for layer, row in zip(run.block, keys, strict=True)
+    ]
 
 
 def _apply_block(
-    block: Block, x: Array, segment_ids: Array | None, cache: MixerCache | None
-) -> tuple[Array, MixerCache]:
+    block: Block, x: Array, segment_ids: Array | None, cache: LayerCache | None
+) -> tuple[Array, LayerCache, Array | None]:
     return block(x, segment_ids, cache)
 
 

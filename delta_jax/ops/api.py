@@ -26,10 +26,33 @@ class Arguments(NamedTuple):
     segment_ids: Array | None
 
 
-def _kernels(*arguments: Any, scale: float, chunk_size: int | None, erases: bool) -> tuple[Array, Array]:
+def _kernels(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+    reset: Array | None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """The kernels take one write a token: a token of n becomes n, of which the first is gated and the last queried."""
     from pallas_kernels import tpu
 
-    return tpu.delta_rule(*arguments, scale=scale, chunk_size=chunk_size, erases=erases)
+    if k.ndim == q.ndim:
+        return tpu.delta_rule(q, k, v, beta, g, erase, initial_state, reset, **options)
+    writes = k.shape[2]
+
+    def spread(x: Array, place: int) -> Array:
+        widths = ((0, 0), (0, 0), (place, writes - 1 - place)) + ((0, 0),) * (x.ndim - 2)
+        return jnp.pad(x[:, :, None], widths).reshape(x.shape[0], -1, *x.shape[2:])
+
+    q = spread(q, writes - 1)
+    k, v, beta, erase = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (k, v, beta, erase))
+    g, reset = jax.tree.map(lambda x: spread(x, 0), (g, reset))
+    o, state = tpu.delta_rule(q, k, v, beta, g, erase, initial_state, reset, **options)
+    return o[:, writes - 1 :: writes], state
 
 
 _STATIC = ("scale", "chunk_size", "erases")
@@ -105,7 +128,43 @@ def delta_rule(
     Source: arXiv 2406.06484 section 3, arXiv 2412.06464 section 3, in their general asymmetric form.
     """
     arguments = Arguments(q, k, v, beta, g, erase, initial_state, segment_ids)
-    return _run(arguments, scale, chunk_size, implementation, erases=True)
+    return _run(arguments, scale, chunk_size, implementation)
+
+
+def delta_product(
+    q: Float[Array, "batch time key_heads key"],
+    k: Float[Array, "batch time writes key_heads key"],
+    v: Float[Array, "batch time writes heads value"],
+    beta: Float[Array, "batch time writes heads"] | None = None,
+    g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None = None,
+    erase: Float[Array, "batch time writes erase_heads key"] | None = None,
+    *,
+    initial_state: Float[Array, "batch heads key value"] | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
+    """Several delta-rule writes a token: the gate comes before the first, the query after the last.
+
+        S_{t,0} = Diag(exp g_t) S_{t-1}                                          S_t = S_{t,n}
+        S_{t,j} = (I - beta_{t,j} k_{t,j} e_{t,j}^T) S_{t,j-1} + beta_{t,j} k_{t,j} v_{t,j}^T      o_t = scale * S_t^T q_t
+
+    With one write it is `delta_rule`, whose options, results and errors it shares.
+
+    Args:
+      q, g: as in `delta_rule`, one a token.
+      k, v, beta, erase: as in `delta_rule`, with an axis of the token's n writes, in order, after that of time: k is
+        `[batch, time, writes, key_heads, key]`.
+      initial_state, segment_ids, scale: as in `delta_rule`.
+      chunk_size: tokens a chunk. Default: as many as have 32 writes, or the next smaller power of two.
+      implementation: as in `delta_rule`. "recurrent" and "xla" keep one query, gate and output a token; the Pallas
+        kernels run on a sequence of time * writes tokens.
+
+    Source: arXiv 2502.10297 section 3, with its gate on the first write.
+    """
+    arguments = Arguments(q, k, v, beta, g, erase, initial_state, segment_ids)
+    return _run(arguments, scale, chunk_size, implementation, writes=True)
 
 
 def linear_attention(
@@ -157,27 +216,74 @@ def delta_rule_step(
       ValueError: for a shape, head count or dtype that does not fit, naming the argument, and for an implementation
         that cannot run here.
     """
+    return _run_step(Arguments(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None), scale, implementation)
 
-    arguments = {"q": q_t, "k": k_t, "v": v_t, "beta": beta_t, "g": g_t, "erase": erase_t, "initial_state": state}
-    _check(arguments, step=True)
-    implementation = _choose(implementation, q_t, v_t)
-    dtype, heads = accumulator_dtype(v_t.dtype), v_t.shape[-2]
+
+def delta_product_step(
+    q_t: Float[Array, "batch key_heads key"],
+    k_t: Float[Array, "batch writes key_heads key"],
+    v_t: Float[Array, "batch writes heads value"],
+    beta_t: Float[Array, "batch writes heads"] | None = None,
+    g_t: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None = None,
+    erase_t: Float[Array, "batch writes erase_heads key"] | None = None,
+    *,
+    state: Float[Array, "batch heads key value"],
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
+    """One token of `delta_product`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`."""
+    arguments = Arguments(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None)
+    return _run_step(arguments, scale, implementation, writes=True)
+
+
+def linear_attention_step(
+    q_t: Float[Array, "batch key_heads key"],
+    k_t: Float[Array, "batch key_heads key"],
+    v_t: Float[Array, "batch heads value"],
+    g_t: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None = None,
+    *,
+    state: Float[Array, "batch heads key value"],
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
+    """One token of `linear_attention`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`."""
+    return _run_step(Arguments(q_t, k_t, v_t, None, g_t, None, state, None), scale, implementation, erases=False)
+
+
+def _run_step(
+    arguments: Arguments, scale: float | None, implementation: str | None, *, erases: bool = True, writes: bool = False
+) -> tuple[Array, Array]:
+    _check(arguments._asdict(), step=True, writes=writes)
+    implementation = _choose(implementation, arguments.q, arguments.v)
+    output, dtype, heads = arguments.v.dtype, accumulator_dtype(arguments.v.dtype), arguments.v.shape[-2]
+    q, k, v, beta, g, erase, state, _ = jax.tree.map(lambda x: x.astype(dtype), arguments)
     repeat = functools.partial(recurrence.repeat_heads, num_heads=heads)
-    q, k = repeat(q_t.astype(dtype)), repeat(k_t.astype(dtype))
-    erase = k if erase_t is None else repeat(erase_t.astype(dtype))
-    beta, g = (None if x is None else x.astype(dtype) for x in (beta_t, g_t))
+    q, k = repeat(q), repeat(k)
+    if erases:
+        erase = k if erase is None else repeat(erase)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    step = recurrence.step
     if implementation == "pallas":
-        from pallas_kernels.tpu import delta_rule_step as step
-    o, state = step(state.astype(dtype), q, k, v_t.astype(dtype), beta, g, erase, scale)
-    return o.astype(v_t.dtype), state
+        from pallas_kernels.tpu import delta_rule_step
+
+        for write in recurrence.one_by_one(k, v, beta, erase):  # only the last of these outputs is a token's
+            k_j, v_j, beta_j, erase_j = write
+            o, state = delta_rule_step(state, q, k_j, v_j, beta_j, g, erase_j, scale)
+            g = None
+    else:
+        o, state = recurrence.step(state, q, k, v, beta, g, erase, scale)
+    return o.astype(output), state
 
 
 def _run(
-    arguments: Arguments, scale: float | None, chunk_size: int | None, implementation: str | None, *, erases: bool
+    arguments: Arguments,
+    scale: float | None,
+    chunk_size: int | None,
+    implementation: str | None,
+    *,
+    erases: bool = True,
+    writes: bool = False,
 ) -> tuple[Array, Array]:
-    _check(arguments._asdict())
+    _check(arguments._asdict(), writes=writes)
     implementation = _choose(implementation, arguments.q, arguments.v)
     if chunk_size not in (None, 16, 32, 64, 128):
         raise ValueError(f"chunk_size must be 16, 32, 64 or 128, got {chunk_size!r}.")
@@ -205,10 +311,14 @@ def _choose(wanted: str | None, q: Array, v: Array) -> str:
     return "xla" if reason else "pallas"
 
 
-def _check(arguments: Mapping[str, Array | None], *, step: bool = False) -> None:
-    """Raises a ValueError that names the first argument that does not fit; `step` is without the time axis."""
+def _check(arguments: Mapping[str, Array | None], *, step: bool = False, writes: bool = False) -> None:
+    """Raises a ValueError that names the first argument that does not fit.
+
+    `step` is without the time axis, and with `writes` what is written has an axis of the token's writes.
+    """
     given = {name: array for name, array in arguments.items() if array is not None}
     lead = ("batch",) if step else ("batch", "time")
+    lead_of_writes = (*lead, "writes") if writes else lead
 
     def shown(name: str) -> str:
         return {"initial_state": "state"}.get(name, f"{name}_t") if step else name
@@ -218,24 +328,34 @@ def _check(arguments: Mapping[str, Array | None], *, step: bool = False) -> None
         raise ValueError(f"{shown(name)} must {wanted}, got shape {array.shape} and dtype {array.dtype}.")
 
     q, k, v = given["q"], given["k"], given["v"]
-    for name, axes in {"q": ("key_heads", "key"), "k": ("key_heads", "key"), "v": ("heads", "value")}.items():
-        if given[name].ndim != len(lead) + 2:
-            fail(name, f"have shape [{', '.join(lead + axes)}]")
+    axes_of = {
+        "q": (*lead, "key_heads", "key"),
+        "k": (*lead_of_writes, "key_heads", "key"),
+        "v": (*lead_of_writes, "heads", "value"),
+    }
+    for name, axes in axes_of.items():
+        if given[name].ndim != len(axes):
+            fail(name, f"have shape [{', '.join(axes)}]")
         if str(given[name].dtype) not in _DTYPES:
             fail(name, f"have one of the dtypes {', '.join(_DTYPES)}")
     leading, (key_heads, key), (heads, value) = q.shape[:-2], q.shape[-2:], v.shape[-2:]
+    of_writes = (*leading, k.shape[len(lead)]) if writes else leading
     if 0 in q.shape:
         fail("q", "hold at least one token of one head")
-    if k.shape != q.shape:
-        fail("k", f"have the shape of {shown('q')}, {q.shape}")
-    if v.shape[:-2] != leading:
-        fail("v", f"have the {' and '.join(lead)} of {shown('q')}, {leading}")
+    if 0 in of_writes:
+        fail("k", "hold at least one write a token")
+    if k.shape != (*of_writes, key_heads, key):
+        between = f" and an axis of writes before the heads, {(*leading, 'writes', key_heads, key)}"
+        fail("k", f"have the shape of {shown('q')}, {q.shape}{between if writes else ''}")
+    if v.shape[:-2] != of_writes:
+        other = "k" if writes else "q"
+        fail("v", f"have the {' and '.join(lead_of_writes)} of {shown(other)}, {of_writes}")
     if heads == 0 or heads % key_heads:
         fail("v", f"have a number of heads that is a multiple of the {key_heads} key heads")
     shapes: dict[str, list[tuple[int, ...]]] = {
-        "beta": [(*leading, heads)],
+        "beta": [(*of_writes, heads)],
         "g": [(*leading, heads), (*leading, heads, key)],
-        "erase": [(*leading, key_heads, key), (*leading, heads, key)],
+        "erase": [(*of_writes, key_heads, key), (*of_writes, heads, key)],
         "initial_state": [(leading[0], heads, key, value)],
         "segment_ids": [leading],
     }

@@ -1,6 +1,8 @@
 """A group of chunks of the delta rule: its layout, what does not depend on the state, and the pass that carries the state.
 
-The symbols are those of `delta_jax.ops.chunkwise`. Arrays of a group have the axes `[group, batch, heads, chunk, ...]`.
+The symbols are those of `delta_jax.ops.chunkwise`. Arrays of a group are `[group, batch, heads, sets, chunk, dim]`: a token
+has one query and one gate but n keys, values, step sizes and erase keys. Decays are those between tokens, whichever of
+their writes are meant. Where sets are merged, the `n C` rows are the writes of a chunk, all first ones first.
 """
 
 from typing import NamedTuple
@@ -11,14 +13,14 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from delta_jax.ops.decay import Decay, chunk_decay, decayed_scores
+from delta_jax.ops.decay import Decay, chunk_decay, decayed_scores, merged
 from delta_jax.ops.inverse import unit_lower_inverse
 from delta_jax.ops.precision import accumulator_dtype, einsum, transposed
 from delta_jax.ops.recurrence import repeat_heads
 
 
 class Inputs(NamedTuple):
-    """The op's arrays over all tokens, `[batch, time, heads, ...]`; None where a member has none."""
+    """The op's arrays over all tokens, `[batch, time, sets, heads, dim]`; None where a member has none."""
 
     q: Array
     k: Array
@@ -35,6 +37,7 @@ class Options(NamedTuple):
     scale: float
     chunk: int  # tokens a chunk
     group: int  # chunks a group
+    writes: int  # of a token
     erases: bool
 
 
@@ -42,14 +45,14 @@ class Factors(NamedTuple):
     """What a group needs besides the state. `rows` are the erase keys and the scaled queries, or the queries alone."""
 
     rows: Array  # [..., rows, C, K]
-    k: Array
-    v: Array
-    beta: Array | None
+    k: Array  # [..., n, C, K]
+    v: Array  # [..., n C, V]
+    beta: Array | None  # [..., n C, 1]
     decay: Decay | None
-    scores: Array  # decayed scores of the rows with the keys, [..., rows, C, C]: A before beta, and P
-    inverse: Array | None  # (I + A)^-1, [..., C, C]
-    reads: Array  # the rows decayed since the chunk's start, [..., rows * C, K]
-    writes: Array  # the keys decayed to the chunk's end, [..., C, K]
+    scores: Array  # decayed scores of the rows with the keys, [..., rows, C, n, C]: A before beta, and P
+    inverse: Array | None  # (I + A)^-1, [..., n C, n C]
+    reads: Array  # the rows decayed since the chunk's start, [..., rows C, K]
+    writes: Array  # the keys decayed to the chunk's end, [..., n C, K]
 
 
 class Pass(NamedTuple):
@@ -64,25 +67,41 @@ class Pass(NamedTuple):
 
 def prepare(inputs: Inputs, index: Array, options: Options) -> Factors:
     """Everything of group `index` that does not depend on the state."""
-    heads, dtype = inputs.v.shape[2], accumulator_dtype(inputs.v.dtype)
+    heads, dtype = inputs.v.shape[3], accumulator_dtype(inputs.v.dtype)
     q, k, v = (enter(x, index, options, dtype, heads) for x in (inputs.q, inputs.k, inputs.v))
     beta = None if inputs.beta is None else enter(inputs.beta, index, options, dtype)
     decay = None
     if inputs.g is not None or inputs.reset is not None:
-        g = jnp.zeros(v.shape[:-1], dtype) if inputs.g is None else enter(inputs.g, index, options, dtype)
-        reset = None if inputs.reset is None else enter(inputs.reset[..., None], index, options, jnp.bool_)
-        decay = chunk_decay(g[..., None] if g.ndim == 4 else g, reset)
-    rows = options.scale * q[..., None, :, :]
+        g = jnp.zeros((*q.shape[:-1], 1), dtype) if inputs.g is None else enter(inputs.g, index, options, dtype)
+        reset = None if inputs.reset is None else enter(inputs.reset, index, options, jnp.bool_)[..., 0, :, 0]
+        decay = chunk_decay(g[..., 0, :, :], reset)
+    rows = options.scale * q
     if options.erases:
         erase = k if inputs.erase is None else enter(inputs.erase, index, options, dtype, heads)
-        rows = jnp.concatenate([erase[..., None, :, :], rows], -3)
+        rows = jnp.concatenate([erase, rows], -3)
     scores = decayed_scores(rows, k, decay)
     inverse = None
     if options.erases:
-        inverse = unit_lower_inverse(scores[..., 0, :, :] if beta is None else beta[..., None] * scores[..., 0, :, :])
-    reads = rows if decay is None else rows * decay.start[..., None, :, :]
-    reads = reads.reshape(*reads.shape[:-3], -1, reads.shape[-1])
-    return Factors(rows, k, v, beta, decay, scores, inverse, reads, k if decay is None else k * decay.end)
+        a = scores[..., :-1, :, :, :]
+        inverse = _inverse(a if beta is None else beta[..., None] * a)
+    reads, writes = rows, k
+    if decay is not None:
+        reads, writes = rows * decay.start[..., None, :, :], k * decay.end[..., None, :, :]
+    if beta is not None:
+        beta = merged(beta)
+    return Factors(rows, k, merged(v), beta, decay, scores, inverse, merged(reads), merged(writes))
+
+
+def _inverse(a: Array) -> Array:
+    """(I + A)^-1 for A `[..., n, C, n, C]`: triangular only in the order of time, a token's writes next to one another."""
+    writes, chunk = a.shape[-4:-2]
+
+    def transposed_sets(x: Array) -> Array:
+        return jnp.swapaxes(jnp.swapaxes(x, -4, -3), -2, -1)
+
+    x = transposed_sets(a).reshape(*a.shape[:-4], writes * chunk, writes * chunk)
+    x = unit_lower_inverse(x).reshape(*a.shape[:-4], chunk, writes, chunk, writes)
+    return transposed_sets(x).reshape(*a.shape[:-4], writes * chunk, writes * chunk)
 
 
 def carry(factors: Factors, state: Array, options: Options) -> Pass:
@@ -91,8 +110,8 @@ def carry(factors: Factors, state: Array, options: Options) -> Pass:
     write_keys = transposed(factors.writes)
     for n in range(options.group):
         read = einsum("bhik,bhkv->bhiv", factors.reads[n], state)
-        new = factors.v[n] - read[..., : options.chunk, :] if options.erases else factors.v[n]
-        write = new if factors.beta is None else factors.beta[n][..., None] * new
+        new = factors.v[n] - read[..., : -options.chunk, :] if options.erases else factors.v[n]
+        write = new if factors.beta is None else factors.beta[n] * new
         if factors.inverse is not None:
             write = einsum("bhij,bhjv->bhiv", factors.inverse[n], write)
         result.states.append(state)
@@ -103,33 +122,40 @@ def carry(factors: Factors, state: Array, options: Options) -> Pass:
     return result._replace(end=state)
 
 
+def query_scores(factors: Factors) -> Array:
+    """P, `[..., C, n C]`."""
+    p = factors.scores[..., -1, :, :, :]
+    return p.reshape(*p.shape[:-2], -1)
+
+
 def through_chunk(state: Array, decay: Decay | None, n: int) -> Array:
     """A state, or its cotangent, decayed over the whole of chunk n."""
     return state if decay is None else jnp.swapaxes(decay.whole[n], -1, -2) * state
 
 
 def visible(options: Options) -> np.ndarray:
-    """Which scores of the rows count: those with earlier keys for erasing, with the own key too for the query."""
-    lower = np.tril(np.ones((options.chunk,) * 2, bool))
-    return np.stack([np.tril(lower, -1), lower]) if options.erases else lower[None]
+    """Which scores `[rows, C, n, C]` count: those with earlier writes for erasing, with all of its token for the query."""
+    row, token, write, other = np.indices((options.writes + 1, options.chunk, options.writes, options.chunk))
+    seen = (token > other) | ((token == other) & (row > write))
+    return seen if options.erases else seen[-1:]
 
 
 def enter(x: Array, index: Array, options: Options, dtype: DTypeLike, heads: int | None = None) -> Array:
-    """Group `index` of `[batch, time, heads, ...]` as `[group, batch, heads, chunk, ...]`, key heads repeated."""
+    """Group `index` of `[batch, time, sets, heads, dim]` as `[group, batch, heads, sets, chunk, dim]`, keys repeated."""
     tokens = options.group * options.chunk
     x = jax.lax.dynamic_slice_in_dim(x, index * tokens, tokens, 1).astype(dtype)
     if heads is not None:
         x = repeat_heads(x, heads)
     x = x.reshape(x.shape[0], options.group, options.chunk, *x.shape[2:])
-    return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 3, 2)
+    return jnp.transpose(x, (1, 0, 4, 3, 2, 5))
 
 
 def leave(x: Array, key_heads: int | None = None) -> Array:
-    """The reverse of `enter` on `[group, batch, heads, chunk, dim]`, summing over the value heads of a key head."""
-    x = jnp.moveaxis(jnp.moveaxis(x, 2, 3), 0, 1)
+    """The reverse of `enter`, summing over the value heads of a key head."""
+    x = jnp.transpose(x, (1, 0, 4, 3, 2, 5))
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    if key_heads is not None and key_heads != x.shape[2]:
-        x = x.reshape(*x.shape[:2], key_heads, -1, x.shape[-1]).sum(3)
+    if key_heads is not None and key_heads != x.shape[3]:
+        x = x.reshape(*x.shape[:3], key_heads, -1, x.shape[-1]).sum(4)
     return x
 
 

@@ -12,7 +12,11 @@ The factors of A, P and of the decays do not depend on the state and are compute
 products a chunk are left to the sequence. The backward keeps the state at the start of every group and recomputes the
 rest, so memory is that of the inputs plus a small constant times T. Without an erase A = 0 and B = V.
 
-Source: arXiv 2406.06484 section 3.2 and arXiv 2412.06464 section 3.3, for an erase key of its own and gates per channel.
+Where a token has n writes, i and j of A, B and R are the n C writes of the chunk, those of P's queries its C tokens, and
+G the decays of the tokens: nothing that belongs to a token is repeated for its writes.
+
+Source: arXiv 2406.06484 section 3.2 and arXiv 2412.06464 section 3.3, for an erase key of its own, gates per channel and
+several writes a token.
 """
 
 import functools
@@ -24,22 +28,33 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
-from delta_jax.ops.chunks import Inputs, Options, carry, enter, join, leave, prepare, through_chunk, visible
-from delta_jax.ops.decay import boundary_gate_gradient, decayed_scores_backward
+from delta_jax.ops.chunks import (
+    Inputs,
+    Options,
+    carry,
+    enter,
+    join,
+    leave,
+    prepare,
+    query_scores,
+    through_chunk,
+    visible,
+)
+from delta_jax.ops.decay import boundary_gate_gradient, decayed_scores_backward, merged
 from delta_jax.ops.precision import accumulator_dtype, constant, einsum, masked, transposed, varying_like
 
-# Measured on two CPU cores with heads of 128: the chunk with the least work, the group that stays in the cache.
+# In writes. Measured on two CPU cores with heads of 128: the chunk with the least work, the group that stays in the cache.
 DEFAULT_CHUNK = 32
-TOKENS_PER_GROUP = 128
+WRITES_PER_GROUP = 128
 
 
 def chunkwise(
     q: Float[Array, "batch time key_heads key"],
-    k: Float[Array, "batch time key_heads key"],
-    v: Float[Array, "batch time heads value"],
-    beta: Float[Array, "batch time heads"] | None,
+    k: Float[Array, "batch time *writes key_heads key"],
+    v: Float[Array, "batch time *writes heads value"],
+    beta: Float[Array, "batch time *writes heads"] | None,
     g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None,
-    erase: Float[Array, "batch time erase_heads key"] | None,
+    erase: Float[Array, "batch time *writes erase_heads key"] | None,
     initial_state: Float[Array, "batch heads key value"] | None,
     reset: Bool[Array, "batch time"] | None,
     *,
@@ -48,21 +63,38 @@ def chunkwise(
     erases: bool,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
     """The chunkwise form over all tokens; arguments as in `delta_jax.ops.recurrence.recurrent`."""
-    batch, time, heads, value = v.shape
-    chunk = chunk_size or DEFAULT_CHUNK
+    batch, time = q.shape[:2]
+    heads, value = v.shape[-2:]
+    writes = k.shape[2] if k.ndim > q.ndim else 1
+    chunk = chunk_size or power_of_two(DEFAULT_CHUNK // writes)
     chunks = -(-time // chunk)
-    groups = -(-chunks * chunk // TOKENS_PER_GROUP)
-    options = Options(scale, chunk, -(-chunks // groups), erases)
+    groups = -(-chunks // power_of_two(WRITES_PER_GROUP // (chunk * writes)))
+    options = Options(scale, chunk, -(-chunks // groups), writes, erases)
     padding = groups * options.group * chunk - time
 
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) if padding else x
+    def sets(x: Array, *shape: int) -> Array:
+        """`x` as `[batch, time, sets, heads, dim]`, its tokens filled up to whole groups."""
+        x = x.reshape(batch, time, *shape)
+        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))) if padding else x
 
-    inputs = jax.tree.map(pad, Inputs(q, k, v, beta, g, erase, reset))
+    inputs = Inputs(
+        sets(q, 1, *q.shape[-2:]),
+        sets(k, writes, *k.shape[-2:]),
+        sets(v, writes, heads, value),
+        None if beta is None else sets(beta, writes, heads, 1),
+        None if g is None else sets(g, 1, heads, -1),
+        None if erase is None else sets(erase, writes, -1, k.shape[-1]),
+        None if reset is None else sets(reset, 1, 1, 1),
+    )
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, k.shape[-1], value), accumulator_dtype(v.dtype))
     o, state = _chunkwise(inputs, varying_like(initial_state, *inputs), options)
     return o[:, :time], state
+
+
+def power_of_two(limit: int) -> int:
+    """The largest power of two up to `limit`, at least 1."""
+    return 1 << max(limit.bit_length() - 1, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,8 +108,9 @@ def _forward(
     def body(state: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
         factors = prepare(inputs, index, options)
         done = carry(factors, state, options)
-        own = einsum("...ij,...jv->...iv", factors.scores[..., -1, :, :], jnp.stack(done.writes))
-        return done.end, (leave(jnp.stack(done.reads) + own).astype(inputs.v.dtype), state)
+        own = einsum("...ij,...jv->...iv", query_scores(factors), jnp.stack(done.writes))
+        o = (jnp.stack(done.reads) + own)[..., None, :, :]
+        return done.end, (leave(o)[:, :, 0].astype(inputs.v.dtype), state)
 
     groups = inputs.v.shape[1] // (options.chunk * options.group)
     state = initial_state.astype(accumulator_dtype(inputs.v.dtype))
@@ -108,13 +141,18 @@ def _group_backward(
     """Cotangents of a group's first state and inputs, from those of its outputs and last state; last chunk first."""
     factors = prepare(inputs, index, options)
     done = carry(factors, state, options)
-    d_o = enter(d_o, index, options, d_state.dtype)
-    beta, decay = factors.beta, factors.decay
+
+    def parted(x: Array) -> Array:
+        return x.reshape(*x.shape[:-2], -1, options.chunk, x.shape[-1])
+
+    d_o = enter(d_o[:, :, None], index, options, d_state.dtype)[..., 0, :, :]
+    beta, decay, writes = factors.beta, factors.decay, options.writes
     # With a sign on the erase rows the state's cotangent is one product with [d_new; d_o].
-    sign = constant(np.repeat([[-1.0], [1.0]], options.chunk, 0) if options.erases else np.ones((1, 1)), d_o)
+    signs = np.repeat([-1.0, 1.0], [writes * options.chunk * options.erases, options.chunk])
+    sign = constant(signs[:, None], d_o)
     read_keys = transposed(factors.reads * sign)
     inverse = None if factors.inverse is None else transposed(factors.inverse)
-    from_outputs = einsum("...ij,...jv->...iv", transposed(factors.scores[..., -1, :, :]), d_o)
+    from_outputs = einsum("...ij,...jv->...iv", transposed(query_scores(factors)), d_o)
     d_rights, d_reads, d_writes, d_wholes = [], [], [], []
     for n in reversed(range(options.group)):
         d_right = from_outputs[n] + einsum("bhjk,bhkv->bhjv", factors.writes[n], d_state)
@@ -122,7 +160,7 @@ def _group_backward(
             d_right = einsum("bhij,bhjv->bhiv", inverse[n], d_right)
         d_read = d_o[n]
         if options.erases:
-            d_new = d_right if beta is None else beta[n][..., None] * d_right
+            d_new = d_right if beta is None else beta[n] * d_right
             d_read = jnp.concatenate([d_new, d_read], -2)
         d_rights.append(d_right)
         d_reads.append(einsum("bhiv,bhkv->bhik", d_read, done.states[n]))
@@ -131,6 +169,7 @@ def _group_backward(
         d_state = through_chunk(d_state, decay, n) + einsum("bhki,bhiv->bhkv", read_keys[n], d_read)
     d_right, d_read, d_write, d_whole = (jnp.stack(x[::-1]) for x in (d_rights, d_reads, d_writes, d_wholes))
     d_read = (d_read * sign).reshape(factors.rows.shape)
+    d_write = d_write.reshape(factors.k.shape)
 
     # The writes solve (I + A) R = b B, so d_A = -d_right R^T.
     d_products = jnp.concatenate([-d_right, d_o], -2) if options.erases else d_o
@@ -138,35 +177,35 @@ def _group_backward(
     d_scores = masked(visible(options), d_products.reshape(factors.scores.shape))
     d_v, d_beta = d_right, None
     if beta is not None:
-        d_v, d_beta = beta[..., None] * d_right, jnp.sum(d_right * jnp.stack(done.news), -1)
+        d_v, d_beta = beta * d_right, jnp.sum(d_right * jnp.stack(done.news), -1, keepdims=True)
         if options.erases:
-            d_beta = d_beta + jnp.sum(d_scores[..., 0, :, :] * factors.scores[..., 0, :, :], -1)
-            d_a = beta[..., None] * d_scores[..., 0, :, :]
-            d_scores = jnp.concatenate([d_a[..., None, :, :], d_scores[..., 1:, :, :]], -3)
+            d_a = d_scores[..., :-1, :, :, :]
+            d_beta = d_beta + jnp.sum(d_a * factors.scores[..., :-1, :, :, :], (-2, -1)).reshape(d_beta.shape)
+            d_a = beta.reshape(*d_a.shape[:-2], 1, 1) * d_a
+            d_scores = jnp.concatenate([d_a, d_scores[..., -1:, :, :, :]], -4)
     d_rows, d_k, d_g = decayed_scores_backward(d_scores, factors.scores, factors.rows, factors.k, decay)
     if decay is None:
         d_rows, d_k = d_rows + d_read, d_k + d_write
     else:
-        d_rows, d_k = d_rows + d_read * decay.start[..., None, :, :], d_k + d_write * decay.end
+        d_rows, d_k = d_rows + d_read * decay.start[..., None, :, :], d_k + d_write * decay.end[..., None, :, :]
     if inputs.g is not None and decay is not None and d_g is not None:
-        start = factors.reads * d_read.reshape(factors.reads.shape)
-        terms = [start, factors.writes * d_write, decay.whole * d_whole]
-        if inputs.g.ndim == 3:
+        terms = [factors.reads * merged(d_read), factors.writes * merged(d_write), decay.whole * d_whole]
+        if inputs.g.shape[-1] == 1:
             terms = [jnp.sum(x, -1, keepdims=True) for x in terms]
-        terms[0] = jnp.sum(terms[0].reshape(*factors.rows.shape[:-1], -1), -3)
-        d_g = leave(d_g + boundary_gate_gradient(*terms))
-        d_g = d_g.reshape(*d_g.shape[:2], *inputs.g.shape[2:])
+        start, end = (jnp.sum(parted(x), -3) for x in terms[:2])
+        d_g = leave((d_g + boundary_gate_gradient(start, end, terms[2]))[..., None, :, :])
 
-    key_heads, d_erase = inputs.k.shape[2], None
+    key_heads, d_erase = inputs.k.shape[3], None
     if options.erases and inputs.erase is None:
-        d_k = d_k + d_rows[..., 0, :, :]
+        d_k = d_k + d_rows[..., :-1, :, :]
     elif inputs.erase is not None:
-        d_erase = leave(d_rows[..., 0, :, :], inputs.erase.shape[2])
+        d_erase = leave(d_rows[..., :-1, :, :], inputs.erase.shape[3])
+
     return d_state, Inputs(
-        q=leave(options.scale * d_rows[..., -1, :, :], key_heads),
+        q=leave(options.scale * d_rows[..., -1:, :, :], key_heads),
         k=leave(d_k, key_heads),
-        v=leave(d_v),
-        beta=None if d_beta is None else leave(d_beta[..., None])[..., 0],
+        v=leave(parted(d_v)),
+        beta=None if d_beta is None else leave(parted(d_beta)),
         g=None if inputs.g is None else d_g,
         erase=d_erase,
         reset=None,

@@ -68,58 +68,58 @@ def chunk_decay(g: Float[Array, "*batch chunk channels"], reset: Bool[Array, "*#
 
 
 def decayed_scores(
-    rows: Float[Array, "*batch rows chunk key"], keys: Float[Array, "*batch chunk key"], decay: Decay | None
-) -> Float[Array, "*batch rows chunk chunk"]:
-    """`sum_d rows_i[d] keys_j[d] exp(G_i[d] - G_j[d])` for i >= j, and 0 above the diagonal; several row sets at once."""
+    rows: Float[Array, "*batch rows chunk key"], keys: Float[Array, "*batch writes chunk key"], decay: Decay | None
+) -> Float[Array, "*batch rows chunk writes chunk"]:
+    """`sum_d rows_i[d] keys_j[d] exp(G_i[d] - G_j[d])` for tokens i >= j, else 0; all row sets with all key sets."""
     size = keys.shape[-2]
     if decay is None or not decay.levels:
         scores = _product(rows, keys)
         if decay is None:
-            return masked(np.tril(np.ones((size, size), bool)), scores)
-        return scores * decay.pairs[..., None, :, :]
-    scores = jnp.sum(rows * keys[..., None, :, :], -1)[..., None] * constant(np.eye(size), rows)
+            return masked(np.tril(np.ones((size, size), bool))[:, None], scores)
+        return scores * decay.pairs[..., None, :, None, :]
+    own = jnp.sum(rows[..., None, :, :] * keys[..., None, :, :, :], -1)
+    scores = jnp.swapaxes(own, -1, -2)[..., None] * constant(np.eye(size)[:, None], rows[..., None])
     for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
-        part = _product(_right_rows(rows, block) * right[..., None, :, :], _halves(keys, block)[0] * left)
-        scores = scores + _place(jnp.moveaxis(part, -3, -4), block)
-    return scores * decay.pairs[..., None, :, :]
+        part = _product(_right(rows, block) * right[..., None, :, :], _left(keys, block) * left[..., None, :, :])
+        scores = scores + _place(part, block)
+    return scores * decay.pairs[..., None, :, None, :]
 
 
 def decayed_scores_backward(
-    d_scores: Float[Array, "*batch rows chunk chunk"],
-    scores: Float[Array, "*batch rows chunk chunk"],
+    d_scores: Float[Array, "*batch rows chunk writes chunk"],
+    scores: Float[Array, "*batch rows chunk writes chunk"],
     rows: Float[Array, "*batch rows chunk key"],
-    keys: Float[Array, "*batch chunk key"],
+    keys: Float[Array, "*batch writes chunk key"],
     decay: Decay | None,
 ) -> tuple[Array, Array, Array | None]:
-    """Cotangents of `rows`, `keys` and of the log decays through `decayed_scores`; `d_scores` is 0 above the diagonal."""
+    """Cotangents of `rows`, `keys` and of the log decays through `decayed_scores`; `d_scores` is 0 where i < j."""
     size = keys.shape[-2]
     if decay is None or not decay.levels:
-        d_product = d_scores if decay is None else d_scores * decay.pairs[..., None, :, :]
+        d_product = d_scores if decay is None else d_scores * decay.pairs[..., None, :, None, :]
         d_rows, d_keys = _product_backward(d_product, rows, keys)
         if decay is None:
             return d_rows, d_keys, None
-        crossing = einsum("...ij,sj->...is", jnp.sum(d_scores * scores, -3), _earlier(size, keys.dtype))
+        crossing = einsum("...ij,sj->...is", jnp.sum(d_scores * scores, (-4, -2)), _earlier(size, keys.dtype))
         d_g = jnp.sum(masked(np.tril(np.ones((size, size), bool)), crossing), -2)
         return d_rows, d_keys, d_g[..., None]
-    d_scores = d_scores * decay.pairs[..., None, :, :]
-    diagonal = jnp.diagonal(d_scores, axis1=-2, axis2=-1)[..., None]
-    d_rows, d_keys = diagonal * keys[..., None, :, :], jnp.sum(diagonal * rows, -3)
-    d_g = jnp.zeros_like(keys)
+    d_scores = d_scores * decay.pairs[..., None, :, None, :]
+    diagonal = jnp.diagonal(d_scores, axis1=-3, axis2=-1)[..., None]
+    d_rows, d_keys = jnp.sum(diagonal * keys[..., None, :, :, :], -3), jnp.sum(diagonal * rows[..., None, :, :], -4)
+    d_g = jnp.zeros_like(keys[..., 0, :, :])
     for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
-        right = right[..., None, :, :]
-        row, key = _right_rows(rows, block), _halves(keys, block)[0]
-        d_part = jnp.moveaxis(_corners(d_scores, block), -4, -3)
-        d_row, d_key = _product_backward(d_part, row * right, key * left)
+        left, right = left[..., None, :, :], right[..., None, :, :]
+        row, key = _right(rows, block), _left(keys, block)
+        d_row, d_key = _product_backward(_corners(d_scores, block), row * right, key * left)
         d_row, d_key = d_row * right, d_key * left
         # The pairs of a block that cross a token: in its left half those whose key comes before the token, in its right
         # half those whose row does not.
         earlier = _earlier(block, keys.dtype)
-        d_left = einsum("st,...td->...sd", earlier, key * d_key)
+        d_left = einsum("st,...td->...sd", earlier, jnp.sum(key * d_key, -3))
         d_right = einsum("st,...td->...sd", 1 - earlier, jnp.sum(row * d_row, -3))
-        d_row = jnp.moveaxis(d_row, -3, -4)
+        d_row, d_key = jnp.moveaxis(d_row, -3, -4), jnp.moveaxis(d_key, -3, -4)
         d_rows = d_rows + jnp.stack([jnp.zeros_like(d_row), d_row], -3).reshape(rows.shape)
         d_keys = d_keys + jnp.stack([d_key, jnp.zeros_like(d_key)], -3).reshape(keys.shape)
-        d_g = d_g + jnp.stack([d_left, d_right], -3).reshape(keys.shape)
+        d_g = d_g + jnp.stack([d_left, d_right], -3).reshape(d_g.shape)
     return d_rows, d_keys, d_g
 
 
@@ -140,17 +140,21 @@ def _earlier(size: int, dtype: jnp.dtype) -> Array:
     return jnp.asarray(np.tril(np.ones((size, size)), -1), dtype)
 
 
+def merged(x: Float[Array, "*batch sets chunk dim"]) -> Float[Array, "*batch sets_chunk dim"]:
+    """The tokens of all sets below one another: one product of `sets * chunk` rows is what CPUs run well."""
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
 def _product(rows: Array, keys: Array) -> Array:
-    """All row sets against the keys as one product of `rows * chunk` rows, which is what CPUs run well."""
-    flat = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
-    return einsum("...ik,...jk->...ij", flat, keys).reshape(*rows.shape[:-1], keys.shape[-2])
+    scores = einsum("...ik,...jk->...ij", merged(rows), merged(keys))
+    return scores.reshape(*rows.shape[:-1], *keys.shape[-3:-1])
 
 
 def _product_backward(d_product: Array, rows: Array, keys: Array) -> tuple[Array, Array]:
-    flat_d = d_product.reshape(*d_product.shape[:-3], -1, d_product.shape[-1])
-    flat_rows = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
-    d_rows = einsum("...ij,...jk->...ik", flat_d, keys).reshape(rows.shape)
-    return d_rows, einsum("...ji,...ik->...jk", transposed(flat_d), flat_rows)
+    flat_rows, flat_keys = merged(rows), merged(keys)
+    flat_d = d_product.reshape(*flat_rows.shape[:-1], -1)
+    d_rows = einsum("...ij,...jk->...ik", flat_d, flat_keys).reshape(rows.shape)
+    return d_rows, einsum("...ji,...ik->...jk", transposed(flat_d), flat_rows).reshape(keys.shape)
 
 
 def _blocks(size: int) -> list[int]:
@@ -164,23 +168,30 @@ def _halves(x: Array, block: int) -> tuple[Array, Array]:
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def _right_rows(rows: Array, block: int) -> Array:
-    """The right halves of the row sets, `[..., blocks, rows, block, key]`."""
-    return jnp.moveaxis(_halves(rows, block)[1], -4, -3)
+def _left(sets: Array, block: int) -> Array:
+    """The left halves of several sets, `[..., blocks, sets, block, key]`."""
+    return jnp.moveaxis(_halves(sets, block)[0], -4, -3)
+
+
+def _right(sets: Array, block: int) -> Array:
+    """The right halves of several sets, `[..., blocks, sets, block, key]`."""
+    return jnp.moveaxis(_halves(sets, block)[1], -4, -3)
 
 
 def _place(part: Array, block: int) -> Array:
-    """`[..., blocks, block, block]` at the lower-left quarters of the diagonal blocks of a zero `[..., C, C]`."""
-    blocks = part.shape[-3]
+    """`[..., blocks, rows, block, writes, block]` at the lower-left quarters of the diagonal blocks of a zero
+    `[..., rows, C, writes, C]`."""
+    blocks, rows, _, writes, _ = part.shape[-5:]
     size = 2 * block * blocks
-    own = np.eye(blocks, dtype=bool)[:, None, None, :, None, None]
-    quarter = np.array([[0, 0], [1, 0]], bool)[None, :, None, None, :, None]
-    part = masked(own & quarter, part[..., :, None, :, None, None, :])
-    return part.reshape(*part.shape[:-6], size, size)
+    own = np.eye(blocks, dtype=bool)[:, None, None, None, :, None, None]
+    quarter = np.array([[0, 0], [1, 0]], bool)[None, :, None, None, None, :, None]
+    part = jnp.moveaxis(part, -5, -4)
+    part = masked(own & quarter, part[..., :, None, :, :, None, None, :])
+    return part.reshape(*part.shape[:-8], rows, size, writes, size)
 
 
 def _corners(scores: Array, block: int) -> Array:
-    """The reverse of `_place`: `[..., blocks, block, block]`."""
-    blocks = scores.shape[-1] // (2 * block)
-    scores = scores.reshape(*scores.shape[:-2], blocks, 2, block, blocks, 2, block)[..., 1, :, :, 0, :]
-    return jnp.sum(masked(np.eye(blocks, dtype=bool)[:, None, :, None], scores), -2)
+    """The reverse of `_place`: `[..., blocks, rows, block, writes, block]`."""
+    blocks, writes = scores.shape[-1] // (2 * block), scores.shape[-2]
+    scores = scores.reshape(*scores.shape[:-3], blocks, 2, block, writes, blocks, 2, block)[..., 1, :, :, :, 0, :]
+    return jnp.moveaxis(jnp.sum(masked(np.eye(blocks, dtype=bool)[:, None, None, :, None], scores), -2), -4, -5)

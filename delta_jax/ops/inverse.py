@@ -16,11 +16,10 @@ def unit_lower_inverse(a: Float[Array, "*batch c c"]) -> Float[Array, "*batch c 
 
     Only blocks of the inverse itself are ever multiplied, never powers of `a`: the inverse of the delta rule stays of order
     one where the powers of 64 repeated keys reach 1e17 (a Neumann or doubling series loses every digit there).
-    The size must be a power of two. Source: the Bunch-Hopcroft recursion, arXiv 2605.21325 section 3.
+    Where the size is no power of two, the last blocks are cut short. Source: the Bunch-Hopcroft recursion,
+    arXiv 2605.21325 section 3.
     """
     size = a.shape[-1]
-    if size & (size - 1):
-        raise ValueError(f"a must be a square matrix whose size is a power of two, got shape {a.shape}.")
     row, column = np.indices((size, size))
     level = np.where(row > column, row ^ column, 0)  # the highest differing bit is the block size at which a pair meets
     x = constant(np.eye(size), a) - masked(level == 1, a)

@@ -6,8 +6,12 @@
 Everything else in this library computes these two lines faster. The state is decayed first, then what the erase key
 `e_t` reads is taken out, then the value is written, then the query reads. With `e_t = k_t` this is DeltaNet
 (arXiv 2406.06484), with a gate per head Gated DeltaNet (arXiv 2412.06464), with a gate per key channel Kimi Delta
-Attention. Plain `jax.lax.scan`: differentiable in forward and reverse mode, to any order.
+Attention, with several erases and writes between the decay and the query DeltaProduct (arXiv 2502.10297).
+Plain `jax.lax.scan`: differentiable in forward and reverse mode, to any order.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +24,31 @@ from delta_jax.ops.precision import accumulator_dtype, einsum, varying_like
 def step(
     state: Float[Array, "batch heads key value"],
     q: Float[Array, "batch heads key"],
-    k: Float[Array, "batch heads key"],
-    v: Float[Array, "batch heads value"],
-    beta: Float[Array, "batch heads"] | None,
+    k: Float[Array, "batch *writes heads key"],
+    v: Float[Array, "batch *writes heads value"],
+    beta: Float[Array, "batch *writes heads"] | None,
     g: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None,
-    erase: Float[Array, "batch heads key"] | None,
+    erase: Float[Array, "batch *writes heads key"] | None,
     scale: float,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
     """One token. Every argument has the state's dtype and as many heads; `erase=None` erases nothing."""
     if g is not None:
         state = state * jnp.exp(g if g.ndim == 3 else g[..., None])[..., None]
-    write = v if erase is None else v - einsum("bhk,bhkv->bhv", erase, state)
-    if beta is not None:
-        write = beta[..., None] * write
-    state = state + k[..., None] * write[..., None, :]
+    for k_j, v_j, beta_j, erase_j in one_by_one(k, v, beta, erase):
+        write = v_j if erase_j is None else v_j - einsum("bhk,bhkv->bhv", erase_j, state)
+        if beta_j is not None:
+            write = beta_j[..., None] * write
+        state = state + k_j[..., None] * write[..., None, :]
     return scale * einsum("bhk,bhkv->bhv", q, state), state
+
+
+def one_by_one(k: Array, *others: Array | None) -> Iterator[tuple[Any, ...]]:
+    """The writes of a token one after the other, whether or not its keys `[batch, *writes, heads, key]` have that axis."""
+    if k.ndim == 3:
+        yield k, *others
+    else:
+        for j in range(k.shape[1]):
+            yield tuple(None if x is None else x[:, j] for x in (k, *others))
 
 
 def repeat_heads(x: Float[Array, "*shape heads dim"], num_heads: int) -> Float[Array, "*shape {num_heads} dim"]:
@@ -44,11 +58,11 @@ def repeat_heads(x: Float[Array, "*shape heads dim"], num_heads: int) -> Float[A
 
 def recurrent(
     q: Float[Array, "batch time key_heads key"],
-    k: Float[Array, "batch time key_heads key"],
-    v: Float[Array, "batch time heads value"],
-    beta: Float[Array, "batch time heads"] | None,
+    k: Float[Array, "batch time *writes key_heads key"],
+    v: Float[Array, "batch time *writes heads value"],
+    beta: Float[Array, "batch time *writes heads"] | None,
     g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None,
-    erase: Float[Array, "batch time erase_heads key"] | None,
+    erase: Float[Array, "batch time *writes erase_heads key"] | None,
     initial_state: Float[Array, "batch heads key value"] | None,
     reset: Bool[Array, "batch time"] | None,
     *,
@@ -58,10 +72,11 @@ def recurrent(
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
     """The recurrence over all tokens; arguments as checked by `delta_jax.ops.api`, `reset` true where a segment starts.
 
-    `erase=None` erases with `k`; with `erases` false nothing is erased. `chunk_size` plays no part.
+    The writes of a token have an axis of their own where there are several. `erase=None` erases with `k`; with `erases`
+    false nothing is erased. `chunk_size` plays no part.
     """
     del chunk_size
-    batch, _, heads, value_dim = v.shape
+    batch, (heads, value_dim) = v.shape[0], v.shape[-2:]
     dtype = accumulator_dtype(v.dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, k.shape[-1], value_dim), dtype)

@@ -1,7 +1,7 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from delta_jax.parallel.op import by_heads, current_mesh, cut_batch, indivisible
+from delta_jax.parallel.op import by_heads, by_tokens, current_mesh, cut_batch, indivisible
 from delta_jax.parallel.sharding import (
     RULES,
     batch_parts,
@@ -21,6 +21,7 @@ __all__ = [
     "batch_parts",
     "batch_sharding",
     "by_heads",
+    "by_tokens",
     "current_mesh",
     "cut_batch",
     "indivisible",

@@ -52,7 +52,12 @@ def indivisible(batch: int, heads: int) -> str | None:
 
 
 def by_heads(
-    rule: Callable[..., tuple[Array, Array]], inputs: Any, state: Array | None, segment_ids: Array | None
+    rule: Callable[..., tuple[Array, Array]],
+    inputs: Any,
+    state: Array | None,
+    segment_ids: Array | None,
+    *,
+    axes: Any = None,
 ) -> tuple[Array, Array]:
     """``rule(inputs, state, segment_ids)``, run by every device on its own sequences and heads.
 
@@ -65,6 +70,7 @@ def by_heads(
         inputs: a tree of q [B, T, Hk, K], k, v [B, T, H, V], beta [B, T, H] and the like; its first leaf is q.
         state: [B, H, K, V] or None.
         segment_ids: [B, T] or None.
+        axes: a tree like inputs that says which axis of each holds the heads; None is the third of all.
 
     Returns:
         The output [B, T, H, V] and the final state [B, H, K, V].
@@ -79,15 +85,51 @@ def by_heads(
     reason = indivisible(q.shape[0], q.shape[2])
     if reason is not None:
         raise ValueError(f"q has shape {q.shape}, but {reason}.")
-    of_inputs, of_state = P(BATCH, None, HEADS), P(BATCH, HEADS)
+    of_output, of_state = P(BATCH, None, HEADS), P(BATCH, HEADS)
+    if axes is None:
+        axes = jax.tree.map(lambda _: 2, inputs)
     arguments = (inputs, state, segment_ids)
-    specs = tuple(
-        jax.tree.map(lambda _, spec=spec: spec, argument)
-        for argument, spec in zip(arguments, (of_inputs, of_state, P(BATCH)), strict=True)
+    specs = (
+        jax.tree.map(lambda axis: P(BATCH, *(None,) * (axis - 1), HEADS), axes),
+        None if state is None else of_state,
+        None if segment_ids is None else P(BATCH),
     )
     # Kernels do not say along which axes their results vary, which the check wants to know.
-    cut = jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=(of_inputs, of_state), check_vma=False)
+    cut = jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=(of_output, of_state), check_vma=False)
     result: tuple[Array, Array] = cut(*arguments)
+    return result
+
+
+def by_tokens(
+    mix: Callable[..., tuple[Array, Array]], tokens: Any, gate: Array, up: Array, down: Array
+) -> tuple[Array, Array]:
+    """``mix(tokens, gate, up, down)``, run by every device on its own sequences and its channels of every expert.
+
+    The compiler would sort the tokens of all devices together. Under the current mesh the batch is cut over data and
+    fsdp and the channels of the experts over tensor, whose parts of the output are added up; without a mesh, or where
+    the batch does not divide, it is a plain call.
+
+    Args:
+        mix: returns the float32 output [B, T, D], linear in ``down``, and how many tokens every expert got [E].
+        tokens: a tree of arrays [B, ...], the first leaf in the dtype of the output.
+        gate, up: [E, D, F].
+        down: [E, F, D].
+
+    Returns:
+        The output [B, T, D] in the dtype of the first leaf, and the load [E] of all devices' tokens.
+    """
+    mesh, first = current_mesh(), jax.tree.leaves(tokens)[0]
+    if mesh is None or first.shape[0] % _parts(mesh, BATCH):
+        y, load = mix(tokens, gate, up, down)
+        return y.astype(first.dtype), load
+
+    def part(tokens: Any, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+        y, load = mix(tokens, gate, up, down)
+        return jax.lax.psum(y, HEADS).astype(first.dtype), jax.lax.psum(load, BATCH)
+
+    specs = (jax.tree.map(lambda _: P(BATCH), tokens), P(None, None, HEADS), P(None, None, HEADS), P(None, HEADS))
+    cut = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(P(BATCH), P()))
+    result: tuple[Array, Array] = cut(tokens, gate, up, down)
     return result
 
 

@@ -95,6 +95,11 @@ def _equation_flops(equation: JaxprEqn) -> float:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2.0 * results[0].size * math.prod(operands[0].shape[axis] for axis in contracted)
+    if name == "ragged_dot_general":  # every row meets one group; a gradient of the groups sums the rows of each
+        numbers = params["ragged_dot_dimension_numbers"]
+        (contracted, _), _ = numbers.dot_dimension_numbers
+        groups = 1 if numbers.rhs_group_dimensions else operands[2].shape[-1]
+        return 2.0 * results[0].size / groups * math.prod(operands[0].shape[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel, outputs = operands[1], params["dimension_numbers"].rhs_spec[0]
         return 2.0 * results[0].size * kernel.size / kernel.shape[outputs]

@@ -13,8 +13,8 @@ from delta_jax.training.config import OptimizerConfig
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
-DECAYED = ("kernel", "embedding")
-NOT_DECAYED = ("scale", "bias", "A_log", "dt_bias")
+DECAYED = ("kernel", "embedding", "offset", "gate_proj", "up_proj", "down_proj")
+NOT_DECAYED = ("scale", "bias", "A_log", "D", "dt_bias", "expert_bias")
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
@@ -49,7 +49,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 def weight_decay_mask(parameters: Any) -> Any:
     """True for what decays: every matrix, embeddings, head and short convolutions included.
 
-    This is the papers' habit (their code decays all but A_log and dt_bias) without the norm scales.
+    This is the papers' habit (their code decays all but A_log and dt_bias) without the norm scales; the offsets of
+    zero-centred norms are made for decaying.
 
     Args:
         parameters: tree whose paths end in the parameter's name.

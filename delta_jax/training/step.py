@@ -10,7 +10,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from delta_jax.layers.mixture_of_experts import balanced_bias
 from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.models.language_model import Loads
 from delta_jax.models.loss import token_nats
 from delta_jax.parallel import batch_parts, batch_sharding, replicated
 from delta_jax.training.config import TrainConfig
@@ -22,10 +24,10 @@ Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def loss_sum(model: LanguageModel, batch: Batch) -> Float[Array, ""]:
-    """Cross-entropy of one batch [B, T], summed over its unmasked tokens, in nats."""
-    features, _ = model.features(batch["inputs"], segment_ids=batch["segment_ids"])
-    return jnp.sum(token_nats(model.head(features), batch["targets"]) * batch["mask"])
+def loss_sum(model: LanguageModel, batch: Batch) -> tuple[Float[Array, ""], Loads]:
+    """Cross-entropy of one batch [B, T], summed over its unmasked tokens, in nats; and the loads of the experts."""
+    features, _, loads = model.features_and_loads(batch["inputs"], segment_ids=batch["segment_ids"])
+    return jnp.sum(token_nats(model.head(features), batch["targets"]) * batch["mask"]), loads
 
 
 def make_train_step(
@@ -34,7 +36,8 @@ def make_train_step(
     """Build ``(state, batch) -> (state, metrics)``, jitted on the mesh, the old state's memory reused.
 
     The loss and the gradient are means over all unmasked tokens of the batch: sums over the micro-batches, which are the
-    leading axis of the batch's arrays [micro_batches, batch, time], divided by the number of tokens at the end.
+    leading axis of the batch's arrays [micro_batches, batch, time], divided by the number of tokens at the end. After
+    the optimizer, the biases of experts move by what the whole batch's loads say.
 
     Args:
         config: the model.
@@ -49,21 +52,24 @@ def make_train_step(
     structure, _ = abstract_model(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 
-    def micro_loss(parameters: Any, batch: Batch) -> Float[Array, ""]:
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def micro_gradient(parameters: Any, batch: Batch) -> tuple[Float[Array, ""], Loads]:
         return loss_sum(merge_model(structure, parameters), batch)
 
     @_on(mesh)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-            new = jax.value_and_grad(micro_loss)(state.parameters, micro)
-            return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), carry, new), None
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, Loads]:
+            (loss, loads), gradients = micro_gradient(state.parameters, micro)
+            new = (loss, gradients)
+            return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), carry, new), loads
 
         if batch["inputs"].shape[0] == 1:
             only = jax.tree.map(lambda array: array[0], dict(batch))
-            loss, gradients = jax.value_and_grad(micro_loss)(state.parameters, only)
+            (loss, loads), gradients = micro_gradient(state.parameters, only)
         else:
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.parameters)
-            (loss, gradients), _ = jax.lax.scan(accumulate, (jnp.zeros(()), zeros), dict(batch))
+            (loss, gradients), loads = jax.lax.scan(accumulate, (jnp.zeros(()), zeros), dict(batch))
+            loads = jax.tree.map(lambda load: jnp.sum(load, axis=0), loads)
         tokens = jnp.sum(batch["mask"])
         loss, gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(tokens, 1.0), (loss, gradients))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
@@ -73,7 +79,7 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "tokens": tokens,
         }
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters = _balance(config, optax.apply_updates(state.parameters, updates), loads)
         return TrainState(step=state.step + 1, parameters=parameters, optimizer=optimizer_state), metrics
 
     train_step: TrainStep = jax.jit(
@@ -92,7 +98,7 @@ def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batc
     @_on(mesh)
     def step(parameters: Any, batch: Batch) -> tuple[Array, Array]:
         only = jax.tree.map(lambda array: array[0], dict(batch))
-        return loss_sum(merge_model(structure, parameters), only), jnp.sum(only["mask"])
+        return loss_sum(merge_model(structure, parameters), only)[0], jnp.sum(only["mask"])
 
     return jax.jit(step, out_shardings=replicated(mesh))
 
@@ -105,6 +111,19 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
             f"batch_size / gradient_accumulation is {micro}: wanted a multiple of the {parts} parts into "
             f"which the mesh cuts the batch (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
         )
+
+
+def _balance(config: ModelConfig, parameters: Any, loads: Loads) -> Any:
+    """The parameters with the biases of their experts moved towards equal loads."""
+    if config.experts is None:
+        return parameters
+    blocks = dict(parameters["blocks"])
+    for place, load in enumerate(loads):
+        if load is not None:
+            mlp = blocks[place]["mlp"]
+            bias = balanced_bias(mlp["expert_bias"], load, config.experts.balance_rate)
+            blocks[place] = blocks[place] | {"mlp": mlp | {"expert_bias": bias}}
+    return parameters | {"blocks": blocks}
 
 
 def _on[**P, R](mesh: Mesh) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from delta_jax.layers import DeltaNet, GatedDeltaNet, RMSNorm, SwiGLU, l2_normalize
+from delta_jax.layers import MIXERS, DeltaNet, GatedDeltaNet, RMSNorm, SwiGLU, l2_normalize
 
 
 def sigmoid(x):
@@ -27,64 +27,139 @@ def convolve(x, kernel):
     return np.stack([np.sum(kernel * padded[t : t + len(kernel)], axis=0) for t in range(len(x))])
 
 
-def stream(p, x, name):
+def stream(p, x, name, member):
     y = x @ p[f"{name}_proj/kernel"]
-    return silu(convolve(y, p[f"{name}_conv/kernel"]) if f"{name}_conv/kernel" in p else y)
+    if f"{name}_conv/kernel" in p:
+        return silu(convolve(y, p[f"{name}_conv/kernel"]) + p.get(f"{name}_conv/bias", 0.0))
+    return y if member in ("linear_attention", "gated_linear_attention", "ret_net") else silu(y)
 
 
-def forward(p, x, *, heads, v_heads, key, value, beta_scale, eps):
-    """One sequence x [T, d]; the decay and the gate are there if their parameters are."""
-    time = len(x)
-    q, k = (stream(p, x, name).reshape(time, heads, key) for name in "qk")
-    q, k = (y / np.sqrt(np.sum(y**2, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
-    v = stream(p, x, "v").reshape(time, v_heads, value)
-    beta = beta_scale * sigmoid(x @ p["b_proj/kernel"])
-    decay = np.ones((time, v_heads))
-    if "A_log" in p:
-        decay = np.exp(-np.exp(p["A_log"]) * np.log1p(np.exp(x @ p["a_proj/kernel"] + p["dt_bias"])))
-    o = np.zeros((time, v_heads, value))
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def unit(x):
+    return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def low_rank(p, x, name):
+    y = x @ p[f"{name}/down/kernel"] @ p[f"{name}/up/kernel"]
+    return y + p.get(f"{name}/up/bias", 0.0)
+
+
+def turned(x, theta=1e4):
+    """Rotary embedding of x [time, heads, channels]."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None] / theta ** (np.arange(half) / half)
+    pairs = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+    return np.concatenate([pairs.real, pairs.imag], -1)
+
+
+def member_inputs(name, p, x, q, k, v, o):
+    """q, k, v, beta, log decay and erase key of every token and value head; k, v, beta, erase of every write of it."""
+    time, writes, heads, _ = v.shape
+    groups = o["num_heads"]
+    double = 2.0 if o.get("allow_negative_eigenvalues", name.endswith("delta_product")) else 1.0
+    beta, g = np.ones((time, writes, heads)), np.zeros((time, heads, k.shape[-1]))
+    if "b_proj/kernel" in p and name != "gated_delta_net_2":
+        beta = double * sigmoid(x @ p["b_proj/kernel"] + p.get("b_proj/bias", 0.0)).reshape(beta.shape)
+    if name in ("delta_net", "gated_delta_net", "delta_product", "gated_delta_product"):
+        q, k = unit(q), unit(k)
+    if "a_proj/kernel" in p:
+        g = g - (np.exp(p["A_log"]) * softplus(x @ p["a_proj/kernel"] + p["dt_bias"]))[..., None]
+    erase = k
+    if name == "kaczmarz_linear_attention":  # as the paper has it, not as it is computed
+        q = unit(q)
+        beta = beta / (np.sum(k**2, -1).repeat(heads // groups, -1) + 1e-6)
+    if name in ("kimi_delta_attention", "gated_delta_net_2"):
+        q, k = unit(q), unit(k)
+        gated = (time, heads if name == "kimi_delta_attention" else groups, k.shape[-1])
+        f = low_rank(p, x, "f_proj").reshape(gated) + p["dt_bias"].reshape(gated[1:])
+        rate = np.exp(p["A_log"])[:, None]
+        bound = o.get("gate_lower_bound")
+        g = -rate * softplus(f) if bound is None else bound * sigmoid(rate * f)
+        g, erase = g.repeat(heads // gated[1], 1), k
+    if name == "gated_delta_net_2":
+        erase = double * sigmoid(x @ p["b_proj/kernel"]).reshape(k.shape) * k
+        v = sigmoid(x @ p["w_proj/kernel"]).reshape(v.shape) * v
+    if name == "gated_linear_attention":
+        g = (np.log(sigmoid(low_rank(p, x, "f_proj"))) / 16).reshape(g.shape)
+    if name == "linear_attention":
+        q, k = (np.where(y > 0, y + 1, np.exp(y)) for y in (q, k))
+    if name == "ret_net":
+        q, k = turned(q), turned(k[:, 0])[:, None]
+        g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[None, :, None]
+    if name == "mamba_2":
+        v = softplus(x @ p["a_proj/kernel"] + p["dt_bias"])[:, None, :, None] * v
+    if name in ("linear_attention", "gated_linear_attention", "ret_net", "mamba_2"):
+        erase = 0 * k
+    return q, k, v, beta, g, erase
+
+
+def forward(name, p, x, o):
+    """One sequence x [T, d] through the member with parameters p and options o, token by token in float64."""
+    time, heads, v_heads = len(x), o["num_heads"], o.get("num_v_heads", o["num_heads"])
+    q = stream(p, x, "q", name).reshape(time, heads, -1)
+    k = stream(p, x, "k", name).reshape(time, -1, heads, q.shape[-1])
+    v = stream(p, x, "v", name).reshape(time, k.shape[1], v_heads, -1)
+    raw = v
+    q, k, v, beta, g, erase = member_inputs(name, p, x, q, k, v, o)
+    out = np.zeros((time, v_heads, v.shape[-1]))
+    scale = 1.0 if name == "mamba_2" else q.shape[-1] ** -0.5
     for h in range(v_heads):
-        state = np.zeros((key, value))
+        state, own = np.zeros((q.shape[-1], v.shape[-1])), h // (v_heads // heads)
         for t in range(time):
-            kt, qt, b = k[t, h // (v_heads // heads)], q[t, h // (v_heads // heads)], beta[t, h]
-            state = decay[t, h] * (state - b * np.outer(kt, kt @ state)) + b * np.outer(kt, v[t, h])
-            o[t, h] = state.T @ qt / np.sqrt(key)
-    o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + eps) * p["o_norm/scale"]
-    o = o.reshape(time, -1)
+            state = np.exp(g[t, h])[:, None] * state
+            for j in range(k.shape[1]):
+                write = v[t, j, h] - erase[t, j, own] @ state
+                state = state + beta[t, j, h] * np.outer(k[t, j, own], write)
+            out[t, h] = scale * state.T @ q[t, own]
+    gate = None
     if "g_proj/kernel" in p:
-        o = o * silu(x @ p["g_proj/kernel"])
-    return o @ p["o_proj/kernel"]
+        gate = x @ p["g_proj/kernel"]
+    elif "g_proj/up/kernel" in p:
+        gate = low_rank(p, x, "g_proj")
+    activation = {"silu": silu, "sigmoid": sigmoid}[o.get("output_gate_activation", "silu")]
+    if name == "mamba_2":
+        out = (out + p["D"][:, None] * raw[:, 0]).reshape(time, 1, -1)
+        out = out if gate is None else out * silu(gate)[:, None]
+        gate = None
+    out = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + o["norm_eps"]) * p["o_norm/scale"]
+    out = out.reshape(time, -1)
+    return (out if gate is None else out * activation(gate)) @ p["o_proj/kernel"]
 
 
-@pytest.mark.parametrize("member", [DeltaNet, GatedDeltaNet])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_output_gate": True, "num_v_heads": 4, "expand_v": 2.0, "norm_eps": 1e-3},
-        {"use_short_conv": False, "allow_negative_eigenvalues": True, "use_output_gate": False},
-        {"conv_size": 2, "expand_v": 0.5},
-    ],
-)
-def test_layer_computes_its_equations(member, options):
+CASES = [
+    ("delta_net", {}),
+    ("delta_net", {"use_output_gate": True, "num_v_heads": 4, "expand_v": 2.0, "norm_eps": 1e-3}),
+    ("delta_net", {"use_short_conv": False, "allow_negative_eigenvalues": True}),
+    ("delta_product", {"num_householder": 3, "use_output_gate": False}),
+    ("gated_delta_net", {"conv_size": 2, "expand_v": 0.5}),
+    ("gated_delta_net", {"num_v_heads": 4, "allow_negative_eigenvalues": True, "use_short_conv": False}),
+    ("gated_delta_product", {"num_householder": 2, "num_v_heads": 4, "allow_negative_eigenvalues": False}),
+    ("kaczmarz_linear_attention", {"num_v_heads": 4, "allow_negative_eigenvalues": True}),
+    ("kimi_delta_attention", {"num_v_heads": 4, "output_gate_activation": "sigmoid"}),
+    ("kimi_delta_attention", {"gate_lower_bound": -5.0, "output_gate_activation": "silu"}),
+    ("gated_delta_net_2", {"num_v_heads": 4, "expand_v": 2.0}),
+    ("gated_delta_net_2", {"output_gate_activation": "sigmoid", "allow_negative_eigenvalues": True}),
+    ("linear_attention", {"use_output_gate": True}),
+    ("gated_linear_attention", {"num_v_heads": 4}),
+    ("ret_net", {"expand_v": 2.0}),
+    ("mamba_2", {"num_v_heads": 4, "expand_v": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_layer_computes_its_equations(name, options):
     options = {"num_heads": 2, "head_dim": 6, "expand_v": 1.0, "norm_eps": 1e-5} | options
-    layer = member(12, **options, initializer_std=0.4, rngs=nnx.Rngs(3))
-    layer.o_norm.scale[...] = jnp.linspace(0.5, 1.5, layer.value_dim)
+    layer = MIXERS[name](12, **options, initializer_std=0.4, rngs=nnx.Rngs(3))
+    for path, value in nnx.to_flat_state(nnx.state(layer)):
+        if path[-1] in ("scale", "bias", "D"):  # they begin at zero or one
+            value[...] = value[...] + jnp.linspace(-0.5, 0.5, value.size, dtype=value.dtype)
     x = jax.random.normal(jax.random.key(1), (2, 37, 12))
     y = np.asarray(jax.jit(lambda layer, x: layer(x))(layer, x))
-    for row in range(2):
-        wanted = forward(
-            parameters(layer),
-            np.asarray(x[row], np.float64),
-            heads=2,
-            v_heads=options.get("num_v_heads", 2),
-            key=6,
-            value=layer.value_dim,
-            beta_scale=2.0 if options.get("allow_negative_eigenvalues") else 1.0,
-            eps=options["norm_eps"],
-        )
-        error = np.sqrt(np.mean((y[row] - wanted) ** 2) / np.mean(wanted**2))
-        assert error < 3e-6
+    wanted = np.stack([forward(name, parameters(layer), np.asarray(row, np.float64), options) for row in x])
+    assert np.sqrt(np.mean((y - wanted) ** 2) / np.mean(wanted**2)) < 3e-6
 
 
 def test_defaults_are_those_of_the_papers():

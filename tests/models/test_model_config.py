@@ -16,14 +16,19 @@ TABLE = {
         {"mixer": "gated_delta_net", "head_dim": 8, "expand_v": 1.5},
     ],
 }
+EXPERTS = {"size": 8, "number": 8, "per_token": 2}
 
 
 def test_reads_its_table_and_writes_it_again():
     config = load_config(ModelConfig, TABLE)
     assert config.pattern[0] == MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
-    assert config.repeats == 2
+    assert [(len(run.block), run.repeats) for run in config.runs] == [(2, 2)]
     assert load_config(ModelConfig, to_dict(config)) == config
     assert hash(config) == hash(dataclasses.replace(config))
+    hybrid = TABLE | {"placed": [{"layers": [1, 2], "mixer": "attention", "num_heads": 4}], "experts": EXPERTS}
+    config = load_config(ModelConfig, hybrid)
+    assert [layer.mixer.mixer for layer in config.layers] == ["delta_net", "attention", "attention", "gated_delta_net"]
+    assert load_config(ModelConfig, to_dict(config)) == config
     changed = load_config(ModelConfig, TABLE, ["pattern.0.num_heads=4"])
     assert dict(changed.pattern[0].options) == {"num_heads": 4}
 
@@ -40,7 +45,7 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
     [
         ({"vocab_size": 0}, "vocab_size"),
         ({"hidden_size": -1}, "hidden_size"),
-        ({"num_layers": 3}, "num_layers must be a multiple"),
+        ({"num_layers": 1}, "num_layers must be at least the length of the pattern"),
         ({"pattern": []}, "pattern must hold"),
         ({"mlp_size": 0}, "mlp_size"),
         ({"norm_eps": 0.0}, "norm_eps"),
@@ -48,7 +53,7 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
         ({"remat": "some"}, "remat must be one of none, dots, block"),
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"param_dtype": "int8"}, "param_dtype must be one of"),
-        ({"pattern": [{"mixer": "delta_nett"}]}, "mixer must be one of delta_net"),
+        ({"pattern": [{"mixer": "delta_nett"}]}, "mixer must be one of .*delta_net"),
         ({"pattern": [{"num_heads": 2}]}, "lacks the key mixer"),
         ({"pattern": [{"mixer": "delta_net", "n_heads": 2}]}, "no option 'n_heads', only num_heads"),
         ({"pattern": [{"mixer": "delta_net", "norm_eps": 0.1}]}, "no option 'norm_eps'"),
@@ -58,6 +63,25 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
         ),
         ({"pattern": [{"mixer": "delta_net", "conv_size": "4"}]}, "pattern.0: conv_size"),
         ({"pattern": [{"mixer": "delta_net", "expand_v": 0.3}]}, "pattern.0: expand_v"),
+        ({"pattern": [{"mixer": "attention", "window": 0}]}, "pattern.0: window must be a positive integer, got 0"),
+        ({"pattern": [{"mixer": "attention", "num_heads": 3}]}, "pattern.0: num_heads must divide"),
+        ({"pattern": [{"mixer": "attention", "expand_v": 1.0}]}, "no option 'expand_v'"),
+        ({"placed": [{"layers": [1], "mixer": "attention", "num_kv_heads": 5}]}, "placed.0: num_kv_heads"),
+        ({"placed": [{"layers": [4], "mixer": "attention"}]}, "placed names layer 4, but the layers are 0 to 3"),
+        ({"placed": [{"layers": [1, 1], "mixer": "attention"}]}, "placed names layer 1 twice"),
+        ({"placed": [{"layers": 1, "mixer": "attention"}]}, "placed.0: layers must be an array of integers"),
+        ({"placed": [{"layers": [1], "mixer": "attn"}]}, "placed.0: mixer must be one of attention, delta_net"),
+        ({"dense_layers": 1}, "dense_layers must lie between 0 and num_layers, and be 0 without experts, got 1"),
+        ({"experts": EXPERTS, "dense_layers": 5}, "dense_layers must lie"),
+        ({"experts": EXPERTS | {"per_token": 9}}, "experts: per_token must be at most number.*got 9 of 8"),
+        ({"experts": EXPERTS | {"per_token": 0}}, "experts: per_token must be a positive integer"),
+        ({"experts": EXPERTS | {"number": 0}}, "experts: number"),
+        ({"experts": EXPERTS | {"size": -1}}, "experts: size"),
+        ({"experts": EXPERTS | {"shared_size": -1}}, "experts: shared_size"),
+        ({"experts": EXPERTS | {"use_shared_gate": True}}, "experts: use_shared_gate needs a shared expert"),
+        ({"experts": EXPERTS | {"router": "hash"}}, "router"),
+        ({"experts": EXPERTS | {"scale": 0.0}}, "experts: scale"),
+        ({"experts": EXPERTS | {"balance_rate": -0.1}}, "experts: balance_rate"),
     ],
 )
 def test_mistakes_are_named(change, words):

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from delta_jax import delta_rule, linear_attention
+from delta_jax import (
+    delta_product,
+    delta_product_step,
+    delta_rule,
+    delta_rule_step,
+    linear_attention,
+    linear_attention_step,
+)
 from delta_jax.ops import api
 
 BATCH, TIME, KEY_HEADS, HEADS, KEY, VALUE = 2, 83, 2, 4, 16, 24
@@ -68,12 +75,28 @@ MEMBERS: dict[str, Callable[[Inputs], Inputs]] = {
     "gated_delta_net_2": lambda x: _pick(
         x, "q", "k", v=x["write_gate"] * x["v"], erase=x["erase_gate"] * x["k"], g=x["gate_channel"]
     ),
+    "gated_delta_product": lambda x: _pick(x, "q", **_three_writes(x), g=x["gate_head"]),
 }
 
 
+def _three_writes(x: Inputs) -> Inputs:
+    """Three writes a token, the last with the key of the first."""
+    k, v, beta = x["k"], x["v"], x["beta"]
+    stacks = {"k": [k, k[..., ::-1], k], "v": [v, v[..., ::-1], -0.5 * v], "beta": [beta, 0.7 * beta, beta]}
+    return {name: np.stack(writes, 2) for name, writes in stacks.items()}
+
+
 def op_of(member: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    if member == "gated_delta_product":
+        return delta_product
     no_erase = ("linear_attention", "gated_linear_attention", "mamba2")
     return linear_attention if member in no_erase else delta_rule
+
+
+def step_of(member: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The op's step for decoding."""
+    steps: dict[Any, Any] = {delta_product: delta_product_step, linear_attention: linear_attention_step}
+    return steps.get(op_of(member), delta_rule_step)
 
 
 def _gates(value: float, every: int) -> Callable[[Inputs], None]:
@@ -142,7 +165,7 @@ def problem(
     drawn = draw(rng, time, shape)
     HARD[hard](drawn)
     inputs = MEMBERS[member](drawn) | {"initial_state": drawn["initial_state"]}
-    cotangents = rng.standard_normal(inputs["v"].shape), rng.standard_normal(drawn["initial_state"].shape)
+    cotangents = rng.standard_normal(drawn["v"].shape), rng.standard_normal(drawn["initial_state"].shape)
     return jax.tree.map(lambda x: x.astype(np.float32).astype(np.float64), (inputs, cotangents))
 
 

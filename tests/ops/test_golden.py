@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delta_jax import delta_rule
+from delta_jax import delta_product, delta_rule
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,11 @@ GOLDEN = {
         0.964513199931,
         [-0.3876259621506, 0.0855113899894, -0.0151986010290, -0.2484471806320, 0.3393160207756, -0.4585409374440],
     ),
+    "gated_delta_product": (  # three tokens of two writes each
+        [1.857978628688, -1.290849969471],
+        2.450685654338,
+        [-0.6953970981655, 0.4169905063852, 0.8238855442384, -0.6247814339372, 2.0699622261895, -1.4482992443107],
+    ),
 }
 
 
@@ -66,6 +71,9 @@ def run(member, x, implementation):
     options = {"initial_state": x["s0"], "scale": 1.0, "implementation": implementation}
     if member == "gated_delta_net_2":
         return delta_rule(x["q"], x["k"], x["w"] * x["v"], None, gate, x["b"] * x["k"], **options)
+    if member == "gated_delta_product":
+        k, v, beta = (a.reshape(1, 3, 2, *a.shape[2:]) for a in (x["k"], x["v"], x["beta"]))
+        return delta_product(x["q"][:, 1::2], k, v, beta, x["g_head"][:, :3], **options)
     return delta_rule(x["q"], x["k"], x["v"], x["beta"], gate, **options)
 
 
@@ -74,7 +82,7 @@ def run(member, x, implementation):
 def test_outputs_and_state(member, implementation):
     last, total, state = GOLDEN[member]
     o, final = run(member, golden_inputs(), implementation)
-    np.testing.assert_allclose(o[0, 5, 0], last, atol=1e-11)
+    np.testing.assert_allclose(o[0, -1, 0], last, atol=1e-11)
     np.testing.assert_allclose(o.sum(), total, atol=1e-11)
     np.testing.assert_allclose(final.ravel(), state, atol=1e-11)
 

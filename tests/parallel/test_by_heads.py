@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from delta_jax.layers import GatedDeltaNet
+from delta_jax.layers import MIXERS, GatedDeltaNet
 from delta_jax.layers.mixer import RuleInputs
 from delta_jax.ops import delta_rule
 from delta_jax.parallel import MeshConfig, by_heads, cut_batch, indivisible, make_mesh
@@ -126,3 +126,13 @@ def test_a_batch_is_cut_where_it_divides() -> None:
         assert jax.jit(cut_batch)(jnp.ones((8, 3))).sharding.spec[0] == ("data", "fsdp")
         assert cut_batch(jnp.ones((6, 3))).shape == (6, 3)
     assert cut_batch(jnp.ones((6, 3))).shape == (6, 3)
+
+
+def test_a_layer_of_several_writes_is_cut_at_the_heads_of_its_writes() -> None:
+    layer = MIXERS["gated_delta_product"](16, num_heads=2, head_dim=4, num_householder=3, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 9, 16))
+    whole = jax.jit(lambda layer, x: layer(x))(layer, x)
+    with jax.set_mesh(make_mesh(MESH)):
+        cut = jax.jit(lambda layer, x: layer(x))
+        assert "shard_map" in str(jax.make_jaxpr(cut)(layer, x))
+        np.testing.assert_allclose(jax.device_get(cut(layer, x)), whole, rtol=2e-5, atol=2e-6)

@@ -23,6 +23,10 @@ def test_products_of_one_call() -> None:
     assert _flops(lambda x: jnp.sin(x).sum(), X) == 0
     signal, kernel = jnp.ones((2, 3, 10)), jnp.ones((5, 3, 4))
     assert _flops(lambda x, w: jax.lax.conv(x, w, (1,), "VALID"), signal, kernel) == 2 * (2 * 5 * 7) * (3 * 4)
+    groups, sizes = jnp.ones((4, 16, 16)), jnp.array([1, 0, 5, 2])
+    assert _flops(jax.lax.ragged_dot, X, groups, sizes) == one
+    both = jax.grad(lambda x, w: jnp.sum(jax.lax.ragged_dot(x, w, sizes) ** 2), argnums=(0, 1))
+    assert _flops(both, X, groups) == 3 * one
 
 
 def test_loops_checkpoints_and_branches_count_as_often_as_they_run() -> None:

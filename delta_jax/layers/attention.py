@@ -1,0 +1,150 @@
+"""Softmax attention: grouped heads, rotary embedding, a sliding window, normalised queries and keys, an output gate."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from delta_jax.layers.cached_attention import CachedAttention
+from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.layers.norm import RMSNorm
+from delta_jax.ops.attention import Places, attend, rotate
+
+__all__ = ["Attention"]
+
+IMPLEMENTATIONS = (None, "xla", "cudnn")
+
+
+class Attention(CachedAttention):
+    """Causal softmax attention, over all of a segment or over a sliding window.
+
+        q, k = rope(norm(x W_q)), rope(norm(x W_k))     v = x W_v     o_t = sum_s softmax_s(q_t k_s / sqrt(head_dim)) v_s
+        y    = (o * sigmoid(x W_g)) W_o                 norm and gate only when asked for
+
+    Args:
+        hidden_size: width of x.
+        num_heads: heads of q.
+        num_kv_heads: heads of k and v, a divisor of num_heads; None is num_heads.
+        head_dim: size of a head; None is hidden_size / num_heads.
+        window: how many tokens a token sees, itself included; None is all of its segment.
+        rope_theta: the base of the rotary embedding's wave lengths.
+        rope_fraction: the share of a head's channels that is rotated, from the first on; 0 is no positions.
+        use_qk_norm: RMSNorm of each head of q and k, before the rotation.
+        zero_centered_norms: the form of these norms, see `RMSNorm`.
+        use_output_gate: multiplies the output with sigmoid(x W_g). (Qwen3-Next's checkpoints keep W_g inside W_q, each
+            head's query first.)
+        norm_eps: epsilon of the norms.
+        initializer_std: standard deviation of every weight matrix at the start.
+        implementation: that of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        dtype: of the computation; softmax, norms and rotation are float32 regardless.
+        param_dtype: of the parameters.
+        rngs: where the initial parameters come from.
+
+    Raises:
+        ValueError: an option is impossible, alone or with the others.
+
+    Source: Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; the window: Beltagy et al., "Longformer",
+    2020; the gate after Qiu et al., "Gated attention for large language models", 2025, as in Qwen3-Next.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rope_theta: float = 10000.0,
+        rope_fraction: float = 1.0,
+        use_qk_norm: bool = False,
+        zero_centered_norms: bool = False,
+        use_output_gate: bool = False,
+        norm_eps: float = 1e-5,
+        initializer_std: float = 0.02,
+        implementation: str | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        require_positive_integers(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            window=window,
+        )
+        require_positive_numbers(rope_theta=rope_theta, norm_eps=norm_eps, initializer_std=initializer_std)
+        require_flags(use_qk_norm=use_qk_norm, zero_centered_norms=zero_centered_norms, use_output_gate=use_output_gate)
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"num_heads must divide hidden_size unless head_dim is given, got {num_heads}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f'implementation must be None, "xla" or "cudnn", got {implementation!r}')
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.window = window
+        self.rope_theta = rope_theta
+        self.rope_channels = _rotated(self.head_dim, rope_fraction)
+        self.use_qk_norm = use_qk_norm
+        self.use_output_gate = use_output_gate
+        self.initializer_std = initializer_std
+        self.implementation = implementation
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+
+        size, kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = self.linear(hidden_size, size, rngs)
+        self.k_proj = self.linear(hidden_size, kv_size, rngs)
+        self.v_proj = self.linear(hidden_size, kv_size, rngs)
+        if use_qk_norm:
+            kind: dict[str, Any] = {"eps": norm_eps, "zero_centered": zero_centered_norms, "param_dtype": param_dtype}
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim, **kind), RMSNorm(self.head_dim, **kind)
+        if use_output_gate:
+            self.g_proj = self.linear(hidden_size, size, rngs)
+        self.o_proj = self.linear(size, hidden_size, rngs)
+
+    def token_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.num_kv_heads, self.head_dim),) * 2
+
+    def project(
+        self, x: Float[Array, "batch time hidden"], position: Int[Array, "batch time"]
+    ) -> tuple[Float[Array, "batch time heads channels"], tuple[Array, ...]]:
+        q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(y, position, theta=self.rope_theta, channels=self.rope_channels) for y in (q, k))
+        return q, (k, v)
+
+    def mix(
+        self,
+        x: Float[Array, "batch time hidden"],
+        q: Float[Array, "batch time heads channels"],
+        entries: tuple[Array, ...],
+        places: tuple[Places, Places] | None,
+    ) -> Float[Array, "batch time hidden"]:
+        k, v = entries
+        implementation = self.implementation if places is None else None
+        scale = self.head_dim**-0.5
+        o = attend(q, k, v, scale=scale, window=self.window, places=places, implementation=implementation)
+        o = o.reshape(*x.shape[:2], -1)
+        if self.use_output_gate:
+            o = o * jax.nn.sigmoid(self.g_proj(x))
+        return self.o_proj(o)
+
+
+def _rotated(head_dim: int, fraction: float) -> int:
+    """The number of channels that are rotated."""
+    if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 <= fraction <= 1:
+        raise ValueError(f"rope_fraction must lie in [0, 1], got {fraction!r}")
+    channels = round(head_dim * fraction)
+    if abs(channels - head_dim * fraction) > 1e-6 or channels % 2:
+        raise ValueError(f"rope_fraction must make an even number of head_dim's channels, got {fraction} of {head_dim}")
+    return channels

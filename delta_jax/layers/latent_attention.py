@@ -1,0 +1,126 @@
+"""Multi-head latent attention: keys and values of all heads from one small vector a token, the only thing cached."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from delta_jax.layers.cached_attention import CachedAttention
+from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
+from delta_jax.layers.norm import RMSNorm
+from delta_jax.ops.attention import Places, attend
+
+__all__ = ["LatentAttention"]
+
+
+class LatentAttention(CachedAttention):
+    """Multi-head latent attention (MLA) without positions (NoPE), as in Kimi Linear.
+
+        c, r = split(x W_a)      c = norm(c)      [k, v] = c W_b     for each head, r shared by all of them
+        o_t  = sum_s softmax_s(q_t [k_s, r_s] / sqrt(key_dim + shared_key_dim)) v_s
+
+    The cache holds [c, r]. One token is decoded without ever forming keys or values: W_b is applied to the query
+    and to the output instead.
+
+    Args:
+        hidden_size: width of x.
+        num_heads: heads.
+        latent_size: size of c.
+        key_dim: channels of a head's key that come from c.
+        shared_key_dim: channels of r. (Where there are positions, they live here.)
+        value_dim: size of a head's value.
+        norm_eps: epsilon of the norm of c.
+        initializer_std: standard deviation of every weight matrix at the start.
+        dtype: of the computation; softmax and norm are float32 regardless.
+        param_dtype: of the parameters.
+        rngs: where the initial parameters come from.
+
+    Raises:
+        ValueError: an option is impossible, alone or with the others.
+
+    Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1; without positions: Kimi Team, "Kimi Linear", 2025
+    (arXiv 2510.26692), section 3.
+    """
+
+    window = None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int = 32,
+        latent_size: int = 512,
+        key_dim: int = 128,
+        shared_key_dim: int = 64,
+        value_dim: int = 128,
+        norm_eps: float = 1e-5,
+        initializer_std: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        require_positive_integers(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            latent_size=latent_size,
+            key_dim=key_dim,
+            shared_key_dim=shared_key_dim,
+            value_dim=value_dim,
+        )
+        require_positive_numbers(norm_eps=norm_eps, initializer_std=initializer_std)
+        if value_dim > key_dim + shared_key_dim:
+            raise ValueError(
+                f"value_dim must be at most key_dim + shared_key_dim, got {value_dim} and {key_dim} + {shared_key_dim}"
+            )
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.latent_size = latent_size
+        self.key_dim = key_dim
+        self.shared_key_dim = shared_key_dim
+        self.value_dim = value_dim
+        self.scale = (key_dim + shared_key_dim) ** -0.5
+        self.initializer_std = initializer_std
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+
+        self.q_proj = self.linear(hidden_size, num_heads * (key_dim + shared_key_dim), rngs)
+        self.kv_a_proj = self.linear(hidden_size, latent_size + shared_key_dim, rngs)
+        self.kv_norm = RMSNorm(latent_size, eps=norm_eps, param_dtype=param_dtype)
+        self.kv_b_proj = self.linear(latent_size, num_heads * (key_dim + value_dim), rngs)
+        self.o_proj = self.linear(num_heads * value_dim, hidden_size, rngs)
+
+    def token_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.latent_size + self.shared_key_dim,),)
+
+    def project(
+        self, x: Float[Array, "batch time hidden"], position: Int[Array, "batch time"]
+    ) -> tuple[Float[Array, "batch time heads key"], tuple[Array, ...]]:
+        latent, shared = jnp.split(self.kv_a_proj(x), [self.latent_size], axis=-1)
+        q = self.q_proj(x).reshape(*x.shape[:2], self.num_heads, -1)
+        return q, (jnp.concatenate([self.kv_norm(latent), shared], axis=-1),)
+
+    def mix(
+        self,
+        x: Float[Array, "batch time hidden"],
+        q: Float[Array, "batch time heads key"],
+        entries: tuple[Array, ...],
+        places: tuple[Places, Places] | None,
+    ) -> Float[Array, "batch time hidden"]:
+        o = (self._attend_expanded if q.shape[1] > 1 else self._attend_latents)(q, entries[0], places)
+        return self.o_proj(o.reshape(*x.shape[:2], -1))
+
+    def _attend_expanded(self, q: Array, entries: Array, places: tuple[Places, Places] | None) -> Array:
+        latent, shared = jnp.split(entries, [self.latent_size], axis=-1)
+        both = self.kv_b_proj(latent).reshape(*latent.shape[:2], self.num_heads, -1)
+        k, v = jnp.split(both, [self.key_dim], axis=-1)
+        shared = jnp.broadcast_to(shared[:, :, None], (*k.shape[:3], self.shared_key_dim))
+        return attend(q, jnp.concatenate([k, shared], axis=-1), v, scale=self.scale, places=places)
+
+    def _attend_latents(self, q: Array, entries: Array, places: tuple[Places, Places] | None) -> Array:
+        weight = self.kv_b_proj.kernel[...].astype(self.dtype).reshape(self.latent_size, self.num_heads, -1)
+        to_key, to_value = jnp.split(weight, [self.key_dim], axis=-1)
+        own, shared = jnp.split(q, [self.key_dim], axis=-1)
+        q = jnp.concatenate([jnp.einsum("bthk,lhk->bthl", own, to_key), shared], axis=-1)
+        one = entries[:, :, None]  # a single key head, whose key is its value too
+        o = attend(q, one, one, scale=self.scale, places=places)[..., : self.latent_size]
+        return jnp.einsum("bthl,lhv->bthv", o, to_value)

@@ -1,0 +1,119 @@
+"""Linear attention and RetNet: what a state does that never erases."""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
+from delta_jax.ops import linear_attention, linear_attention_step
+
+__all__ = ["LinearAttention", "RetNet"]
+
+
+class LinearAttention(Mixer):
+    """Attention with a kernel in place of the softmax: every token adds to the state, and nothing is forgotten.
+
+        S_t = S_{t-1} + phi(k_t) v_t^T          o_t = rmsnorm(S_t^T phi(q_t))          phi = elu + 1
+
+    The norm of the output stands in for the sum of weights, which later work drops.
+
+    Args:
+        hidden_size: width of x.
+        num_heads, head_dim, expand_v, use_output_gate: as in `MixerSettings`.
+        use_short_conv: as in `MixerSettings`, but without unless asked for; then there is no activation besides phi.
+        rngs: where the initial parameters come from.
+        options: the other options, see `MixerSettings`.
+
+    Source: Katharopoulos, Vyas, Pappas and Fleuret, "Transformers are RNNs", 2020 (arXiv 2006.16236) section 3.
+    """
+
+    rule = staticmethod(linear_attention)
+    rule_step = staticmethod(linear_attention_step)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int = 4,
+        head_dim: int | None = None,
+        expand_v: float = 1.0,
+        use_output_gate: bool = False,
+        rngs: nnx.Rngs,
+        **options: Unpack[MixerOptions],
+    ):
+        options.setdefault("use_short_conv", False)
+        settings = MixerSettings(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            expand_v=expand_v,
+            use_output_gate=use_output_gate,
+            **options,
+        )
+        super().__init__(settings, rngs=rngs)
+
+    def activation(self, stream: Float[Array, "batch time channels"]) -> Float[Array, "batch time channels"]:
+        return stream
+
+    def rule_inputs(
+        self,
+        x: Float[Array, "batch time hidden"],
+        q: Float[Array, "batch time heads key"],
+        k: Float[Array, "batch time heads key"],
+        v: Float[Array, "batch time v_heads value"],
+    ) -> RuleInputs:
+        return RuleInputs(jax.nn.elu(q) + 1, jax.nn.elu(k) + 1, v)
+
+
+class RetNet(LinearAttention):
+    """Retention: a fixed decay for every head, and keys and queries rotated by their position.
+
+        S_t = (1 - 2^(-5 - h)) S_{t-1} + rotate(k_t, t) v_t^T        o_t = rmsnorm(S_t^T rotate(q_t, t)) * silu(x_t W_g)
+
+    Args:
+        hidden_size: width of x.
+        num_heads, head_dim, expand_v, use_output_gate: as in `MixerSettings`.
+        rngs: where the initial parameters come from.
+        options: the other options, see `MixerSettings`; no short convolution unless asked for.
+
+    Source: Sun et al., "Retentive network", 2023 (arXiv 2307.08621) section 2.1.
+    """
+
+    rope_theta = 10000.0
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        expand_v: float = 2.0,
+        use_output_gate: bool = True,
+        rngs: nnx.Rngs,
+        **options: Unpack[MixerOptions],
+    ):
+        super().__init__(
+            hidden_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            expand_v=expand_v,
+            use_output_gate=use_output_gate,
+            rngs=rngs,
+            **options,
+        )
+        if self.key_dim % 2:
+            raise ValueError(f"head_dim must be even, since pairs of channels are rotated, got {self.key_dim}")
+
+    def rule_inputs(
+        self,
+        x: Float[Array, "batch time hidden"],
+        q: Float[Array, "batch time heads key"],
+        k: Float[Array, "batch time heads key"],
+        v: Float[Array, "batch time v_heads value"],
+    ) -> RuleInputs:
+        decay = np.log1p(-(2.0 ** (-5.0 - np.arange(self.num_v_heads))))
+        return RuleInputs(q, k, v, g=jnp.broadcast_to(jnp.asarray(decay, jnp.float32)[None, None], v.shape[:-1]))

@@ -1,0 +1,29 @@
+"""What a mixer on the delta rule remembers of the past."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+from delta_jax.layers.token_mixer import keep_rows
+
+__all__ = ["MixerCache"]
+
+
+class MixerCache(NamedTuple):
+    """All a mixer remembers of the past; its size does not depend on how long that past is.
+
+    Attributes:
+        convolution: the tails of the q, k and v convolutions, each [B, conv_size - 1, channels], or ().
+        state: [B, Hv, K, V] float32.
+        segment_id: [B] int32, the segment that the last token belonged to; 0 where no ids were given.
+        position: [B] int32, tokens of that segment so far.
+    """
+
+    convolution: tuple[Float[Array, "batch tail channels"], ...]
+    state: Float[Array, "batch v_heads key value"]
+    segment_id: Int[Array, " batch"]
+    position: Int[Array, " batch"]
+
+    def keep(self, rows: Bool[Array, " batch"]) -> "MixerCache":
+        """Forgets the past of the rows that are False."""
+        return keep_rows(self, rows)

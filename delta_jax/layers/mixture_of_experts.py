@@ -1,0 +1,147 @@
+"""A mixture of experts: every token goes to a few of many small feed-forward layers, and to one that all share."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.layers.mlp import SwiGLU
+from delta_jax.parallel import by_tokens
+
+__all__ = ["ExpertBias", "MixtureOfExperts", "balanced_bias"]
+
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+
+
+class ExpertBias(nnx.Param):
+    """Added to an expert's score when experts are chosen. Gradients never reach it: the train step moves it."""
+
+
+class MixtureOfExperts(nnx.Module):
+    """The sum of a shared expert and of the chosen ones, weighted by their scores; no token is dropped.
+
+        s    = sigmoid(x W_r)                       in float32; or a softmax
+        C    = the per_token experts with the largest s_e + bias_e
+        y    = shared(x) + scale * sum_C s_e / (sum_C s) * expert_e(x)
+
+    The experts are SwiGLU layers, computed by `jax.lax.ragged_dot` on the tokens sorted by expert. The bias only
+    decides who is chosen. `balanced_bias` says how training moves it, so that all experts get as many tokens.
+
+    Args:
+        hidden_size: width of x.
+        size: width of an expert.
+        number: experts to choose from.
+        per_token: experts that each token goes to.
+        shared_size: width of the shared expert; 0 is none.
+        router: "sigmoid" or "softmax".
+        scale: factor on the sum over the chosen experts.
+        use_shared_gate: multiplies the shared expert's output with sigmoid(x w), a number a token.
+        initializer_std, dtype, param_dtype, rngs: as in `SwiGLU`.
+
+    Raises:
+        ValueError: an option is impossible, alone or with the others.
+
+    Source: DeepSeek-AI, "DeepSeek-V3", 2024, section 2.1.2, as in Kimi Team, "Kimi Linear", 2025 (arXiv 2510.26692);
+    softmax and shared gate: Qwen3-Next.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        size: int,
+        number: int,
+        per_token: int,
+        shared_size: int = 0,
+        router: Literal["sigmoid", "softmax"] = "sigmoid",
+        scale: float = 1.0,
+        use_shared_gate: bool = False,
+        initializer_std: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        require_positive_integers(hidden_size=hidden_size, size=size, number=number, per_token=per_token)
+        require_positive_numbers(scale=scale, initializer_std=initializer_std)
+        require_flags(use_shared_gate=use_shared_gate)
+        if per_token > number:
+            raise ValueError(f"per_token must be at most number, the experts there are, got {per_token} of {number}")
+        if shared_size != 0:
+            require_positive_integers(shared_size=shared_size)
+        if use_shared_gate and not shared_size:
+            raise ValueError("use_shared_gate needs a shared expert, but shared_size is 0")
+        if router not in SCORES:
+            raise ValueError(f"router must be one of {', '.join(SCORES)}, got {router!r}")
+        normal = nnx.initializers.normal(initializer_std)
+        kinds: dict[str, Any] = {"use_bias": False, "kernel_init": normal, "param_dtype": param_dtype, "rngs": rngs}
+        self.number, self.per_token, self.scale = number, per_token, scale
+        self.router_scores = SCORES[router]
+        self.dtype = jnp.dtype(dtype)
+        self.router = nnx.Linear(hidden_size, number, dtype=jnp.float32, precision="highest", **kinds)
+        self.expert_bias = ExpertBias(jnp.zeros((number,), jnp.float32))
+        self.experts = nnx.Dict(
+            gate_proj=nnx.Param(normal(rngs.params(), (number, hidden_size, size), param_dtype)),
+            up_proj=nnx.Param(normal(rngs.params(), (number, hidden_size, size), param_dtype)),
+            down_proj=nnx.Param(normal(rngs.params(), (number, size, hidden_size), param_dtype)),
+        )
+        if shared_size:
+            self.shared = SwiGLU(
+                hidden_size,
+                shared_size,
+                initializer_std=initializer_std,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+        if shared_size and use_shared_gate:
+            self.shared_gate = nnx.Linear(hidden_size, 1, dtype=dtype, **kinds)
+
+    def __call__(
+        self, x: Float[Array, "batch time hidden"]
+    ) -> tuple[Float[Array, "batch time hidden"], Int[Array, " number"]]:
+        """Maps x [B, T, hidden_size] to the same shape; also returns the load, how many tokens each expert got."""
+        x = x.astype(self.dtype)
+        kernels = tuple(self.experts[name][...].astype(self.dtype) for name in ("gate_proj", "up_proj", "down_proj"))
+        y, load = by_tokens(_experts, (x, *self.route(x)), *kernels)
+        if hasattr(self, "shared"):
+            shared = self.shared(x)
+            y = y + (shared * jax.nn.sigmoid(self.shared_gate(x)) if hasattr(self, "shared_gate") else shared)
+        return y, load
+
+    def route(
+        self, x: Float[Array, "batch time hidden"]
+    ) -> tuple[Int[Array, "batch time per_token"], Float[Array, "batch time per_token"]]:
+        """The experts chosen for every token, and their float32 weights."""
+        scores = self.router_scores(self.router(x.astype(jnp.float32)))
+        _, chosen = jax.lax.top_k(scores + self.expert_bias[...][None, None], self.per_token)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        return chosen, self.scale * weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+
+
+def balanced_bias(
+    bias: Float[Array, "*layers number"], load: Int[Array, "*layers number"], rate: float
+) -> Float[Array, "*layers number"]:
+    """The bias after a step: up by `rate` where an expert had less than the mean load, down where it had more.
+
+    Source: Wang et al., "Auxiliary-loss-free load balancing strategy for mixture-of-experts", 2024, algorithm 1.
+    """
+    mean, rest = jnp.divmod(jnp.sum(load, axis=-1, keepdims=True), load.shape[-1])
+    direction = jnp.where(load == mean, jnp.sign(rest), jnp.sign(mean - load))
+    return bias + rate * direction.astype(bias.dtype)
+
+
+def _experts(tokens: tuple[Array, Array, Array], gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+    """The weighted outputs of the chosen experts in float32, and the load. Gathers only, whose order is fixed."""
+    x, chosen, weights = tokens
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    load = jnp.bincount(flat, length=gate.shape[0])
+    rows = jnp.repeat(x.reshape(-1, x.shape[-1]), chosen.shape[-1], axis=0)[order]
+    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, load)) * jax.lax.ragged_dot(rows, up, load)
+    y = jax.lax.ragged_dot(hidden, down, load, preferred_element_type=jnp.float32)
+    y = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    return jnp.sum(y * weights[..., None], axis=-2), load

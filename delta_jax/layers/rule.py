@@ -1,0 +1,79 @@
+"""From a mixer's choice of inputs to the op: a whole sequence or one token, and cut over the mesh where that is needed."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from delta_jax.parallel import by_heads, indivisible
+
+__all__ = ["RuleInputs", "apply_rule"]
+
+
+class RuleInputs(NamedTuple):
+    """The arguments of the op, with its shapes and defaults; the axis of writes is there in `delta_product` only."""
+
+    q: Float[Array, "batch time heads key"]
+    k: Float[Array, "batch time *writes heads key"]
+    v: Float[Array, "batch time *writes v_heads value"]
+    beta: Float[Array, "batch time *writes v_heads"] | None = None
+    g: Float[Array, "batch time v_heads *key"] | None = None
+    erase: Float[Array, "batch time *writes erase_heads key"] | None = None
+
+    def axes_of_heads(self) -> "RuleInputs":
+        """Where the heads of every input are."""
+        written = self.k.ndim - 2
+        axes = RuleInputs(*(2, written, written, written, 2, written))  # type: ignore[arg-type]
+        return RuleInputs(*(None if x is None else axis for x, axis in zip(self, axes, strict=True)))  # type: ignore[arg-type]
+
+
+def apply_rule(
+    rule: Callable[..., tuple[Array, Array]],
+    step: Callable[..., tuple[Array, Array]],
+    inputs: RuleInputs,
+    state: Float[Array, "batch v_heads key value"] | None,
+    segment_ids: Int[Array, "batch time"] | None,
+    *,
+    scale: float | None,
+    chunk_size: int | None,
+    implementation: str | None,
+) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"]]:
+    """The output and the new state by `rule`, or by `step` for a single token that continues a state."""
+    if implementation is None and indivisible(inputs.q.shape[0], inputs.q.shape[2]):
+        implementation = "xla"
+    options: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    if state is not None and inputs.q.shape[1] == 1:
+        whole = partial(_one_token, step, options)
+    else:
+        whole = partial(_sequence, rule, options | {"chunk_size": chunk_size})
+    if implementation in (None, "pallas"):  # XLA cuts over a mesh what it made itself, but not a kernel
+        return by_heads(whole, inputs, state, segment_ids, axes=inputs.axes_of_heads())
+    return whole(inputs, state, segment_ids)
+
+
+def _given(inputs: RuleInputs) -> dict[str, Array]:
+    return {name: x for name, x in inputs._asdict().items() if x is not None}
+
+
+def _sequence(
+    rule: Callable[..., tuple[Array, Array]],
+    options: dict[str, Any],
+    inputs: RuleInputs,
+    state: Array | None,
+    segment_ids: Array | None,
+) -> tuple[Array, Array]:
+    return rule(**_given(inputs), initial_state=state, segment_ids=segment_ids, **options)
+
+
+def _one_token(
+    step: Callable[..., tuple[Array, Array]],
+    options: dict[str, Any],
+    inputs: RuleInputs,
+    state: Array | None,
+    segment_ids: Array | None,
+) -> tuple[Array, Array]:
+    token = {f"{name}_t": x for name, x in jax.tree.map(lambda x: x[:, 0], _given(inputs)).items()}
+    o, state = step(**token, state=state, **options)
+    return o[:, None], state

@@ -1,0 +1,305 @@
+"""Softmax attention: its equations in float64, and what every mixer promises about caches and packed sequences."""
+
+import functools
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from delta_jax.layers import Attention, LatentAttention
+
+HIDDEN, TIME = 12, 17
+LAYERS = {
+    "plain": (Attention, {"num_heads": 2}),
+    "grouped": (Attention, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope_theta": 100.0}),
+    "no_positions": (Attention, {"num_heads": 3, "num_kv_heads": 1, "rope_fraction": 0.0}),
+    "window": (Attention, {"num_heads": 2, "window": 5}),
+    "wide_window": (Attention, {"num_heads": 2, "window": 40}),
+    "token": (Attention, {"num_heads": 2, "window": 1, "use_output_gate": True}),
+    "gated": (
+        Attention,
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "rope_fraction": 0.25,
+            "use_qk_norm": True,
+            "zero_centered_norms": True,
+            "use_output_gate": True,
+        },
+    ),
+    "normed_window": (Attention, {"num_heads": 2, "window": 4, "use_qk_norm": True, "norm_eps": 1e-2}),
+    "latent": (
+        LatentAttention,
+        {"num_heads": 3, "latent_size": 7, "key_dim": 4, "shared_key_dim": 2, "value_dim": 5, "norm_eps": 1e-3},
+    ),
+}
+SEGMENTS = np.array([[3] * 6 + [1] + [3] * 10, [0] * 10 + [7] + [8] * 6], np.int32)
+
+
+@functools.cache
+def make(name, seed=0, **options):
+    layer, own = LAYERS[name]
+    made = layer(HIDDEN, **({"initializer_std": 0.4} | own | options), rngs=nnx.Rngs(seed))
+    for path, value in nnx.to_flat_state(nnx.state(made)):
+        if path[-1] in ("scale", "offset"):
+            value[...] = value[...] + jnp.linspace(-0.5, 0.5, value.shape[0], dtype=value.dtype)
+    return made
+
+
+def inputs(seed=1):
+    return jax.random.normal(jax.random.key(seed), (2, TIME, HIDDEN))
+
+
+@jax.jit
+def run(layer, x, segment_ids=None, cache=None):
+    return layer(x, segment_ids=segment_ids, cache=cache, return_cache=True)
+
+
+def relative(actual, wanted):
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    return np.sqrt(np.mean((actual - wanted) ** 2) / np.mean(wanted**2))
+
+
+def close(one, other, atol=2e-6):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (left.shape, left.dtype) == (right.shape, right.dtype)
+        np.testing.assert_allclose(left, right, atol=atol)
+
+
+layers = pytest.mark.parametrize("name", LAYERS)
+some_layers = pytest.mark.parametrize("name", ["gated", "window", "latent"])
+
+
+def parameters(layer):
+    flat = nnx.to_flat_state(nnx.state(layer))
+    return {"/".join(map(str, path)): np.asarray(value[...], np.float64) for path, value in flat}
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def unit(x, scale, eps):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def softmax_average(scores, values):
+    weights = np.exp(scores - scores.max())
+    return weights @ values / weights.sum()
+
+
+def turn(x, position, theta, channels):
+    """Rotation of complex numbers, one for each pair of channels of x [channels of a head]."""
+    pairs = x[: channels // 2] + 1j * x[channels // 2 : channels]
+    pairs = pairs * np.exp(1j * position / theta ** (np.arange(0, channels, 2) / max(channels, 1)))
+    return np.concatenate([pairs.real, pairs.imag, x[channels:]])
+
+
+def attention(p, x, o):
+    """One sequence x [T, d], token by token and head by head, with the layer's parameters p and options o."""
+    heads, kv_heads = o["num_heads"], o.get("num_kv_heads") or o["num_heads"]
+    size, window = o.get("head_dim") or HIDDEN // heads, o.get("window") or len(x)
+    channels, theta = round(size * o.get("rope_fraction", 1.0)), o.get("rope_theta", 1e4)
+    q, k, v = (x @ p[f"{name}_proj/kernel"] for name in "qkv")
+    q, k, v = q.reshape(-1, heads, size), k.reshape(-1, kv_heads, size), v.reshape(-1, kv_heads, size)
+    if o.get("use_qk_norm"):
+        q, k = (
+            unit(y, 1 + p[f"{n}_norm/offset"] if o.get("zero_centered_norms") else p[f"{n}_norm/scale"], o["norm_eps"])
+            for y, n in ((q, "q"), (k, "k"))
+        )
+    out = np.zeros((len(x), heads, size))
+    for t in range(len(x)):
+        for h in range(heads):
+            seen = range(max(0, t - window + 1), t + 1)
+            kept = h // (heads // kv_heads)
+            query = turn(q[t, h], t, theta, channels)
+            scores = np.array([query @ turn(k[s, kept], s, theta, channels) for s in seen]) / np.sqrt(size)
+            out[t, h] = softmax_average(scores, np.stack([v[s, kept] for s in seen]))
+    out = out.reshape(len(x), -1)
+    if o.get("use_output_gate"):
+        out = out * sigmoid(x @ p["g_proj/kernel"])
+    return out @ p["o_proj/kernel"]
+
+
+def latent_attention(p, x, o):
+    heads, size = o["num_heads"], o["key_dim"] + o["shared_key_dim"]
+    low = x @ p["kv_a_proj/kernel"]
+    both = unit(low[:, : o["latent_size"]], p["kv_norm/scale"], o["norm_eps"]) @ p["kv_b_proj/kernel"]
+    both, q = both.reshape(len(x), heads, -1), (x @ p["q_proj/kernel"]).reshape(len(x), heads, size)
+    out = np.zeros((len(x), heads, o["value_dim"]))
+    for h in range(heads):
+        k = np.concatenate([both[:, h, : o["key_dim"]], low[:, o["latent_size"] :]], axis=1)
+        for t in range(len(x)):
+            out[t, h] = softmax_average(k[: t + 1] @ q[t, h] / np.sqrt(size), both[: t + 1, h, o["key_dim"] :])
+    return out.reshape(len(x), -1) @ p["o_proj/kernel"]
+
+
+@layers
+def test_layer_computes_its_equations(name):
+    layer, x = make(name), inputs()
+    y, _ = run(layer, x)
+    reference = attention if LAYERS[name][0] is Attention else latent_attention
+    options = {"norm_eps": 1e-5} | LAYERS[name][1]
+    wanted = np.stack([reference(parameters(layer), np.asarray(row, np.float64), options) for row in x])
+    assert relative(y, wanted) < 1e-6
+
+
+@layers
+def test_step_by_step_equals_the_whole(name):
+    layer, x = make(name), inputs()
+    whole, last = run(layer, x)
+    cache, outputs = layer.init_cache(2, length=TIME), []
+    for t in range(TIME):
+        y, cache = run(layer, x[:, t : t + 1], None, cache)
+        outputs.append(y)
+    assert relative(jnp.concatenate(outputs, axis=1), whole) < 1e-6
+    close(cache, last)
+
+
+@some_layers
+def test_packed_equals_separate(name):
+    """What follows a piece changes nothing in it, so that one compiled function does for pieces of all lengths."""
+    layer, x = make(name), inputs()
+    packed, cache = run(layer, x, jnp.asarray(SEGMENTS))
+    for row in range(2):
+        edges = [0, *(np.flatnonzero(np.diff(SEGMENTS[row])) + 1).tolist(), TIME]
+        for start, stop in pairwise(edges):
+            alone, _ = run(layer, jnp.roll(x, -start, axis=1))
+            assert relative(packed[row, start:stop], alone[row, : stop - start]) < 1e-6
+        assert cache.position[row] == edges[-1] - edges[-2]
+    np.testing.assert_array_equal(cache.segment_id, SEGMENTS[:, -1])
+
+
+@some_layers
+@pytest.mark.parametrize("cut", [6, 16])
+def test_a_call_continues_the_segment_of_the_cache_or_begins_anew(name, cut):
+    layer, x, ids = make(name), inputs(), jnp.asarray(SEGMENTS)
+    whole, _ = run(layer, x, ids)
+    first, cache = run(layer, x[:, :cut], ids[:, :cut], layer.init_cache(2, length=TIME))
+    second, cache = run(layer, x[:, cut:], ids[:, cut:], cache)
+    assert relative(jnp.concatenate([first, second], axis=1), whole) < 1e-6
+    close(cache, run(layer, x, ids, layer.init_cache(2, length=TIME))[1])
+
+
+@some_layers
+def test_a_call_without_ids_continues_the_last_segment(name):
+    layer, x = make(name), inputs()
+    ids = jnp.asarray(SEGMENTS).at[:, 12:].set(SEGMENTS[:, 11:12])
+    whole, _ = run(layer, x, ids)
+    _, cache = run(layer, x[:, :12], ids[:, :12], layer.init_cache(2, length=TIME))
+    rest, cache = run(layer, x[:, 12:], None, cache)
+    assert relative(rest, whole[:, 12:]) < 1e-6
+    np.testing.assert_array_equal(cache.segment_id, ids[:, -1])
+
+
+@some_layers
+def test_outputs_never_depend_on_later_inputs(name):
+    layer, x = make(name), inputs()
+    y, _ = run(layer, x)
+    for cut in (1, 5, 16):
+        changed, _ = run(layer, x.at[:, cut:].set(inputs(2)[:, cut:]))
+        np.testing.assert_array_equal(y[:, :cut], changed[:, :cut])
+        assert relative(y[:, cut:], changed[:, cut:]) > 0.1
+
+
+def test_a_window_hides_what_lies_before_it():
+    layer, x = make("window"), inputs()
+    y, _ = run(layer, x)
+    changed, _ = run(layer, x.at[:, 3].add(1.0))
+    np.testing.assert_array_equal(y[:, 8:], changed[:, 8:])
+    assert (jnp.abs(y - changed)[:, 3:8].max(axis=-1) > 1e-3).all()
+
+
+@layers
+def test_gradients_reach_every_parameter(name):
+    layer, x, weights = make(name), inputs(), inputs(3)
+    gradients = jax.jit(jax.grad(lambda layer: jnp.sum(weights * layer(x, segment_ids=jnp.asarray(SEGMENTS)))))(layer)
+    for path, gradient in nnx.to_flat_state(nnx.state(gradients)):
+        size = np.sqrt(np.mean(np.square(gradient[...])))
+        if name == "token" and path[0] in ("q_proj", "k_proj"):  # a softmax over one number
+            assert size < 1e-6
+        else:
+            assert size > 1e-4, path
+
+
+@layers
+def test_a_cache_keeps_the_window_or_the_length_asked_for(name):
+    layer = make(name)
+    for time in (1, 2, 9):
+        cache = layer.init_cache(2, length=9)
+        new = jax.eval_shape(run, layer, inputs()[:, :time], None, cache)[1]
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), (new, cache))[0] == jax.tree.map(
+            lambda a: (a.shape, a.dtype), cache
+        )
+        assert cache.entries[0].shape[1] == (layer.window or 9)
+
+
+def test_the_latent_cache_is_small():
+    sizes = [entry.shape for entry in make("latent").init_cache(2, length=9).entries]
+    assert sizes == [(2, 9, 7 + 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("gated", jnp.bfloat16), ("latent", jnp.bfloat16), ("window", jnp.float16)]
+)
+def test_narrow_types_compute_near_float32(name, dtype):
+    x = inputs()
+    wide, _ = run(make(name), x)
+    narrow, cache = run(make(name, dtype=dtype), x)
+    assert narrow.dtype == dtype
+    assert all(entry.dtype == dtype for entry in cache.entries)
+    assert 1e-5 < relative(narrow, wide) < 0.02
+
+
+@pytest.mark.parametrize("name", ["gated", "latent"])
+def test_a_full_cache_is_refused_or_poisons_what_lies_beyond(name):
+    layer, x = make(name), inputs()
+    whole, cache = run(layer, x[:, :9], None, layer.init_cache(2, length=9))
+    with pytest.raises(ValueError, match=r"room for 9 tokens of a segment and holds 9, but 1 more .*length=10\)"):
+        layer(x[:, 9:10], cache=cache)
+    with pytest.raises(ValueError, match="room for 9 tokens of a segment and holds 0, but 17 more"):
+        run(layer, x, None, layer.init_cache(2, length=9))
+    beyond, cache = run(layer, x[:, 9:10], None, cache)
+    assert np.isnan(beyond).all()
+    assert np.isnan(run(layer, x[:, 10:12], None, cache)[0]).all()
+    ids = jnp.full((2, 1), 5)
+    fresh, cache = run(layer, x[:, :1], ids, cache)  # a new segment begins with an empty cache
+    np.testing.assert_allclose(fresh, whole[:, :1], atol=1e-6)
+
+
+def test_attention_without_a_window_wants_a_length():
+    for length in (None, 0, 2.5):
+        with pytest.raises(ValueError, match="length must be a positive integer"):
+            make("plain").init_cache(2, length=length)
+    assert make("window").init_cache(2).entries[0].shape == (2, 5, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "word"),
+    [
+        ("plain", {"num_heads": 0}, "num_heads"),
+        ("plain", {"num_heads": 5}, "num_heads must divide hidden_size"),
+        ("plain", {"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 2"),
+        ("plain", {"window": 0}, "window must be a positive integer, got 0"),
+        ("plain", {"window": 2.5}, "window"),
+        ("plain", {"head_dim": -1}, "head_dim"),
+        ("plain", {"head_dim": 3}, "rope_fraction must make an even number"),
+        ("plain", {"rope_fraction": 0.5, "head_dim": 6}, "rope_fraction"),
+        ("plain", {"rope_fraction": 1.5}, r"rope_fraction must lie in \[0, 1\]"),
+        ("plain", {"rope_theta": 0.0}, "rope_theta"),
+        ("plain", {"use_qk_norm": 1}, "use_qk_norm must be true or false"),
+        ("plain", {"use_output_gate": None}, "use_output_gate"),
+        ("plain", {"norm_eps": 0.0}, "norm_eps"),
+        ("plain", {"implementation": "abacus"}, "implementation"),
+        ("latent", {"latent_size": 0}, "latent_size"),
+        ("latent", {"value_dim": 9}, "value_dim must be at most"),
+        ("latent", {"initializer_std": -1.0}, "initializer_std"),
+    ],
+)
+def test_impossible_options_are_named(name, options, word):
+    with pytest.raises(ValueError, match=word):
+        make(name, **options)

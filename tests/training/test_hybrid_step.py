@@ -1,0 +1,107 @@
+"""The train step of a stack with several kinds of mixers and with experts."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from delta_jax.models import ExpertsConfig, MixerSpec, ModelConfig, PlacedMixer
+from delta_jax.parallel import MeshConfig, make_mesh, path_string, shard_batch
+from delta_jax.training import (
+    OptimizerConfig,
+    TrainState,
+    abstract_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
+from delta_jax.training.state import abstract_model
+
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
+RATE, ONE = 0.01, MeshConfig()
+LATENT = {"num_heads": 2, "latent_size": 8, "key_dim": 6, "shared_key_dim": 2, "value_dim": 8}
+GATED = {"num_heads": 4, "num_kv_heads": 2, "window": 5, "use_qk_norm": True, "use_output_gate": True}
+MODEL = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=2,
+    mlp_size=24,
+    dtype="float32",
+    initializer_std=0.2,
+    pattern=(MixerSpec(mixer="attention", options=tuple(GATED.items())),),
+    placed=(PlacedMixer(layers=(1,), mixer="latent_attention", options=tuple(LATENT.items())),),
+    zero_centered_norms=True,
+    experts=ExpertsConfig(size=6, number=8, per_token=2, shared_size=6, balance_rate=RATE),
+    dense_layers=1,
+)
+
+
+def batches(micro):
+    random = np.random.default_rng(0)
+    shape, result = (micro, 8 // micro, 12), []
+    for _ in range(2):
+        ids = random.integers(0, 32, (2, 8, 12)).astype(np.int32).reshape(2, *shape)
+        segments = np.broadcast_to(1 + (np.arange(12) >= 7), shape).astype(np.int32)
+        result.append(
+            {"inputs": ids[0], "targets": ids[1], "segment_ids": segments, "mask": np.ones(shape, np.float32)}
+        )
+    return result
+
+
+@functools.cache
+def beginning():
+    """The state at step 0, filled by numpy: compiling the initialisation takes longer than all the rest."""
+    draw = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        name = path_string(path)
+        if "bias" in name:
+            return np.zeros(leaf.shape, leaf.dtype)
+        return np.asarray(("scale" in name) + 0.2 * draw.standard_normal(leaf.shape), leaf.dtype)
+
+    parameters = jax.tree_util.tree_map_with_path(fill, abstract_model(MODEL)[1])
+    moments = jax.device_get(make_optimizer(OPTIMIZER, 10).init(parameters))
+    return TrainState(step=np.zeros((), np.int32), parameters=parameters, optimizer=moments)
+
+
+@functools.cache
+def run(micro=1, mesh=ONE, devices=1):
+    """Losses and all states of two steps."""
+    grid = make_mesh(mesh, jax.devices()[:devices])
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    step = make_train_step(MODEL, optimizer, learning_rate_schedule(OPTIMIZER, 10), grid)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(MODEL, optimizer, grid))
+    state = jax.device_put(beginning(), layout)
+    losses, states = [], [jax.device_get(state.parameters)]
+    for batch in batches(micro):
+        state, metrics = step(state, shard_batch(batch, grid))
+        losses.append(float(metrics["loss"]))
+        states.append(jax.device_get(state.parameters))
+    return losses, states
+
+
+def biases(parameters):
+    flat = jax.tree_util.tree_leaves_with_path(parameters)
+    return np.concatenate([leaf for path, leaf in flat if path_string(path).endswith("expert_bias")])
+
+
+def test_every_parameter_moves_and_the_biases_by_their_rate():
+    _, (first, second, third) = run()
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(third), strict=True):
+        assert np.abs(one - other).max() > 1e-5, path_string(path)
+    assert biases(first).shape == (1, 8)  # the first layer is dense
+    np.testing.assert_array_equal(biases(first), 0)
+    moved = biases(second) / RATE
+    np.testing.assert_allclose(moved, np.sign(moved), atol=1e-6)
+    assert (np.abs(moved).sum(axis=1) > 4).all()
+    assert (biases(third) != biases(second)).any()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro": 4}, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2), "devices": 8}], ids=["micro", "mesh"]
+)
+def test_micro_batches_and_devices_change_nothing(changes):
+    (losses, (_, second, _)), (others, (_, other, _)) = run(), run(**changes)
+    np.testing.assert_allclose(others, losses, rtol=2e-5)
+    np.testing.assert_array_equal(biases(other), biases(second))
