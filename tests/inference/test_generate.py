@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from delta_jax.inference import generate
-from delta_jax.layers import MIXERS, Mixer
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig
 
 VOCAB, NEW = 40, 12
@@ -50,7 +49,7 @@ def test_greedy_equals_running_the_whole_text_for_every_token(model):
     assert len(set(map(tuple, together))) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("name", sorted(name for name, layer in MIXERS.items() if issubclass(layer, Mixer)))
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_product", "ret_net"])  # every layer has its own contract
 def test_a_batch_equals_one_by_one(name):
     model = make(name)
     together = generate(model, PROMPTS, max_new_tokens=NEW)

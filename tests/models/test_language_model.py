@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from delta_jax.layers import MIXERS, Mixer
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig, number_of_parameters
 
 VOCAB, TIME = 23, 18
@@ -82,7 +81,7 @@ def test_the_scan_runs_the_blocks_in_order():
     assert relative(model(x), logits) < 3e-6
 
 
-@pytest.mark.parametrize("name", sorted(name for name, layer in MIXERS.items() if issubclass(layer, Mixer)))
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_product"])  # every layer has its own contract
 def test_step_by_step_equals_the_whole(name):
     model, x = make(pattern=(name,)), tokens()
     whole, last = run(model, x)
