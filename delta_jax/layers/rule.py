@@ -24,9 +24,9 @@ class RuleInputs(NamedTuple):
 
     def axes_of_heads(self) -> "RuleInputs":
         """Where the heads of every input are."""
-        written = self.k.ndim - 2
-        axes = RuleInputs(*(2, written, written, written, 2, written))  # type: ignore[arg-type]
-        return RuleInputs(*(None if x is None else axis for x, axis in zip(self, axes, strict=True)))  # type: ignore[arg-type]
+        of_writes = self.k.ndim - 2
+        axes: dict[str, Any] = {name: 2 if name in ("q", "g") else of_writes for name in _given(self)}
+        return RuleInputs(**axes)
 
 
 def apply_rule(

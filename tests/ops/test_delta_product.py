@@ -85,6 +85,11 @@ def test_on_the_kernels(implementation):
     )
     for name, x in reference("gated_delta_product", values, cotangents, segment_ids=segment_ids).items():
         assert relative_error(got[name], x) <= (1e-5 if name.startswith("d_") else 2e-6), name
+    token = {f"{name}_t": jnp.asarray(x[:, 0], jnp.float32) for name, x in values.items() if name != "initial_state"}
+    state = jnp.asarray(values["initial_state"], jnp.float32)
+    want = delta_product_step(**token, state=state, implementation="recurrent")
+    for a, b in zip(delta_product_step(**token, state=state, implementation=implementation), want, strict=True):
+        assert relative_error(np.asarray(a), np.asarray(b)) < 1e-6
 
 
 def test_the_backward_keeps_little():
