@@ -72,7 +72,7 @@ def main() -> None:
     start = time.time()
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python -m benchmarks.tpu_schedule " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m benchmarks.tpu_schedule", *options.generations]),
         **collect(options.generations, Console(stderr=True)),
     }
     result["seconds"] = round(time.time() - start)
