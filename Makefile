@@ -6,6 +6,10 @@ RUN := .venv/bin/python
 # libtpu, which compiles the kernels ahead of time in the tests, is made for Linux on x86-64 alone.
 COMMA := ,
 EXTRAS := dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(COMMA)tpu)
+# Where there is no accelerator, libtpu would look for one at every start and complain at length.
+ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*),)
+export JAX_PLATFORMS ?= cpu
+endif
 
 .PHONY: demo test test-oldest lint format peers bench-cpu tpu-schedule accuracy clean
 
