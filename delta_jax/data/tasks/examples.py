@@ -39,7 +39,8 @@ class Examples(NamedTuple):
 
     def take(self, rows: Any) -> Examples:
         """Some of the sequences, by an index, a slice or a mask."""
-        return Examples(**{name: None if field is None else field[rows] for name, field in self._asdict().items()})
+        chosen: dict[str, Any] = {name: None if x is None else x[rows] for name, x in self._asdict().items()}
+        return Examples(**chosen)
 
 
 class Task(Protocol):
@@ -96,7 +97,7 @@ def draw(task: Task, number: int, *, split: Split, seed: int | tuple[int, ...]) 
         found, drawn = found + len(parts[-1].inputs), drawn + size
         if drawn > 100 * share * (number + 100):
             raise ValueError(f"{task} has too few sequences: {found} of {number} found for the {split} split")
-    joined = {
+    joined: dict[str, Any] = {
         name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
         for name in Examples._fields
     }
