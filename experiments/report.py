@@ -3,12 +3,13 @@
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from experiments.harness.page import claim_rows, markdown_table, section
 from experiments.harness.runner import RESULTS
 from experiments.harness.verdicts import Study
 
-EXPERIMENTS = ("parity",)
+EXPERIMENTS = ("parity", "swaps", "delta_product")
 
 INTRODUCTION = """# The papers' tables
 
@@ -23,7 +24,7 @@ cast the whole model to bfloat16.
 """
 
 
-def studies() -> list[Study]:
+def studies() -> list[Study[Any]]:
     """All experiments, in the order of the page."""
     return [importlib.import_module(f"experiments.{name}").STUDY for name in EXPERIMENTS]
 

@@ -1,5 +1,6 @@
 """The page: every claim with the paper's number, ours and a verdict, then every table with its figure."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ SHOWN = {"token": "accuracy", "sequence": "whole sequences", "macro": "accuracy,
 CHOOSING = "best learning rate{decay} by the first test set; mean over seeds (lowest to highest)"
 
 
-def claim_rows(study: Study, root: Path) -> Iterator[list[str]]:
+def claim_rows(study: Study[Any], root: Path) -> Iterator[list[str]]:
     """A row for each claim and scale: claim, the paper's number, ours, scale, verdict."""
     for claim in study.claims:
         judged = 0
@@ -36,7 +37,7 @@ def claim_rows(study: Study, root: Path) -> Iterator[list[str]]:
             yield [claim.text, claim.paper, "not run", "", "cannot tell"]
 
 
-def section(study: Study, root: Path) -> str:
+def section(study: Study[Any], root: Path) -> str:
     """A study's part of the page; its figures are written beside its results."""
     parts = [f"## {study.title}", f"{study.source}. {study.text}"]
     for scale in study.scales:
@@ -49,7 +50,7 @@ def section(study: Study, root: Path) -> str:
         parts += [f"**{scale}**: {_setting(results)}", markdown_table(*_table(study, results))]
         if study.plot:
             for cell in results.cells:
-                picture = folder / f"{cell}.png".replace(" ", "_").replace("/", "_")
+                picture = folder / (re.sub(r"[^A-Za-z0-9.+-]+", "_", cell) + ".png")
                 if _draw(study, results, cell, picture):
                     parts.append(f"![{study.title}, {cell}]({picture.relative_to(root.parent)})")
     return "\n\n".join(parts)
@@ -87,7 +88,7 @@ def _span(numbers: set[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _table(study: Study, results: Results) -> tuple[list[str], list[list[str]]]:
+def _table(study: Study[Any], results: Results) -> tuple[list[str], list[list[str]]]:
     columns = [(cell, test, metric) for cell in results.cells for test in results.tests(cell) for metric in study.show]
     published = [cell for cell in results.cells if any((cell, arm) in study.published for arm in results.arms)]
     many_cells, many_metrics = len(results.cells) > 1, len(study.show) > 1
@@ -114,7 +115,7 @@ def _cell(results: Results, cell: str, arm: str, test: str, metric: str) -> str:
     return str(summary)
 
 
-def _draw(study: Study, results: Results, cell: str, path: Path) -> bool:
+def _draw(study: Study[Any], results: Results, cell: str, path: Path) -> bool:
     """Accuracy over positions or over steps, a band from the lowest to the highest seed; False if there is nothing."""
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -146,7 +147,7 @@ def _draw(study: Study, results: Results, cell: str, path: Path) -> bool:
     return True
 
 
-def _line(study: Study, results: Results, cell: str, run: Any) -> tuple[list[int], list[float]]:
+def _line(study: Study[Any], results: Results, cell: str, run: Any) -> tuple[list[int], list[float]]:
     if study.plot == "steps":
         history = [entry for entry in run["history"] if entry[study.metric] is not None]
         return [entry["step"] for entry in history], [entry[study.metric] for entry in history]

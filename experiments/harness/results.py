@@ -107,6 +107,18 @@ class Results:
         values = tuple(value(run["tests"][test], metric) for run in runs)
         return Summary(runs[0]["learning_rate"], runs[0]["weight_decay"], values)
 
+    def beyond(self, cell: str, arm: str, test: str, position: int) -> Summary:
+        """Accuracy of the `chosen` runs on the positions of a test set after the first `position`."""
+        runs = self.chosen(cell, arm)
+        curves = [run["tests"][test]["curve"] for run in runs]
+        values = tuple(
+            statistics.fmean(
+                hit for place, hit in zip(curve["position"], curve["token"], strict=True) if place > position
+            )
+            for curve in curves
+        )
+        return Summary(runs[0]["learning_rate"], runs[0]["weight_decay"], values)
+
     def every(self, cell: str, arm: str, test: str, metric: str) -> tuple[float, ...]:
         """A metric of all runs, of every learning rate and seed."""
         return tuple(value(run["tests"][test], metric) for _, _, run in self.runs(cell, arm))

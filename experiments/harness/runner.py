@@ -26,7 +26,7 @@ ASSUMED_RATES = {"cpu": 5e9, "gpu": 2e13}
 """FLOP/s taken for granted where nothing is recorded: what small models reach on two cores and on a Hopper GPU."""
 
 
-def main(study: Study, arguments: Sequence[str] | None = None) -> None:
+def main(study: Study[Any], arguments: Sequence[str] | None = None) -> None:
     """Runs a study; exits with status 2 and one sentence where the user asks for what is not there."""
     options = _parse(study, arguments)
     console = Console()
@@ -55,7 +55,7 @@ def results_folder(study: str, scale: str) -> Path:
     return RESULTS / study / scale
 
 
-def _parse(study: Study, arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(study: Study[Any], arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{study.name}",
         description=f"{study.title}. Source: {study.source}",
@@ -73,7 +73,7 @@ def _parse(study: Study, arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _default_folder(study: Study, options: argparse.Namespace) -> Path:
+def _default_folder(study: Study[Any], options: argparse.Namespace) -> Path:
     if not options.overrides:
         return results_folder(study.name, options.scale)
     return SCRATCH / study.name / options.scale
@@ -92,7 +92,9 @@ def _is_done(group: Group, known: dict[str, dict[str, Any]]) -> bool:
     return file is not None and file["config"] == group.table()
 
 
-def _run(study: Study, groups: list[Group], folder: Path, known: dict[str, dict[str, Any]], console: Console) -> None:
+def _run(
+    study: Study[Any], groups: list[Group], folder: Path, known: dict[str, dict[str, Any]], console: Console
+) -> None:
     command = f"python -m experiments.{study.name} " + " ".join(sys.argv[1:])
     left = [(order, group) for order, group in enumerate(groups) if not _is_done(group, known)]
     console.print(f"{study.title}: {len(groups)} groups of runs, {len(groups) - len(left)} done before.")
@@ -143,7 +145,7 @@ class _Display:
             self._console.print(f"{self._name} {step}/{steps} {text}", highlight=False, soft_wrap=True)
 
 
-def _list(study: Study, groups: list[Group], known: dict[str, dict[str, Any]], console: Console) -> None:
+def _list(study: Study[Any], groups: list[Group], known: dict[str, dict[str, Any]], console: Console) -> None:
     import jax
 
     platform = jax.devices()[0].platform

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -146,7 +147,7 @@ class Group:
     def name(self) -> str:
         """Of its file of results, without the ending."""
         decay = f".wd{self.weight_decay:g}" if len(self.sweep.weight_decays) > 1 else ""
-        return f"{self.cell}.{self.arm}{decay}".replace(" ", "_").replace("/", "_")
+        return re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{self.cell}.{self.arm}{decay}").strip("_")
 
     def table(self) -> dict[str, Any]:
         """All that its results depend on, as JSON-able data."""

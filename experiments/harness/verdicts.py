@@ -38,7 +38,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Study[S: Sweep]:
     """One table or figure of a paper.
 
     Attributes:
@@ -61,9 +61,9 @@ class Study:
     text: str
     metric: str
     show: tuple[str, ...]
-    scales: Mapping[str, Sweep]
-    arms: Callable[[Sweep], tuple[Arm, ...]]
-    cells: Callable[[Sweep], tuple[Cell, ...]]
+    scales: Mapping[str, S]
+    arms: Callable[[S], tuple[Arm, ...]]
+    cells: Callable[[S], tuple[Cell, ...]]
     claims: tuple[Claim, ...]
     published: Mapping[tuple[str, str], str] = field(default_factory=dict)
     plot: str | None = None
@@ -73,6 +73,6 @@ class Study:
             if metric not in METRICS:
                 raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
 
-    def groups(self, scale: str, sweep: Sweep) -> list[Group]:
+    def groups(self, scale: str, sweep: S) -> list[Group]:
         """All that a sweep trains, in order."""
         return make_groups(self.name, scale, self.metric, self.arms(sweep), self.cells(sweep), sweep)
