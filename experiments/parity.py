@@ -70,8 +70,8 @@ STUDY = Study(
     name="parity",
     title="Parity",
     source="Grazzi et al., Unlocking state-tracking in linear RNNs through negative eigenvalues (arXiv 2411.12537), table 3",
-    text="The parity of the bits read so far, asked at every bit; trained on 40 bits. The paper asks only at the end of words of "
-    "3 to 40 tokens, trains two layers with a short convolution, and scores (accuracy - 1/2) / (1/2) on 40 to 256.",
+    text="The parity of the bits read so far, asked at every bit; trained on 40 bits. The paper asks only at the end of "
+    "words of 3 to 40 tokens, trains two layers with a short convolution, and scores (accuracy - 1/2) / (1/2) on 40 to 256.",
     metric="token",
     show=("token", "sequence"),
     scales={

@@ -100,9 +100,9 @@ PAPER = SwapSweep(
 STUDY = Study(
     name="swaps",
     title="Permutations from swaps",
-    source="Grazzi et al., Unlocking state-tracking in linear RNNs through negative eigenvalues (arXiv 2411.12537), figure 4",
-    text="The product so far of transpositions (or the identity) of five things, 120 answers, asked after every swap. The paper "
-    "trains on 1.6 million sequences of 32 with hidden size 128 and tests to 500.",
+    source="Grazzi et al., Unlocking state-tracking in linear RNNs through negative eigenvalues (arXiv 2411.12537), S5",
+    text="The product so far of transpositions (or the identity) of five things, 120 answers, asked after every swap. The "
+    "paper trains on 1.6 million sequences of 32 with hidden size 128 and tests to 500.",
     metric="token",
     show=("token", "sequence"),
     scales={
