@@ -170,6 +170,7 @@ def test_words_are_of_one_size_and_different():
         ({"needle": "{key} is it."}, "needle"),
         ({"question": "What now?"}, "question"),
         ({"opening": "{wrong}"}, "opening"),
+        ({"opening": "{key}"}, "opening"),
         ({"needle": "{key} {value} {"}, "needle"),
     ],
 )
