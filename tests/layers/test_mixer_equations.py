@@ -27,11 +27,12 @@ def convolve(x, kernel):
     return np.stack([np.sum(kernel * padded[t : t + len(kernel)], axis=0) for t in range(len(x))])
 
 
-def stream(p, x, name, member):
+def stream(p, x, name, member, feature_map=None):
     y = x @ p[f"{name}_proj/kernel"]
     if f"{name}_conv/kernel" in p:
         return silu(convolve(y, p[f"{name}_conv/kernel"]) + p.get(f"{name}_conv/bias", 0.0))
-    return y if member in ("linear_attention", "gated_linear_attention", "ret_net") else silu(y)
+    plain = member in ("linear_attention", "gated_linear_attention", "ret_net") and feature_map != "l2"
+    return y if plain else silu(y)
 
 
 def softplus(x):
@@ -85,7 +86,8 @@ def member_inputs(name, p, x, q, k, v, o):
     if name == "gated_linear_attention":
         g = (np.log(sigmoid(low_rank(p, x, "f_proj"))) / 16).reshape(g.shape)
     if name == "linear_attention":
-        q, k = (np.where(y > 0, y + 1, np.exp(y)) for y in (q, k))
+        plain = o.get("feature_map") != "l2"
+        q, k = (np.where(y > 0, y + 1, np.exp(y)) if plain else unit(y) for y in (q, k))
     if name == "ret_net":
         q, k = turned(q), turned(k[:, 0])[:, None]
         g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[None, :, None]
@@ -99,9 +101,9 @@ def member_inputs(name, p, x, q, k, v, o):
 def forward(name, p, x, o):
     """One sequence x [T, d] through the member with parameters p and options o, token by token in float64."""
     time, heads, v_heads = len(x), o["num_heads"], o.get("num_v_heads", o["num_heads"])
-    q = stream(p, x, "q", name).reshape(time, heads, -1)
-    k = stream(p, x, "k", name).reshape(time, -1, heads, q.shape[-1])
-    v = stream(p, x, "v", name).reshape(time, k.shape[1], v_heads, -1)
+    q = stream(p, x, "q", name, o.get("feature_map")).reshape(time, heads, -1)
+    k = stream(p, x, "k", name, o.get("feature_map")).reshape(time, -1, heads, q.shape[-1])
+    v = stream(p, x, "v", name, o.get("feature_map")).reshape(time, k.shape[1], v_heads, -1)
     raw = v
     q, k, v, beta, g, erase = member_inputs(name, p, x, q, k, v, o)
     out = np.zeros((time, v_heads, v.shape[-1]))
@@ -143,6 +145,8 @@ CASES = [
     ("gated_delta_net_2", {"num_v_heads": 4, "expand_v": 2.0}),
     ("gated_delta_net_2", {"output_gate_activation": "sigmoid", "allow_negative_eigenvalues": True}),
     ("linear_attention", {"use_output_gate": True}),
+    ("linear_attention", {"feature_map": "l2"}),
+    ("linear_attention", {"feature_map": "l2", "use_short_conv": True}),
     ("gated_linear_attention", {"num_v_heads": 4}),
     ("ret_net", {"expand_v": 2.0}),
     ("mamba_2", {"num_v_heads": 4, "expand_v": 0.5}),

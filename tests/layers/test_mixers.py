@@ -218,6 +218,7 @@ def test_an_implementation_that_does_not_exist_is_named(name):
         ("kimi_delta_attention", {"gate_lower_bound": 5.0}, "gate_lower_bound must be a negative number"),
         ("kimi_delta_attention", {"output_gate_activation": "tanh"}, "output_gate_activation must be one of"),
         ("gated_linear_attention", {"gate_rank": 0}, "gate_rank"),
+        ("linear_attention", {"feature_map": "relu"}, "feature_map must be one of elu, l2, got 'relu'"),
         ("gated_linear_attention", {"gate_normalizer": 0.0}, "gate_normalizer"),
         ("ret_net", {"head_dim": 7}, "head_dim must be even"),
         ("mamba_2", {"expand_v": 1.375, "num_v_heads": None}, "expand_v must make heads of x that fill 32, got 11"),

@@ -163,6 +163,17 @@ def test_tied_embeddings_serve_as_the_head():
     assert relative(model(tokens()), wanted) < 1e-6
 
 
+def test_a_model_without_mlp_is_its_mixers_alone():
+    model = make(mlp_size=0, pattern=("delta_net",))
+    x = model.embed(tokens())
+    for repeat in range(2):
+        block = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], model.blocks[0])
+        x = x + block.mixer(block.mixer_norm(x))
+    assert relative(model.features(tokens())[0], model.final_norm(x)) < 1e-6
+    names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    assert not any("mlp" in name for name in names)
+
+
 def test_bfloat16_computes_near_float32_and_returns_float32_logits():
     wide, _ = run(make(), tokens())
     narrow, cache = run(make(dtype="bfloat16"), tokens())
