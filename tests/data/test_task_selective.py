@@ -100,7 +100,7 @@ def test_noise_is_added_to_the_letters_and_the_blanks():
 def test_distractors():
     task, examples = sample(3000, **SMALL, gap=(0, 0), distractors=0.1, distractors_from=20)
     strange = examples.targets == IGNORED
-    assert not strange[:, :21].any() and not (strange[:, 1:] & strange[:, :-1]).any()
+    assert not strange[:, :21].any() and strange[:, 21].any() and not (strange[:, 1:] & strange[:, :-1]).any()
     successor, state = task.grammar.successor, np.full(3000, task.states - 1)
     possible, after = (successor[:, :6] < 0).any(axis=1), []
     for index in range(100):

@@ -101,16 +101,15 @@ class RegBench:
         sizes = uniform(rng, self.string_length, (number, self.strings[1]))
         sizes[np.arange(self.strings[1]) >= count] = 0
         first = np.cumsum(sizes + 1, axis=1) - sizes - 1
-        row, one = np.arange(number)[:, None], np.ones((number, self.strings[1]), bool)
-        # One place more than the inputs have, and one for what is not there.
+        row = np.arange(number)[:, None]
+        # One place more than the inputs have, and a last one for what is not there.
         tokens = np.full((number, self.length + 2), _PAD, np.int32)
         state_at = np.zeros_like(tokens)
-        inner = (np.arange(self.strings[1]) > 0) & (sizes > 0)
-        tokens[row, np.where(inner, first - 1, -1)] = _SEPARATOR
+        tokens[row, np.where(sizes > 0, first - 1, -1)] = _SEPARATOR
         state = np.zeros_like(sizes)
         for index in range(self.string_length[1]):
             place = np.where(index < sizes, first + index, -1)
-            edge = (rng.random(one.shape) * automata.degree[row, state]).astype(np.int64)
+            edge = (rng.random(state.shape) * automata.degree[row, state]).astype(np.int64)
             tokens[row, place] = automata.symbols[row, state, edge] + _FIRST
             state_at[row, place] = state
             state = automata.targets[row, state, edge]
