@@ -14,6 +14,9 @@ IGNORED = -1
 TEST_SHARE = 16
 """One sequence in so many belongs to the test split."""
 
+_AT_ONCE = 1024
+"""Sequences sampled at once: noisy ones take hundreds of kilobytes each, and all but a few are thrown away."""
+
 Split = Literal["train", "test"]
 _SPLITS = ("train", "test")
 
@@ -85,7 +88,7 @@ def draw(task: Task, number: int, *, split: Split, seed: int | tuple[int, ...]) 
     found, drawn = 0, 0
     while found < number:
         share = TEST_SHARE if split == "test" else TEST_SHARE / (TEST_SHARE - 1)
-        size = min(int(1.1 * (number - found) * share) + 8, 65536)
+        size = min(int(1.1 * (number - found) * share) + 8, _AT_ONCE)
         sample = task.sample(rng, size, split)
         here = (identities(sample) % np.uint64(TEST_SHARE) == 0) == (split == "test")
         parts.append(sample[here][: number - found])
