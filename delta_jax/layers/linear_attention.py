@@ -9,9 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
+from delta_jax.layers.norm import l2_normalize
 from delta_jax.ops import linear_attention, linear_attention_step
 
 __all__ = ["LinearAttention", "RetNet"]
+
+FEATURE_MAPS = ("elu", "l2")
 
 
 class LinearAttention(Mixer):
@@ -24,6 +27,8 @@ class LinearAttention(Mixer):
     Args:
         hidden_size: width of x.
         num_heads, head_dim, expand_v, use_output_gate: as in `MixerSettings`.
+        feature_map: phi: "elu", or "l2" for silu and the unit length of `DeltaNet`, whose layer this then is without
+            the erasing.
         use_short_conv: as in `MixerSettings`, but without unless asked for; then there is no activation besides phi.
         rngs: where the initial parameters come from.
         options: the other options, see `MixerSettings`.
@@ -42,9 +47,12 @@ class LinearAttention(Mixer):
         head_dim: int | None = None,
         expand_v: float = 1.0,
         use_output_gate: bool = False,
+        feature_map: str = "elu",
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
         options.setdefault("use_short_conv", False)
         settings = MixerSettings(
             hidden_size=hidden_size,
@@ -55,9 +63,10 @@ class LinearAttention(Mixer):
             **options,
         )
         super().__init__(settings, rngs=rngs)
+        self.feature_map = feature_map
 
     def activation(self, stream: Float[Array, "batch time channels"]) -> Float[Array, "batch time channels"]:
-        return stream
+        return jax.nn.silu(stream) if self.feature_map == "l2" else stream
 
     def rule_inputs(
         self,
@@ -66,6 +75,8 @@ class LinearAttention(Mixer):
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time v_heads value"],
     ) -> RuleInputs:
+        if self.feature_map == "l2":
+            return RuleInputs(l2_normalize(q), l2_normalize(k), v)
         return RuleInputs(jax.nn.elu(q) + 1, jax.nn.elu(k) + 1, v)
 
 

@@ -137,7 +137,8 @@ class ModelConfig:
         num_layers: number of blocks.
         pattern: the mixers of consecutive blocks, repeated until num_layers are filled; the last repeat may be cut.
         placed: mixers of single blocks, in place of the pattern's.
-        mlp_size: width of the SwiGLU layer; None is 8/3 of hidden_size, rounded up to a multiple of 256.
+        mlp_size: width of the SwiGLU layer; None is 8/3 of hidden_size, rounded up to a multiple of 256, 0 leaves it and
+            its norm out.
         experts: a mixture of experts in place of the SwiGLU layer; None is none.
         dense_layers: how many of the first blocks keep the SwiGLU layer where there are experts.
         tie_embeddings: use the embedding as the head.
@@ -174,7 +175,7 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
-            mlp_size=self.mlp_size,
+            mlp_size=self.mlp_size or None,
         )
         require_positive_numbers(norm_eps=self.norm_eps, initializer_std=self.initializer_std)
         if not self.pattern:
@@ -264,7 +265,9 @@ class ModelConfig:
     @property
     def mlp_width(self) -> int:
         """The width of the SwiGLU layer, with its default filled in."""
-        return self.mlp_size or 256 * -(-(8 * self.hidden_size // 3) // 256)
+        if self.mlp_size is not None:
+            return self.mlp_size
+        return 256 * -(-(8 * self.hidden_size // 3) // 256)
 
 
 def mixer_options(mixer: str) -> tuple[str, ...]:

@@ -24,24 +24,14 @@ type Loads = tuple[Int[Array, "repeats experts"] | None, ...]
 
 
 class Block(nnx.Module):
-    """`x += mixer(norm(x))`, then `x += mlp(norm(x))`."""
+    """`x += mixer(norm(x))`, then `x += mlp(norm(x))` where there is one."""
 
     def __init__(self, config: ModelConfig, layer: Layer, *, rngs: nnx.Rngs):
         self.mixer_norm = _norm(config)
         self.mixer = config.mixer(layer.mixer, rngs)
-        self.mlp_norm = _norm(config)
-        self.mlp: MixtureOfExperts | SwiGLU
-        if layer.experts:
-            self.mlp = config.expert_layer(rngs)
-        else:
-            self.mlp = SwiGLU(
-                config.hidden_size,
-                config.mlp_width,
-                initializer_std=config.initializer_std,
-                dtype=jnp.dtype(config.dtype),
-                param_dtype=jnp.dtype(config.param_dtype),
-                rngs=rngs,
-            )
+        self.mlp = _feed_forward(config, layer, rngs)
+        if self.mlp is not None:
+            self.mlp_norm = _norm(config)
 
     def __call__(
         self,
@@ -52,6 +42,8 @@ class Block(nnx.Module):
         """Returns the new residual stream, the mixer's new cache and the load of the experts, if there are any."""
         y, cache = self.mixer.with_cache(self.mixer_norm(x), segment_ids, cache)
         x = x + y
+        if self.mlp is None:
+            return x, cache, None
         if isinstance(self.mlp, SwiGLU):
             return x + self.mlp(self.mlp_norm(x)), cache, None
         y, load = self.mlp(self.mlp_norm(x))
@@ -163,13 +155,17 @@ class LanguageModel(nnx.Module):
 
     def features(
         self,
-        tokens: Int[Array, "batch time"],
+        tokens: Int[Array, "batch time"] | Float[Array, "batch time vocab"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: ModelCache | None = None,
         return_cache: bool = False,
     ) -> tuple[Float[Array, "batch time hidden"], ModelCache | None]:
-        """What the head reads, [B, T, hidden_size], and the new cache where one is given or asked for."""
+        """What the head reads, [B, T, hidden_size], and the new cache where one is given or asked for.
+
+        Tokens may be weights [B, T, vocab_size] over all tokens, for inputs that are not certain: the embeddings are
+        summed with them.
+        """
         x, new_cache, _ = self.features_and_loads(
             tokens, segment_ids=segment_ids, cache=cache, return_cache=return_cache
         )
@@ -177,7 +173,7 @@ class LanguageModel(nnx.Module):
 
     def features_and_loads(
         self,
-        tokens: Int[Array, "batch time"],
+        tokens: Int[Array, "batch time"] | Float[Array, "batch time vocab"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: ModelCache | None = None,
@@ -199,7 +195,7 @@ class LanguageModel(nnx.Module):
                 loads.append(load)
             return x, (tuple(new) if keep_cache else (), tuple(loads))
 
-        x, place = cut_batch(self.embed(tokens)), 0
+        x, place = cut_batch(self._embedded(tokens)), 0
         new_cache: ModelCache = ()
         loads: Loads = ()
         for run in self.config.runs:
@@ -209,6 +205,11 @@ class LanguageModel(nnx.Module):
             )
             new_cache, loads, place = new_cache + run_cache, loads + run_loads, here.stop
         return self.final_norm(x), new_cache if keep_cache else None, loads
+
+    def _embedded(self, tokens: Array) -> Array:
+        if jnp.issubdtype(tokens.dtype, jnp.integer):
+            return self.embed(tokens)
+        return tokens.astype(self.embed.dtype) @ self.embed.embedding[...].astype(self.embed.dtype)
 
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:
         """The float32 logits of the features x."""
@@ -229,6 +230,21 @@ def _norm(config: ModelConfig) -> RMSNorm:
         eps=config.norm_eps,
         zero_centered=config.zero_centered_norms,
         param_dtype=jnp.dtype(config.param_dtype),
+    )
+
+
+def _feed_forward(config: ModelConfig, layer: Layer, rngs: nnx.Rngs) -> MixtureOfExperts | SwiGLU | None:
+    if layer.experts:
+        return config.expert_layer(rngs)
+    if not config.mlp_width:
+        return None
+    return SwiGLU(
+        config.hidden_size,
+        config.mlp_width,
+        initializer_std=config.initializer_std,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
     )
 
 

@@ -112,8 +112,9 @@ def delta_rule(
       initial_state: `[batch, heads, key, value]`; belongs to the first segment. Default zero.
       segment_ids: integers `[batch, time]` of packed sequences: the state is reset to zero where the id changes.
       scale: multiplies the output. Default `key ** -0.5`.
-      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, the fastest on a CPU. The
-        Pallas kernels work on 128 tokens at a time whatever it says.
+      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, for
+        keys of at most 16 channels 16: the fastest on a CPU. The Pallas kernels work on 128 tokens at a time whatever it
+        says.
       implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs; key and
         value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16), or None: "pallas" where it can run, else "xla".
 
@@ -157,7 +158,8 @@ def delta_product(
       k, v, beta, erase: as in `delta_rule`, with an axis of the token's n writes, in order, after that of time: k is
         `[batch, time, writes, key_heads, key]`.
       initial_state, segment_ids, scale: as in `delta_rule`.
-      chunk_size: tokens a chunk. Default: as many as have 32 writes, or the next smaller power of two.
+      chunk_size: tokens a chunk. Default: as many as have 32 writes (16 for keys of at most 16 channels), or the next
+        smaller power of two.
       implementation: as in `delta_rule`. "recurrent" and "xla" keep one query, gate and output a token; the Pallas
         kernels run on a sequence of time * writes tokens.
 

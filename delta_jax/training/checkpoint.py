@@ -76,14 +76,14 @@ class Checkpoints:
     ) -> None:
         self._manager.close()
 
-    def save(self, state: TrainState, data: Any, config: TrainConfig) -> None:
+    def save(self, state: TrainState, data: Any, config: Any) -> None:
         """Copy the state off the devices and write it in the background; the arrays may be donated
         afterwards.
 
         Args:
             state: what is saved, under its step.
             data: JSON-able state of the data iterator, of the same moment.
-            config: kept beside it, so that the checkpoint says what it is.
+            config: a dataclass, kept beside it, so that the checkpoint says what it is.
         """
         self._manager.wait_until_finished()
         self._saving = int(state.step)
@@ -100,7 +100,7 @@ class Checkpoints:
         )
         self.latest = self._saving
 
-    def restore(self, template: TrainState, config: TrainConfig) -> Restored:
+    def restore(self, template: TrainState, config: Any) -> Restored:
         """Read the newest checkpoint onto the template's shardings.
 
         Args:
@@ -120,7 +120,7 @@ class Checkpoints:
         about = _about(self._folder / str(self.latest))
         here = to_dict(config)
         unequal = differences(
-            {name: about["config"].get(name) for name in BINDING}, {name: here[name] for name in BINDING}
+            {name: about["config"].get(name) for name in BINDING}, {name: here.get(name) for name in BINDING}
         ) or differences(about["arrays"], _describe(template))
         if unequal:
             raise ValueError(

@@ -81,7 +81,7 @@ def test_an_oracle_that_knows_the_automaton_is_always_right(drawn):
                 if place + offset > 0:  # the first edge of the state: legal, and rarely the target
                     predictions[index, min(place + offset - 1, TASK.length - 1)] = automata.symbols[index, state, 0] + 2
             place += len(letters) + 1
-    some = examples[:200]
+    some = examples.take(slice(200))
     hits = right(some, predictions[:200])
     assert token_accuracy(hits) == sequence_accuracy(hits) == 1.0
     assert token_accuracy(np.where(some.targets == IGNORED, np.nan, predictions[:200] == some.targets)) < 0.7

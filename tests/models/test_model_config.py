@@ -47,7 +47,7 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
         ({"hidden_size": -1}, "hidden_size"),
         ({"num_layers": 1}, "num_layers must be at least the length of the pattern"),
         ({"pattern": []}, "pattern must hold"),
-        ({"mlp_size": 0}, "mlp_size"),
+        ({"mlp_size": -1}, "mlp_size"),
         ({"norm_eps": 0.0}, "norm_eps"),
         ({"initializer_std": -0.1}, "initializer_std"),
         ({"remat": "some"}, "remat must be one of none, dots, block"),

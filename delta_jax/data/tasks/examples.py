@@ -40,9 +40,10 @@ class Examples(NamedTuple):
     answers: np.ndarray | None = None
     identity: np.ndarray | None = None
 
-    def __getitem__(self, rows: Any) -> Examples:  # type: ignore[override]
-        """Some of the sequences."""
-        return Examples(*(None if field is None else field[rows] for field in self))
+    def take(self, rows: Any) -> Examples:
+        """Some of the sequences, by an index, a slice or a mask."""
+        chosen: dict[str, Any] = {name: None if x is None else x[rows] for name, x in self._asdict().items()}
+        return Examples(**chosen)
 
 
 class Task(Protocol):
@@ -51,6 +52,10 @@ class Task(Protocol):
     @property
     def vocab_size(self) -> int:
         """Token ids are below it, those of targets too."""
+
+    @property
+    def length(self) -> int:
+        """T of its arrays."""
 
     @property
     def chance(self) -> float:
@@ -91,11 +96,15 @@ def draw(task: Task, number: int, *, split: Split, seed: int | tuple[int, ...]) 
         size = min(int(1.1 * (number - found) * share) + 8, _AT_ONCE)
         sample = task.sample(rng, size, split)
         here = (identities(sample) % np.uint64(TEST_SHARE) == 0) == (split == "test")
-        parts.append(sample[here][: number - found])
+        parts.append(sample.take(here).take(slice(number - found)))
         found, drawn = found + len(parts[-1].inputs), drawn + size
         if drawn > 100 * share * (number + 100):
             raise ValueError(f"{task} has too few sequences: {found} of {number} found for the {split} split")
-    return Examples(*(None if fields[0] is None else np.concatenate(fields) for fields in zip(*parts, strict=True)))
+    joined: dict[str, Any] = {
+        name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+        for name in Examples._fields
+    }
+    return Examples(**joined)
 
 
 def identities(examples: Examples) -> np.ndarray:

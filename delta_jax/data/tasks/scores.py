@@ -4,7 +4,15 @@ import numpy as np
 
 from delta_jax.data.tasks.examples import IGNORED, Examples
 
-__all__ = ["macro_accuracy", "right", "scaled_accuracy", "sequence_accuracy", "token_accuracy", "voted"]
+__all__ = [
+    "cumulative_accuracy",
+    "macro_accuracy",
+    "right",
+    "scaled_accuracy",
+    "sequence_accuracy",
+    "token_accuracy",
+    "voted",
+]
 
 
 def right(examples: Examples, predictions: np.ndarray) -> np.ndarray:
@@ -43,23 +51,23 @@ def scaled_accuracy(accuracy: float, chance: float) -> float:
     return (accuracy - chance) / (1 - chance)
 
 
-def voted(answers: np.ndarray, targets: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def voted(
+    answers: np.ndarray, targets: np.ndarray, probabilities: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray]:
     """One prediction for each answer that several positions give together.
 
     Args:
         answers: [n, T] int, see `Examples.answers`.
         targets: [n, T] int, equal on all positions of an answer; `IGNORED` positions have no vote.
         probabilities: [n, T, vocab].
+        number: answers of a sequence at most, A.
 
     Returns:
-        targets and predictions, [n, A] each, A the largest number of answers; `IGNORED` fills the targets of shorter rows.
+        targets and predictions, [n, A] each; answers that a sequence lacks have the target `IGNORED`.
     """
-    number, _, vocab = probabilities.shape
-    most = int(answers.max()) + 1
-    asked = targets != IGNORED
-    votes = np.zeros((number, most, vocab), probabilities.dtype)
-    wanted = np.full((number, most), IGNORED, targets.dtype)
-    rows = np.broadcast_to(np.arange(number)[:, None], answers.shape)
-    np.add.at(votes, (rows[asked], answers[asked]), probabilities[asked])
-    wanted[rows[asked], answers[asked]] = targets[asked]
+    rows, places = np.nonzero(targets != IGNORED)
+    votes = np.zeros((len(targets), number, probabilities.shape[-1]), probabilities.dtype)
+    np.add.at(votes, (rows, answers[rows, places]), probabilities[rows, places])
+    wanted = np.full((len(targets), number), IGNORED, targets.dtype)
+    wanted[rows, answers[rows, places]] = targets[rows, places]
     return wanted, votes.argmax(axis=-1)

@@ -1,0 +1,155 @@
+"""The page: every claim with the paper's number, ours and a verdict, then every table with its figure."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.harness.results import Results, Summary, read
+from experiments.harness.verdicts import Study, Verdict
+
+__all__ = ["claim_rows", "markdown_table", "section"]
+
+COLORS = ("#1f3f7a", "#b5542a", "#3c7a3f", "#7a3f74", "#8a7a1f", "#2a8a8a", "#555555", "#c07aa0", "#6a9ad0", "#a0a060")
+SHOWN = {"token": "accuracy", "sequence": "whole sequences", "macro": "accuracy, mean over classes", "loss": "nats"}
+CHOOSING = "best learning rate{decay} by the first test set; mean over seeds (lowest to highest)"
+
+
+def claim_rows(study: Study[Any], root: Path) -> Iterator[list[str]]:
+    """A row for each claim and scale: claim, the paper's number, ours, scale, verdict."""
+    for claim in study.claims:
+        judged = 0
+        for scale in study.scales:
+            files = read(root / study.name / scale)
+            if not files:
+                continue
+            try:
+                verdict = claim.judge(Results(files))
+            except (KeyError, StopIteration, IndexError, ValueError):
+                continue
+            judged += 1
+            yield [claim.text, claim.paper, verdict.ours, scale, _word(verdict)]
+        if not judged:
+            yield [claim.text, claim.paper, "not run", "", "cannot tell"]
+
+
+def section(study: Study[Any], root: Path) -> str:
+    """A study's part of the page; its figures are written beside its results."""
+    parts = [f"## {study.title}", f"{study.source}. {study.text}"]
+    for scale in study.scales:
+        folder = root / study.name / scale
+        files = read(folder)
+        if not files:
+            parts.append(f"**{scale}**: not run.")
+            continue
+        results = Results(files)
+        parts += [f"**{scale}**: {_setting(results)}", markdown_table(*_table(study, results))]
+        if study.plot:
+            for cell in results.cells:
+                picture = folder / (re.sub(r"[^A-Za-z0-9.+-]+", "_", cell) + ".png")
+                if _draw(study, results, cell, picture):
+                    parts.append(f"![{study.title}, {cell}]({picture.relative_to(root.parent)})")
+    return "\n\n".join(parts)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _word(verdict: Verdict) -> str:
+    return {True: "holds", False: "**does not hold**", None: "cannot tell"}[verdict.holds]
+
+
+def _setting(results: Results) -> str:
+    file = results.files[0]
+    model, sweep, machine = file["config"]["model"], file["config"]["sweep"], file["machine"]
+    decays = sorted({other["config"]["weight_decay"] for other in results.files})
+    dates = sorted({other["date"] for other in results.files})
+    data = "new sequences at every step" if sweep["train_examples"] is None else f"{sweep['train_examples']} sequences"
+    return (
+        f"hidden size {model['hidden_size']}, {model['num_layers']} layer(s), batch {sweep['batch_size']}, "
+        f"{_span({other['config']['sweep']['steps'] for other in results.files})} steps on {data}, learning rates "
+        f"{', '.join(f'{rate:g}' for rate in sweep['learning_rates'])}, weight decay "
+        f"{', '.join(f'{decay:g}' for decay in decays)}, seeds {', '.join(map(str, sweep['seeds']))}; "
+        f"{sweep['test_examples']} test sequences. {machine['device']}, {machine['cores']} cores, JAX "
+        f"{file['versions']['jax']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Time: "
+        f"{results.seconds / 60:.1f} minutes, of processors {results.cpu_seconds / 60:.1f}."
+    )
+
+
+def _span(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _table(study: Study[Any], results: Results) -> tuple[list[str], list[list[str]]]:
+    columns = [(cell, test, metric) for cell in results.cells for test in results.tests(cell) for metric in study.show]
+    published = [cell for cell in results.cells if any((cell, arm) in study.published for arm in results.arms)]
+    many_cells, many_metrics = len(results.cells) > 1, len(study.show) > 1
+    head = ["", "parameters"]
+    for cell, test, metric in columns:
+        words = [cell] if many_cells else []
+        words += [test] if test != cell else []
+        words += [SHOWN[metric]] if many_metrics else []
+        head.append(", ".join(words))
+    head += [f"paper{', ' + cell if many_cells else ''}" for cell in published]
+    rows = []
+    for arm in results.arms:
+        row = [arm, ", ".join(dict.fromkeys(f"{file['parameters']:,}" for file in results.files if file["arm"] == arm))]
+        row += [_cell(results, cell, arm, test, metric) for cell, test, metric in columns]
+        row += [study.published.get((cell, arm), "") for cell in published]
+        rows.append(row)
+    return head, rows
+
+
+def _cell(results: Results, cell: str, arm: str, test: str, metric: str) -> str:
+    if not results.of(cell, arm):
+        return "not run"
+    summary: Summary = results.best(cell, arm, test, metric)
+    return str(summary)
+
+
+def _draw(study: Study[Any], results: Results, cell: str, path: Path) -> bool:
+    """Accuracy over positions or over steps, a band from the lowest to the highest seed; False if there is nothing."""
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    drawn = False
+    for color, arm in zip(COLORS, (arm for arm in results.arms if results.of(cell, arm)), strict=False):
+        runs = results.chosen(cell, arm)
+        lines = [_line(study, results, cell, run) for run in runs]
+        length = min(len(x) for x, _ in lines)
+        if not length:
+            continue
+        x, values = lines[0][0][:length], np.array([y[:length] for _, y in lines], float)
+        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+        axes.plot(x, values.mean(axis=0), color=color, label=f"{arm} ({runs[0]['learning_rate']:g})")
+        drawn = True
+    if not drawn:
+        return False
+    if study.plot == "positions":
+        config = results.of(cell, results.arms[0])[0]["config"]
+        axes.axvline(
+            config["tests"][results.tests(cell)[0]].get("length", 0), color="#999999", linestyle=":", linewidth=1
+        )
+    axes.set_xlabel("position" if study.plot == "positions" else "optimizer step")
+    axes.set_ylabel("accuracy" if study.plot == "positions" else SHOWN[study.metric])
+    axes.set_title(f"{study.title}: {cell}", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return True
+
+
+def _line(study: Study[Any], results: Results, cell: str, run: Any) -> tuple[list[int], list[float]]:
+    if study.plot == "steps":
+        history = [entry for entry in run["history"] if entry[study.metric] is not None]
+        return [entry["step"] for entry in history], [entry[study.metric] for entry in history]
+    curve = run["tests"][results.tests(cell)[-1]].get("curve", {"position": [], "token": []})
+    return curve["position"], curve["token"]

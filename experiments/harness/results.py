@@ -1,0 +1,225 @@
+"""Results on disk: one JSON file for each group of runs, and what is read out of them."""
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.harness.study import Group
+
+__all__ = ["Results", "Summary", "check_writable", "digest", "locked", "read", "write"]
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A metric of the runs with the best learning rate (and weight decay), one value for each seed."""
+
+    learning_rate: float
+    weight_decay: float
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def low(self) -> float:
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        return max(self.values)
+
+    def __str__(self) -> str:
+        if len(self.values) == 1:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+class Results:
+    """The results of one study at one scale.
+
+    Args:
+        files: what `read` gave.
+    """
+
+    def __init__(self, files: Sequence[Mapping[str, Any]]):
+        self.files = tuple(files)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(file["cell"] for file in self.files))
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(file["arm"] for file in self.files))
+
+    def of(self, cell: str, arm: str) -> list[Mapping[str, Any]]:
+        """The files of one architecture on one problem: one for each weight decay."""
+        return [file for file in self.files if file["cell"] == cell and file["arm"] == arm]
+
+    def tests(self, cell: str) -> tuple[str, ...]:
+        """Names of the test sets; the first selects."""
+        return tuple(next(file["config"]["tests"] for file in self.files if file["cell"] == cell))
+
+    def runs(self, cell: str, arm: str) -> list[tuple[float, float, Mapping[str, Any]]]:
+        """Learning rate, weight decay and run."""
+        return [
+            (run["learning_rate"], file["config"]["weight_decay"], run)
+            for file in self.of(cell, arm)
+            for run in file["runs"]
+        ]
+
+    def chosen(self, cell: str, arm: str) -> list[Mapping[str, Any]]:
+        """The runs, one a seed, with the learning rate and weight decay that do best on the first test set.
+
+        Best is by the mean over seeds of the study's metric, and where that is equal by the loss.
+        """
+        metric = self.of(cell, arm)[0]["config"]["metric"]
+        first = self.tests(cell)[0]
+        choices: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
+        for rate, decay, run in self.runs(cell, arm):
+            choices.setdefault((rate, decay), []).append({**run, "weight_decay": decay})
+
+        def quality(runs: list[Mapping[str, Any]]) -> tuple[float, float]:
+            losses = [value(run["tests"][first], "loss") for run in runs]
+            scores = [value(run["tests"][first], metric) for run in runs]
+            return statistics.fmean(scores) * (-1 if metric == "loss" else 1), -statistics.fmean(losses)
+
+        return max(choices.values(), key=quality)
+
+    def best(self, cell: str, arm: str, test: str, metric: str) -> Summary:
+        """A metric of the `chosen` runs on one of the test sets."""
+        runs = self.chosen(cell, arm)
+        values = tuple(value(run["tests"][test], metric) for run in runs)
+        return Summary(runs[0]["learning_rate"], runs[0]["weight_decay"], values)
+
+    def beyond(self, cell: str, arm: str, test: str, position: int) -> Summary:
+        """Accuracy of the `chosen` runs on the positions of a test set after the first `position`."""
+        runs = self.chosen(cell, arm)
+        curves = [run["tests"][test]["curve"] for run in runs]
+        values = tuple(
+            statistics.fmean(
+                hit for place, hit in zip(curve["position"], curve["token"], strict=True) if place > position
+            )
+            for curve in curves
+        )
+        return Summary(runs[0]["learning_rate"], runs[0]["weight_decay"], values)
+
+    def every(self, cell: str, arm: str, test: str, metric: str) -> tuple[float, ...]:
+        """A metric of all runs, of every learning rate and seed."""
+        return tuple(value(run["tests"][test], metric) for _, _, run in self.runs(cell, arm))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all groups together."""
+        return sum(file["seconds"] for file in self.files)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of all groups together."""
+        return sum(file["cpu_seconds"] for file in self.files)
+
+
+def value(scores: Mapping[str, Any], metric: str) -> float:
+    """A metric; a loss that was not finite is infinite."""
+    found = scores[metric]
+    return float("inf") if found is None else float(found)
+
+
+def digest(group: Group) -> str:
+    """Twelve hexadecimal digits of all that a group's results depend on."""
+    text = json.dumps([group.study, group.cell, group.arm, group.table()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder, in the order in which they were declared.
+
+    Raises:
+        ValueError: a file is no JSON; the message names it.
+    """
+    files = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            files.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"results in {path} cannot be read: {error}") from error
+    return sorted(files, key=lambda file: file["order"])
+
+
+def write(path: Path, group: Group, order: int, outcome: Mapping[str, Any], command: str) -> None:
+    """Writes a group's results in one move, with what they depend on and where they were taken."""
+    device = jax.devices()[0]
+    table = {
+        "study": group.study,
+        "scale": group.scale,
+        "cell": group.cell,
+        "arm": group.arm,
+        "order": order,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "machine": {
+            "device": device.device_kind if device.platform != "cpu" else _cpu_name(),
+            "platform": device.platform,
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        **outcome,
+        "config": group.table(),
+    }
+    text = json.dumps(table, separators=(",", ":"))
+    new = path.with_suffix(".new")
+    new.write_text(text.replace('{"learning_rate"', '\n{"learning_rate"').replace('"config":', '\n"config":') + "\n")
+    new.replace(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder, and sees that files can be written there.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output folder {folder} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder for itself; the lock goes with the process, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,189 @@
+"""The command line of every experiment: `python -m experiments.NAME [--scale SCALE] [--list] [key=value ...]`."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from delta_jax.config import load_config, to_dict
+from experiments.harness.results import check_writable, digest, locked, read, write
+from experiments.harness.study import Group
+from experiments.harness.training import Interrupted, parameters_of, train_group
+from experiments.harness.verdicts import Study
+
+__all__ = ["main", "results_folder"]
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+SCRATCH = Path("runs") / "experiments"
+ASSUMED_RATES = {"cpu": 5e9, "gpu": 2e13}
+"""FLOP/s taken for granted where nothing is recorded: what small models reach on two cores and on a Hopper GPU."""
+
+
+def main(study: Study[Any], arguments: Sequence[str] | None = None) -> None:
+    """Runs a study; exits with status 2 and one sentence where the user asks for what is not there."""
+    options = _parse(study, arguments)
+    console = Console()
+    try:
+        declared = study.scales[options.scale]
+        sweep = load_config(type(declared), to_dict(declared), options.overrides)
+        groups = study.groups(options.scale, sweep)
+        folder = Path(options.output) if options.output else _default_folder(study, options)
+        known = {_key(file): file for file in read(folder)} if folder.is_dir() else {}
+        if options.list:
+            _list(study, groups, known, console)
+            return
+        check_writable(folder)
+        check_writable(SCRATCH)
+        _run(study, groups, folder, known, console)
+    except ValueError as error:
+        print(f"{study.name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted:
+        console.print("Interrupted; the same command goes on from here.")
+        sys.exit(130)
+
+
+def results_folder(study: str, scale: str) -> Path:
+    """Where the results of an unchanged scale are kept."""
+    return RESULTS / study / scale
+
+
+def _parse(study: Study[Any], arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{study.name}",
+        description=f"{study.title}. Source: {study.source}",
+        epilog="Results found in the output folder are not run again; a run that was stopped goes on. The same command in a "
+        "second terminal shares the work.",
+    )
+    parser.add_argument("--scale", choices=tuple(study.scales), default="cpu", help="how large (default: cpu)")
+    parser.add_argument("--list", action="store_true", help="only show what would run, and what it costs")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="for the results (default: docs/results; with overrides runs/experiments)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help='such as steps=100 or arms=["DeltaNet"]')
+    return parser.parse_intermixed_args(arguments)
+
+
+def _default_folder(study: Study[Any], options: argparse.Namespace) -> Path:
+    if not options.overrides:
+        return results_folder(study.name, options.scale)
+    return SCRATCH / study.name / options.scale
+
+
+def _key(file: dict[str, Any]) -> str:
+    return f"{file['cell']}/{file['arm']}/{file['config']['weight_decay']}"
+
+
+def _find(group: Group, known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    return known.get(f"{group.cell}/{group.arm}/{group.weight_decay}")
+
+
+def _is_done(group: Group, known: dict[str, dict[str, Any]]) -> bool:
+    file = _find(group, known)
+    return file is not None and file["config"] == group.table()
+
+
+def _run(
+    study: Study[Any], groups: list[Group], folder: Path, known: dict[str, dict[str, Any]], console: Console
+) -> None:
+    command = f"python -m experiments.{study.name} " + " ".join(sys.argv[1:])
+    left = [(order, group) for order, group in enumerate(groups) if not _is_done(group, known)]
+    console.print(f"{study.title}: {len(groups)} groups of runs, {len(groups) - len(left)} done before.")
+    for order, group in left:
+        work = SCRATCH / "work" / f"{study.name}-{digest(group)}"
+        path = folder / f"{group.name}.json"
+        with locked(work) as mine:
+            if not mine:
+                console.print(f"{group.name}: another process is at it")
+                continue
+            if path.is_file() and _is_done(group, {_key(file): file for file in read(folder)}):
+                continue
+            with _Display(group.name, group.sweep.steps, console) as display:
+                outcome = train_group(group, work, display.update)
+            write(path, group, order, outcome, command.strip())
+            shutil.rmtree(work)
+    console.print(f"Results: {folder}. The page is made by: python -m experiments.report")
+
+
+class _Display:
+    """A bar in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, name: str, steps: int, console: Console):
+        self._console, self._name, self._steps, self._last = console, name, steps, 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=steps, text="compiling")
+
+    def __enter__(self) -> "_Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, steps: int, text: str) -> None:
+        """Shows how far it is."""
+        self._bar.update(self._task, completed=step, text=text)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last > 20 or step == steps):
+            self._last = now
+            self._console.print(f"{self._name} {step}/{steps} {text}", highlight=False, soft_wrap=True)
+
+
+def _list(study: Study[Any], groups: list[Group], known: dict[str, dict[str, Any]], console: Console) -> None:
+    import jax
+
+    platform = jax.devices()[0].platform
+    rate, origin = ASSUMED_RATES.get(platform, ASSUMED_RATES["gpu"]), "assumed"
+    measured = [
+        _flops(file["parameters"], file["tokens"], len(file["runs"])) / file["seconds"]
+        for file in known.values()
+        if file["machine"]["platform"] == platform and file["seconds"]
+    ]
+    if measured:
+        rate, origin = sorted(measured)[len(measured) // 2], "reached so far"
+    table = Table("cell", "architecture", "runs", "steps", "parameters", "TFLOP", "minutes", "state")
+    total = 0.0
+    for group in groups:
+        sweep = group.sweep
+        parameters = parameters_of(group)
+        runs = len(sweep.seeds) * len(sweep.learning_rates)
+        tokens = sweep.steps * sweep.batch_size * group.task.length
+        flops = _flops(parameters, tokens, runs)
+        file = _find(group, known)
+        done = _is_done(group, known)
+        seconds = file["seconds"] if file and done else flops / rate
+        total += 0.0 if done else seconds
+        state = "done" if done else "settings have changed: runs again" if file else "to do"
+        table.add_row(
+            group.cell,
+            group.arm if len(sweep.weight_decays) == 1 else f"{group.arm}, decay {group.weight_decay:g}",
+            f"{len(sweep.learning_rates)} rates x {len(sweep.seeds)} seeds",
+            str(sweep.steps),
+            f"{parameters:,}",
+            f"{flops / 1e12:.1f}",
+            f"{seconds / 60:.1f}",
+            state,
+        )
+    console.print(table)
+    console.print(f"About {total / 60:.0f} minutes to do, at {rate / 1e9:.1f} GFLOP/s ({origin}).", highlight=False)
+
+
+def _flops(parameters: int, tokens: int, runs: int) -> float:
+    """Six for each parameter, token and run: products with weights, forward and backward."""
+    return 6.0 * parameters * tokens * runs
