@@ -124,7 +124,7 @@ def test_names_and_values():
     first, second = zip(*(key.split("-") for pairs in found for key, _ in pairs), strict=True)
     assert set(first) == set(ADJECTIVES) and set(second) == set(NOUNS)
     values = np.array([[*value] for pairs in found for _, value in pairs], int)
-    assert close(np.bincount(values[:, 0], minlength=10)[1:], np.full(9, 1 / 9))
+    assert close(np.bincount(values[:, 0], minlength=10), np.array([0] + [1] * 9) / 9)
     assert close(np.bincount(values[:, 1:].ravel(), minlength=10), np.full(10, 0.1))
 
 
@@ -139,11 +139,13 @@ def test_any_needle_may_be_asked_for():
 
 def test_uuids():
     task = Needles(uuids=True, haystack_bytes=200)
-    examples = task.sample(np.random.default_rng(0), 50, "train")
-    for row, targets in zip(examples.inputs, examples.targets, strict=True):
-        [(_, value)] = NEEDLE.findall(text_of(row))
-        assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", value)
-        assert (targets != IGNORED).sum() == 31
+    examples = task.sample(np.random.default_rng(0), 400, "train")
+    values = [value for row in examples.inputs for _, value in NEEDLE.findall(text_of(row))]
+    form = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+    assert len(values) == 400 and all(form.fullmatch(value) for value in values)
+    assert close(np.unique([value[19] for value in values], return_counts=True)[1], np.full(4, 0.25))
+    assert close(np.unique([value[0] for value in values], return_counts=True)[1], np.full(16, 1 / 16))
+    assert ((examples.targets != IGNORED).sum(axis=1) == 31).all()
 
 
 def test_words_are_of_one_size_and_different():
@@ -168,6 +170,7 @@ def test_words_are_of_one_size_and_different():
         ({"needle": "{key} is it."}, "needle"),
         ({"question": "What now?"}, "question"),
         ({"opening": "{wrong}"}, "opening"),
+        ({"opening": "{key}"}, "opening"),
         ({"needle": "{key} {value} {"}, "needle"),
     ],
 )

@@ -129,3 +129,12 @@ def test_first_uses_and_choices_among_some():
     allowed = np.tile(np.array([True, False, True, False, True]), (6000, 1))
     assert close(np.bincount(one_of(rng, allowed), minlength=5), np.array([1, 0, 1, 0, 1]) / 3)
     assert sorted(successive(rng, 1, np.ones(4), 4)[0]) == [0, 1, 2, 3]
+
+
+def test_successive_draws_among_many():
+    weights = np.arange(1.0, 2001) ** -0.99
+    drawn = successive(np.random.default_rng(0), 4000, weights, 100)
+    share = weights[:10] / weights.sum()
+    counts = np.bincount(drawn[:, 0], minlength=2000)[:10]
+    assert close([*counts, 4000 - counts.sum()], [*share, 1 - share.sum()])
+    assert (np.diff(np.sort(drawn, axis=1), axis=1) > 0).all()

@@ -31,7 +31,8 @@ class Needles:
     A sequence is `DOCUMENT opening haystack question answer` without the answer's last byte; targets are the digits of the
     answer alone. In the haystack are `needles` sentences that each give a value to a name; the question has one of
     the names, its value is the answer. Names are `adjective-noun` and differ within a sequence. Names, values and the
-    haystack have fixed sizes in bytes, so all sequences of a task are equally long and none is padded.
+    haystack have fixed sizes in bytes, so all sequences of a task are equally long and none is padded. Token ids are
+    those of `ByteTokenizer`; DOCUMENT is its 256.
 
     Haystacks, and where needles stand in them:
         "noise": RULER's five short sentences, a line, over and over; needles before lines drawn at random. With one needle
@@ -42,8 +43,6 @@ class Needles:
             `uuids` like S-NIAH-3, with four like multi-key 1; RULER's text is Paul Graham's essays. Train and test share
             the documents given: for unseen text make two tasks.
 
-    Token ids are those of `ByteTokenizer`: bytes, and DOCUMENT = 256 at the start.
-
     Attributes:
         haystack: which.
         haystack_bytes: size of the text around the needles; the sequence is longer by everything else, see `length`.
@@ -51,12 +50,11 @@ class Needles:
         digits: of a value; the first is not 0.
         uuids: values are random UUIDs (version 4), not numbers; `digits` is ignored.
         documents: the texts for "text", joined by line breaks.
-        opening: what comes first.
-        needle: a sentence with {key} and {value}.
-        question: what comes last, with {key}; the answer follows after a space.
+        opening, needle, question: the texts. {kind} is "number" or "uuid", {key} the name, {value} the value; the answer
+            follows the question after a space.
 
     Source: Hsieh et al., "RULER" (2024), section 3 and appendix B; lists of names are our own. The score there is whether
-    the answer occurs in 128 greedy bytes, here whether each digit is the likeliest after the right ones before it.
+    the answer occurs in 128 greedy tokens, here whether each digit is the likeliest after the right ones before it.
     """
 
     haystack: Literal["noise", "needles", "text"] = "noise"
@@ -87,7 +85,7 @@ class Needles:
             try:
                 self._rendered(name)
             except (IndexError, KeyError, ValueError):
-                raise ValueError(f"{name} may have {{kind}}, {{key}}, {{value}} and no other braces") from None
+                raise ValueError(f"{name} has braces that it may not have, got {getattr(self, name)!r}") from None
         if bool(self.documents) != (self.haystack == "text"):
             raise ValueError(f'documents are for the haystack "text" and needed there, haystack is {self.haystack!r}')
         if self.haystack == "text" and len(self._text) < self.haystack_bytes:
@@ -152,8 +150,10 @@ class Needles:
     def _rendered(self, name: str) -> np.ndarray:
         """[bytes] uint8: a template, with 0 in the place of each byte of a name and 1 in that of a value."""
         after = {"opening": "", "needle": " " if self.haystack == "text" else "\n", "question": " "}[name]
-        fillings = {"key": "\0" * _WORDS.shape[1], "value": "\1" * len(self._alphabets)}
-        text = getattr(self, name).format(kind="uuid" if self.uuids else "number", **fillings)
+        fillings = {"kind": "uuid" if self.uuids else "number"}
+        if name != "opening":
+            fillings |= {"key": "\0" * _WORDS.shape[1], "value": "\1" * len(self._alphabets)}
+        text = getattr(self, name).format(**fillings)
         return np.array([*(text + after).encode()], np.uint8)
 
     @cached_property
