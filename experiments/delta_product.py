@@ -48,8 +48,8 @@ def cells(sweep: WordSweep) -> tuple[Cell, ...]:
     """The groups, tested up to four times as long as trained."""
 
     def cell(group: str) -> Cell:
-        problems = [WordProblem(group=group, length=factor * sweep.length) for factor in (1, 2, 4)]
-        return Cell(name=group, task=problems[0], tests={str(problem.length): problem for problem in problems})
+        problems = [WordProblem(group=group, elements=factor * sweep.length) for factor in (1, 2, 4)]
+        return Cell(name=group, task=problems[0], tests={str(problem.elements): problem for problem in problems})
 
     return tuple(cell(group) for group in sweep.groups)
 

@@ -123,7 +123,7 @@ def test_frames_of_an_element_vote_together(distractors):
     probabilities = 0.02 * rng.random((*examples.targets.shape, task.states))
     frames = np.eye(task.states)[np.maximum(examples.targets, 0)]
     first = np.diff(examples.answers, axis=1, prepend=-1) == 1
-    wanted, predictions = voted(examples.answers, examples.targets, probabilities + frames * first[..., None])
+    wanted, predictions = voted(examples.answers, examples.targets, probabilities + frames * first[..., None], 40)
     assert wanted.shape == (50, 40)
     asked = wanted != IGNORED
     assert asked.all() == (distractors == 0) and asked.mean() > 0.7

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
-from delta_jax.data.tasks.rows import Range, check_least, check_range, distinct, mix, uniform
+from delta_jax.data.tasks.rows import Range, check_range, distinct, mix, uniform
 
 __all__ = ["Automata", "RegBench", "language_hash"]
 
@@ -61,7 +62,7 @@ class RegBench:
     string_length: Range = (1, 49)
 
     def __post_init__(self) -> None:
-        check_least("letters", self.letters, 1)
+        at_least(self, letters=1)
         check_range("symbols", self.symbols, 1, self.letters)
         check_range("states", self.states, 2)
         check_range("edges", self.edges, 1, min(self.states[0] - 1, self.symbols[0]))
