@@ -163,6 +163,14 @@ def test_tied_embeddings_serve_as_the_head():
     assert relative(model(tokens()), wanted) < 1e-6
 
 
+def test_weights_of_the_first_tokens_sum_embeddings():
+    model, ids = make(), tokens() % 5
+    certain = model.features(jax.nn.one_hot(ids, 5))[0]
+    assert relative(certain, model.features(ids)[0]) < 1e-6
+    assert relative(certain, model.features(jax.nn.one_hot(ids, VOCAB))[0]) < 1e-6
+    assert relative(model.features(jax.nn.one_hot(ids, 5) / 2)[0], certain) > 1e-3
+
+
 def test_bfloat16_computes_near_float32_and_returns_float32_logits():
     wide, _ = run(make(), tokens())
     narrow, cache = run(make(dtype="bfloat16"), tokens())

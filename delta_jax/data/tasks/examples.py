@@ -25,7 +25,8 @@ class Examples(NamedTuple):
     """Sequences with their answers, as numpy arrays.
 
     Attributes:
-        inputs: [n, T] int32 token ids; or [n, T, vocab] float32, weights over the tokens (noisy observations).
+        inputs: [n, T] int32 token ids; or [n, T, m] float32, weights over the first m tokens (noisy observations), the
+            others having none.
         targets: [n, T] int32, the token to be predicted at each position (already shifted: a language model reads
             inputs[:, t] and answers targets[:, t]), `IGNORED` where nothing is asked.
         legal: [n, T, vocab] bool, every answer that counts as right; None where only the target does.
