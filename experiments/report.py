@@ -35,7 +35,7 @@ def main(root: Path = RESULTS) -> None:
     parts = [
         INTRODUCTION,
         "## Claims",
-        markdown_table(["claim", "paper", "ours", "scale", "verdict"], rows),
+        markdown_table(["claim", "paper", "ours", "scale", "verdict"], rows, align="---"),
         *(section(study, root) for study in studies()),
     ]
     page = root.parent / "results.md"

@@ -15,8 +15,15 @@ from experiments.harness.verdicts import Study, Verdict
 __all__ = ["claim_rows", "markdown_table", "section"]
 
 COLORS = ("#1f3f7a", "#b5542a", "#3c7a3f", "#7a3f74", "#8a7a1f", "#2a8a8a", "#555555", "#c07aa0", "#6a9ad0", "#a0a060")
-SHOWN = {"token": "accuracy", "sequence": "whole sequences", "macro": "accuracy, mean over classes", "loss": "nats"}
-CHOOSING = "best learning rate{decay} by the first test set; mean over seeds (lowest to highest)"
+SHOWN = {
+    "token": "accuracy",
+    "sequence": "whole sequences",
+    "macro": "accuracy, mean over classes",
+    "loss": "nats",
+    "bits": "bits",
+}
+FEW_SEEDS = 3
+"""With fewer, the page says so beside a verdict."""
 
 
 def claim_rows(study: Study[Any], root: Path) -> Iterator[list[str]]:
@@ -28,11 +35,12 @@ def claim_rows(study: Study[Any], root: Path) -> Iterator[list[str]]:
             if not files:
                 continue
             try:
-                verdict = claim.judge(Results(files))
-            except (KeyError, StopIteration, IndexError, ValueError):
+                verdict = claim.judge(results := Results(files))
+            except KeyError:
                 continue
             judged += 1
-            yield [claim.text, claim.paper, verdict.ours, scale, _word(verdict)]
+            few = "" if results.seeds >= FEW_SEEDS else f" ({results.seeds} seed{'s' * (results.seeds > 1)})"
+            yield [claim.text, claim.paper, verdict.ours, scale + few, _word(verdict)]
         if not judged:
             yield [claim.text, claim.paper, "not run", "", "cannot tell"]
 
@@ -56,9 +64,9 @@ def section(study: Study[Any], root: Path) -> str:
     return "\n\n".join(parts)
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    """A table; `align` is how all columns but the first are."""
+    lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

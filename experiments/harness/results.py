@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments.harness.study import Group
+from experiments.harness.study import LOWER_IS_BETTER, Group
 
 __all__ = ["Results", "Summary", "check_writable", "digest", "locked", "read", "write"]
 
@@ -72,11 +72,23 @@ class Results:
         return [file for file in self.files if file["cell"] == cell and file["arm"] == arm]
 
     def tests(self, cell: str) -> tuple[str, ...]:
-        """Names of the test sets; the first selects."""
+        """Names of the test sets; the first selects.
+
+        Raises:
+            KeyError: the problem was not run.
+        """
+        if cell not in self.cells:
+            raise KeyError(cell)
         return tuple(next(file["config"]["tests"] for file in self.files if file["cell"] == cell))
 
     def runs(self, cell: str, arm: str) -> list[tuple[float, float, Mapping[str, Any]]]:
-        """Learning rate, weight decay and run."""
+        """Learning rate, weight decay and run.
+
+        Raises:
+            KeyError: there is none.
+        """
+        if not self.of(cell, arm):
+            raise KeyError(f"{cell}, {arm}")
         return [
             (run["learning_rate"], file["config"]["weight_decay"], run)
             for file in self.of(cell, arm)
@@ -88,16 +100,16 @@ class Results:
 
         Best is by the mean over seeds of the study's metric, and where that is equal by the loss.
         """
-        metric = self.of(cell, arm)[0]["config"]["metric"]
-        first = self.tests(cell)[0]
         choices: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
         for rate, decay, run in self.runs(cell, arm):
             choices.setdefault((rate, decay), []).append({**run, "weight_decay": decay})
+        metric = self.of(cell, arm)[0]["config"]["metric"]
+        first = self.tests(cell)[0]
 
         def quality(runs: list[Mapping[str, Any]]) -> tuple[float, float]:
             losses = [value(run["tests"][first], "loss") for run in runs]
             scores = [value(run["tests"][first], metric) for run in runs]
-            return statistics.fmean(scores) * (-1 if metric == "loss" else 1), -statistics.fmean(losses)
+            return statistics.fmean(scores) * (-1 if metric in LOWER_IS_BETTER else 1), -statistics.fmean(losses)
 
         return max(choices.values(), key=quality)
 
@@ -122,6 +134,11 @@ class Results:
     def every(self, cell: str, arm: str, test: str, metric: str) -> tuple[float, ...]:
         """A metric of all runs, of every learning rate and seed."""
         return tuple(value(run["tests"][test], metric) for _, _, run in self.runs(cell, arm))
+
+    @property
+    def seeds(self) -> int:
+        """The least number of seeds that any group has."""
+        return min(len(file["config"]["sweep"]["seeds"]) for file in self.files)
 
     @property
     def seconds(self) -> float:

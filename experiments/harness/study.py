@@ -15,8 +15,10 @@ from delta_jax.training import OptimizerConfig
 
 __all__ = ["Arm", "Cell", "Group", "Sweep", "arm", "mixer"]
 
-METRICS = ("token", "sequence", "macro", "loss")
-"""What is kept of every test set: see `delta_jax.data.tasks.scores`; loss is nats per answer."""
+METRICS = ("token", "sequence", "macro", "loss", "bits")
+"""What is kept of every test set: see `delta_jax.data.tasks.scores`; loss is nats and bits are bits per answer."""
+
+LOWER_IS_BETTER = ("loss", "bits")
 
 
 @dataclass(frozen=True, kw_only=True)

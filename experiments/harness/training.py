@@ -35,7 +35,7 @@ from delta_jax.training import CheckpointConfig, Checkpoints, TrainState, make_o
 from delta_jax.training.signals import StopRequest
 from delta_jax.training.state import merge_model, split_model
 from experiments.harness.decoder import Decoder
-from experiments.harness.study import Group
+from experiments.harness.study import LOWER_IS_BETTER, Group
 
 __all__ = ["Interrupted", "Progress", "parameters_of", "train_group"]
 
@@ -339,6 +339,7 @@ def _metrics(examples: Examples, predictions: np.ndarray, loss: float, curve: bo
         "sequence": round(sequence_accuracy(hits), 5),
         "macro": round(macro_accuracy(examples, hits), 5),
         "loss": round(loss, 5) if np.isfinite(loss) else None,
+        "bits": round(loss / np.log(2), 5) if np.isfinite(loss) else None,
     }
     if curve and hits.shape[1] > 1:
         places = np.unique(np.linspace(0, hits.shape[1] - 1, CURVE_POINTS).round().astype(int))
@@ -367,7 +368,7 @@ def reached(group: Group, score: dict[str, Any]) -> bool:
     goal, value = group.sweep.stop_at, score[group.metric]
     if goal is None or value is None:
         return False
-    return value <= goal if group.metric == "loss" else value >= goal
+    return value <= goal if group.metric in LOWER_IS_BETTER else value >= goal
 
 
 def _line(group: Group, record: _Record) -> str:

@@ -29,7 +29,7 @@ class Claim:
     Attributes:
         text: the statement.
         paper: the paper's number.
-        judge: reads our results; a KeyError or StopIteration in it (a part that was not run) means "cannot tell".
+        judge: reads our results; a KeyError in it (a part that was not run) means "cannot tell".
     """
 
     text: str
