@@ -48,8 +48,8 @@ def cells(sweep: WordSweep) -> tuple[Cell, ...]:
     """The groups, tested up to four times as long as trained."""
 
     def cell(group: str) -> Cell:
-        problems = [WordProblem(group=group, length=factor * sweep.length) for factor in (1, 2, 4)]
-        return Cell(name=group, task=problems[0], tests={str(problem.length): problem for problem in problems})
+        problems = [WordProblem(group=group, elements=factor * sweep.length) for factor in (1, 2, 4)]
+        return Cell(name=group, task=problems[0], tests={str(problem.elements): problem for problem in problems})
 
     return tuple(cell(group) for group in sweep.groups)
 
@@ -86,7 +86,7 @@ def grid(results: Results) -> Verdict:
 
 CPU = WordSweep(
     learning_rates=(3e-3, 1e-2),
-    steps=1000,
+    steps=800,
     batch_size=64,
     test_examples=256,
     evaluate_every=100,

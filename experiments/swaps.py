@@ -51,8 +51,8 @@ def cells(sweep: SwapSweep) -> tuple[Cell, ...]:
         if name not in options:
             raise ValueError(f"variants must be among {', '.join(options)}, got {name!r}")
         length = sweep.length * (2 if "4 tokens" in name else 1)
-        problems = [WordProblem(group="S5", length=length * factor, **options[name]) for factor in sweep.stretches]
-        return Cell(name=name, task=problems[0], tests={str(problem.length): problem for problem in problems})
+        problems = [WordProblem(group="S5", elements=length * factor, **options[name]) for factor in sweep.stretches]
+        return Cell(name=name, task=problems[0], tests={str(problem.elements): problem for problem in problems})
 
     return tuple(cell(name) for name in sweep.variants)
 
@@ -74,8 +74,8 @@ def unsolved(results: Results) -> Verdict:
 
 CPU = SwapSweep(
     learning_rates=(3e-3, 1e-2),
-    steps=800,
-    batch_size=64,
+    steps=600,
+    batch_size=32,
     test_examples=256,
     evaluate_every=100,
     hidden_size=64,

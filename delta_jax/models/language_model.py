@@ -155,7 +155,7 @@ class LanguageModel(nnx.Module):
 
     def features(
         self,
-        tokens: Int[Array, "batch time"] | Float[Array, "batch time vocab"],
+        tokens: Int[Array, "batch time"] | Float[Array, "batch time first"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: ModelCache | None = None,
@@ -163,7 +163,7 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "batch time hidden"], ModelCache | None]:
         """What the head reads, [B, T, hidden_size], and the new cache where one is given or asked for.
 
-        Tokens may be weights [B, T, vocab_size] over all tokens, for inputs that are not certain: the embeddings are
+        Tokens may be weights [B, T, n] over the first n tokens, for inputs that are not certain: the embeddings are
         summed with them.
         """
         x, new_cache, _ = self.features_and_loads(
@@ -173,7 +173,7 @@ class LanguageModel(nnx.Module):
 
     def features_and_loads(
         self,
-        tokens: Int[Array, "batch time"] | Float[Array, "batch time vocab"],
+        tokens: Int[Array, "batch time"] | Float[Array, "batch time first"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: ModelCache | None = None,
@@ -209,7 +209,7 @@ class LanguageModel(nnx.Module):
     def _embedded(self, tokens: Array) -> Array:
         if jnp.issubdtype(tokens.dtype, jnp.integer):
             return self.embed(tokens)
-        return tokens.astype(self.embed.dtype) @ self.embed.embedding[...].astype(self.embed.dtype)
+        return tokens.astype(self.embed.dtype) @ self.embed.embedding[: tokens.shape[-1]].astype(self.embed.dtype)
 
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:
         """The float32 logits of the features x."""

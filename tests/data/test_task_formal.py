@@ -104,7 +104,7 @@ def test_group_axioms(name, order):
 
 
 def test_parity_is_a_homomorphism_of_words():
-    task = WordProblem(group="S3", length=30)
+    task = WordProblem(group="S3", elements=30)
     examples = sample(task, 4000)
     odd = np.array([sum(a > b for a, b in itertools.combinations(p, 2)) % 2 for p in itertools.permutations(range(3))])
     parities = np.cumsum(odd[examples.inputs[:, 1:]], axis=1) % 2
@@ -123,22 +123,22 @@ def test_parity_is_a_homomorphism_of_words():
     ],
 )
 def test_elements_are_uniform_over_those_allowed(options, count, moved):
-    task = WordProblem(**options, length=40)
+    task = WordProblem(**options, elements=40)
     examples = sample(task, 2000)
-    assert len(task.elements) == count and task.elements[0] == 0
+    assert len(task.drawn_from) == count and task.drawn_from[0] == 0
     assert (examples.inputs[:, 0] == task.bos).all() and (examples.targets[:, 0] == IGNORED).all()
-    assert_uniform(examples.inputs[:, 1:], task.elements)
+    assert_uniform(examples.inputs[:, 1:], task.drawn_from)
     if moved is not None:
-        permutations = group_of(task.group).permutations[task.elements]
+        permutations = group_of(task.group).permutations[task.drawn_from]
         assert set((permutations != np.arange(permutations.shape[1])).sum(axis=1).tolist()) == moved
 
 
 def test_products_of_all_elements_are_uniform():
-    assert_uniform(sample(WordProblem(group="A5", length=20), 3000).targets[:, -1], range(60))
+    assert_uniform(sample(WordProblem(group="A5", elements=20), 3000).targets[:, -1], range(60))
 
 
 def test_several_tokens_per_element():
-    one, four = (sample(WordProblem(group="A5", length=6, tokens_per_element=width), 50) for width in (1, 4))
+    one, four = (sample(WordProblem(group="A5", elements=6, tokens_per_element=width), 50) for width in (1, 4))
     assert four.inputs.shape == (50, 25)
     np.testing.assert_array_equal(four.inputs[:, 1::4], one.inputs[:, 1:])
     np.testing.assert_array_equal(four.targets[:, 4::4], one.targets[:, 1:])

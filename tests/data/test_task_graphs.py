@@ -57,7 +57,7 @@ def test_a_graph_has_no_cheap_answer():
 
 @pytest.mark.parametrize("modulus", [2, 4, 5])
 def test_matrices_have_inverses(modulus):
-    inputs = MatrixProducts(length=4, modulus=modulus).sample(np.random.default_rng(0), 3000, "train").inputs
+    inputs = MatrixProducts(matrices=4, modulus=modulus).sample(np.random.default_rng(0), 3000, "train").inputs
     determinants = np.round(np.linalg.det(inputs.reshape(-1, 3, 3).astype(float))).astype(int)
     assert (np.gcd(determinants, modulus) == 1).all()
     if modulus == 2:
@@ -66,10 +66,10 @@ def test_matrices_have_inverses(modulus):
 
 
 def test_answers_of_products_stay_alive_only_if_invertible():
-    invertible = MatrixProducts(length=40).sample(np.random.default_rng(0), 3000, "train")
+    invertible = MatrixProducts(matrices=40).sample(np.random.default_rng(0), 3000, "train")
     answers = invertible.targets[:, 8::9]
     assert (invertible.targets != IGNORED).sum() == answers.size and (answers != IGNORED).all()
     assert abs((answers[:, 20:] == 1).mean() - 4 / 7) < 0.01
-    any_matrix = MatrixProducts(length=40, invertible=False).sample(np.random.default_rng(0), 3000, "train")
+    any_matrix = MatrixProducts(matrices=40, invertible=False).sample(np.random.default_rng(0), 3000, "train")
     assert_uniform(any_matrix.inputs, [0, 1])
     assert (any_matrix.targets[:, -1] == 1).mean() < 0.01

@@ -100,7 +100,7 @@ def test_noise_is_added_to_the_letters_and_the_blanks():
 def test_distractors():
     task, examples = sample(3000, **SMALL, gap=(0, 0), distractors=0.1, distractors_from=20)
     strange = examples.targets == IGNORED
-    assert not strange[:, :21].any() and not (strange[:, 1:] & strange[:, :-1]).any()
+    assert not strange[:, :21].any() and strange[:, 21].any() and not (strange[:, 1:] & strange[:, :-1]).any()
     successor, state = task.grammar.successor, np.full(3000, task.states - 1)
     possible, after = (successor[:, :6] < 0).any(axis=1), []
     for index in range(100):
@@ -123,7 +123,7 @@ def test_frames_of_an_element_vote_together(distractors):
     probabilities = 0.02 * rng.random((*examples.targets.shape, task.states))
     frames = np.eye(task.states)[np.maximum(examples.targets, 0)]
     first = np.diff(examples.answers, axis=1, prepend=-1) == 1
-    wanted, predictions = voted(examples.answers, examples.targets, probabilities + frames * first[..., None])
+    wanted, predictions = voted(examples.answers, examples.targets, probabilities + frames * first[..., None], 40)
     assert wanted.shape == (50, 40)
     asked = wanted != IGNORED
     assert asked.all() == (distractors == 0) and asked.mean() > 0.7

@@ -88,15 +88,15 @@ CASES = {
     "brackets": (BracketedArithmetic(), arithmetic, range(5, 10)),
     "brackets, long": (BracketedArithmetic(lengths=(40, 256)), arithmetic, range(5, 10)),
     "brackets and *": (BracketedArithmetic(multiplication=True), arithmetic, range(5, 10)),
-    "S3": (WordProblem(group="S3", length=20), word_problem, range(6)),
-    "S4": (WordProblem(group="S4", length=20), word_problem, range(24)),
-    "A5": (WordProblem(group="A5", length=20), word_problem, range(60)),
-    "A5, 3-cycles": (WordProblem(group="A5", length=20, limit_to_3=True), word_problem, range(60)),
-    "S5": (WordProblem(group="S5", length=20), word_problem, range(120)),
-    "S5, swaps": (WordProblem(group="S5", length=20, swaps_only=True), word_problem, range(120)),
-    "S5, up to 3": (WordProblem(group="S5", length=20, limit_to_3=True), word_problem, range(120)),
-    "S5, 4 tokens": (WordProblem(group="S5", length=10, tokens_per_element=4), word_problem, range(120)),
-    "Z60": (WordProblem(group="Z60", length=20), word_problem, range(60)),
+    "S3": (WordProblem(group="S3", elements=20), word_problem, range(6)),
+    "S4": (WordProblem(group="S4", elements=20), word_problem, range(24)),
+    "A5": (WordProblem(group="A5", elements=20), word_problem, range(60)),
+    "A5, 3-cycles": (WordProblem(group="A5", elements=20, limit_to_3=True), word_problem, range(60)),
+    "S5": (WordProblem(group="S5", elements=20), word_problem, range(120)),
+    "S5, swaps": (WordProblem(group="S5", elements=20, swaps_only=True), word_problem, range(120)),
+    "S5, up to 3": (WordProblem(group="S5", elements=20, limit_to_3=True), word_problem, range(120)),
+    "S5, 4 tokens": (WordProblem(group="S5", elements=10, tokens_per_element=4), word_problem, range(120)),
+    "Z60": (WordProblem(group="Z60", elements=20), word_problem, range(60)),
     "RegBench": (RegBench(), None, range(2, 20)),
     "complexity": (SelectivBench(**SMALL_GRAMMAR), selective, range(25)),
     "gaps and noise": (SelectivBench(**SMALL_GRAMMAR, gap=(1, 10), noise=0.2), selective, range(25)),
@@ -107,9 +107,9 @@ CASES = {
     ),
     "graph": (GraphConnectivity(), graph, [2, 3]),
     "graph, short": (GraphConnectivity(edges=(1, 4), span=1, names=6), graph, [2, 3]),
-    "matrices": (MatrixProducts(length=12), matrix, range(2)),
-    "matrices mod 6": (MatrixProducts(length=6, modulus=6), matrix, range(6)),
-    "any matrices": (MatrixProducts(length=6, modulus=5, invertible=False), matrix, range(5)),
+    "matrices": (MatrixProducts(matrices=12), matrix, range(2)),
+    "matrices mod 6": (MatrixProducts(matrices=6, modulus=6), matrix, range(6)),
+    "any matrices": (MatrixProducts(matrices=6, modulus=5, invertible=False), matrix, range(5)),
 }
 each = pytest.mark.parametrize(("task", "oracle", "possible"), CASES.values(), ids=CASES)
 
@@ -145,12 +145,7 @@ def examples_are_large(task):
 @each
 def test_shapes_dtypes_and_ids(task, oracle, possible):
     examples = draw(task, 40, split="train", seed=3)
-    positions = {
-        WordProblem: lambda: 1 + task.tokens_per_element * task.length,
-        MatrixProducts: lambda: 9 * task.length,
-    }
-    expected = positions.get(type(task), lambda: task.length)()
-    assert examples.inputs.shape[:2] == examples.targets.shape == (40, expected)
+    assert examples.inputs.shape[:2] == examples.targets.shape == (40, task.length)
     assert examples.targets.dtype == np.int32
     assert examples.inputs.dtype == (np.float32 if examples.inputs.ndim == 3 else np.int32)
     if examples.inputs.ndim == 2:
@@ -173,11 +168,11 @@ TINY = [
     Parity(lengths=(3, 11)),
     ModularArithmetic(lengths=(3, 7), modulus=3),
     BracketedArithmetic(lengths=(3, 9), modulus=3),
-    WordProblem(group="S3", length=4),
-    WordProblem(group="S5", length=3, swaps_only=True, tokens_per_element=2),
+    WordProblem(group="S3", elements=4),
+    WordProblem(group="S5", elements=3, swaps_only=True, tokens_per_element=2),
     SelectivBench(ambiguity=3, depth=2, starts=3, elements=10),
     GraphConnectivity(edges=(2, 4), span=2, names=7),
-    MatrixProducts(length=1, modulus=3),
+    MatrixProducts(matrices=1, modulus=3),
 ]
 
 
@@ -221,7 +216,7 @@ def test_words_belong_to_one_split_whatever_the_longest():
         (lambda: WordProblem(group="S9"), "group"),
         (lambda: WordProblem(group="Q8"), "group"),
         (lambda: WordProblem(group=""), "group"),
-        (lambda: WordProblem(length=0), "length"),
+        (lambda: WordProblem(elements=0), "elements"),
         (lambda: WordProblem(tokens_per_element=0), "tokens_per_element"),
         (lambda: WordProblem(group="Z60", swaps_only=True), "swaps_only"),
         (lambda: WordProblem(group="A5", swaps_only=True), "swaps_only"),
@@ -246,7 +241,7 @@ def test_words_belong_to_one_split_whatever_the_longest():
         (lambda: GraphConnectivity(edges=(0, 4)), "edges"),
         (lambda: GraphConnectivity(span=0), "span"),
         (lambda: GraphConnectivity(edges=(1, 600)), "names"),
-        (lambda: MatrixProducts(length=0), "length"),
+        (lambda: MatrixProducts(matrices=0), "matrices"),
         (lambda: MatrixProducts(modulus=1), "modulus"),
     ],
 )

@@ -14,6 +14,9 @@ IGNORED = -1
 TEST_SHARE = 16
 """One sequence in so many belongs to the test split."""
 
+_AT_ONCE = 1024
+"""Sequences sampled at once: noisy ones take hundreds of kilobytes each, and all but a few are thrown away."""
+
 Split = Literal["train", "test"]
 _SPLITS = ("train", "test")
 
@@ -22,7 +25,8 @@ class Examples(NamedTuple):
     """Sequences with their answers, as numpy arrays.
 
     Attributes:
-        inputs: [n, T] int32 token ids; or [n, T, vocab] float32, weights over the tokens (noisy observations).
+        inputs: [n, T] int32 token ids; or [n, T, m] float32, weights over the first m tokens (noisy observations), the
+            others having none.
         targets: [n, T] int32, the token to be predicted at each position (already shifted: a language model reads
             inputs[:, t] and answers targets[:, t]), `IGNORED` where nothing is asked.
         legal: [n, T, vocab] bool, every answer that counts as right; None where only the target does.
@@ -90,7 +94,7 @@ def draw(task: Task, number: int, *, split: Split, seed: int | tuple[int, ...]) 
     found, drawn = 0, 0
     while found < number:
         share = TEST_SHARE if split == "test" else TEST_SHARE / (TEST_SHARE - 1)
-        size = min(int(1.1 * (number - found) * share) + 8, 65536)
+        size = min(int(1.1 * (number - found) * share) + 8, _AT_ONCE)
         sample = task.sample(rng, size, split)
         here = (identities(sample) % np.uint64(TEST_SHARE) == 0) == (split == "test")
         parts.append(sample.take(here).take(slice(number - found)))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
-from delta_jax.data.tasks.rows import Range, check_least, check_range, identity_of_padded, uniform
+from delta_jax.data.tasks.rows import Range, check_range, identity_of_padded, uniform
 
 __all__ = ["BracketedArithmetic", "ModularArithmetic", "Parity"]
 
@@ -75,7 +76,7 @@ class _Arithmetic(_Words):
     modulus: int = 5
 
     def __post_init__(self) -> None:
-        check_least("modulus", self.modulus, 2)
+        at_least(self, modulus=2)
         check_range("lengths", self.lengths, 3)
 
     @property

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
-from delta_jax.data.tasks.rows import Range, check_least, check_range, identity_of_padded, pick, uniform
+from delta_jax.data.tasks.rows import Range, check_range, identity_of_padded, pick, uniform
 
 __all__ = ["GraphConnectivity"]
 
@@ -42,8 +43,7 @@ class GraphConnectivity:
 
     def __post_init__(self) -> None:
         check_range("edges", self.edges, 1)
-        check_least("span", self.span, 1)
-        check_least("names", self.names, self._nodes)
+        at_least(self, span=1, names=self._nodes)
 
     @property
     def _nodes(self) -> int:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
-from delta_jax.data.tasks.rows import check_least
 
 __all__ = ["Group", "WordProblem", "group_of"]
 
@@ -56,7 +56,7 @@ def group_of(name: str) -> Group:
 class WordProblem:
     """The product so far of a sequence of group elements, y_t = y_(t-1) x_t, asked after every element.
 
-    Layout: BOS, then the elements x_1 to x_length, each one token or, with `tokens_per_element` k, one token and k - 1
+    Layout: BOS, then the elements x_1 to x_n, each one token or, with `tokens_per_element` k, one token and k - 1
     fillers. y_t is asked at the last token of element t. Tokens: an element is its number in `group_of` (0 the identity),
     then BOS, then the filler. The reference code asks for BOS at BOS too; here nothing is asked there.
 
@@ -64,7 +64,7 @@ class WordProblem:
 
     Attributes:
         group: S2 to S6, A2 to A6, Z2 to Z1000; the papers use S3, S4, A5, S5 and Z60.
-        length: elements in a sequence. DeltaProduct trains at 128 and tests at 512; Grazzi et al. train at 32 and test
+        elements: n, how many a sequence has. DeltaProduct trains at 128 and tests at 512; Grazzi et al. train at 32 and test
             at 500.
         swaps_only: x_t is the identity or one transposition (11 tokens of S5).
         limit_to_3: x_t moves at most three points.
@@ -76,14 +76,13 @@ class WordProblem:
     """
 
     group: str = "S5"
-    length: int = 128
+    elements: int = 128
     swaps_only: bool = False
     limit_to_3: bool = False
     tokens_per_element: int = 1
 
     def __post_init__(self) -> None:
-        check_least("length", self.length, 1)
-        check_least("tokens_per_element", self.tokens_per_element, 1)
+        at_least(self, elements=1, tokens_per_element=1)
         if self.swaps_only and self.limit_to_3:
             raise ValueError("swaps_only and limit_to_3 exclude each other")
         permutations = group_of(self.group).permutations
@@ -98,7 +97,7 @@ class WordProblem:
         return len(group_of(self.group).table)
 
     @property
-    def elements(self) -> np.ndarray:
+    def drawn_from(self) -> np.ndarray:
         """The elements that x_t is drawn from, uniformly."""
         permutations = group_of(self.group).permutations
         if permutations is None or not (self.swaps_only or self.limit_to_3):
@@ -117,6 +116,11 @@ class WordProblem:
         return self.order + 1
 
     @property
+    def length(self) -> int:
+        """BOS and the tokens of the elements."""
+        return 1 + self.tokens_per_element * self.elements
+
+    @property
     def vocab_size(self) -> int:
         """The elements, BOS and, where there are any, the filler."""
         return self.order + (1 if self.tokens_per_element == 1 else 2)
@@ -129,14 +133,14 @@ class WordProblem:
     def sample(self, rng: np.random.Generator, number: int, split: Split) -> Examples:
         """See `Task.sample`."""
         table = group_of(self.group).table
-        drawn = rng.choice(self.elements.astype(np.int32), (number, self.length))
-        products = np.zeros((self.length, number), np.int32)
+        drawn = rng.choice(self.drawn_from.astype(np.int32), (number, self.elements))
+        products = np.zeros((self.elements, number), np.int32)
         so_far = np.zeros(number, np.int32)
-        for step in range(self.length):
+        for step in range(self.elements):
             so_far = table[so_far, drawn[:, step]]
             products[step] = so_far
         width = self.tokens_per_element
-        inputs = np.full((number, 1 + width * self.length), self.filler, np.int32)
+        inputs = np.full((number, self.length), self.filler, np.int32)
         targets = np.full_like(inputs, IGNORED)
         inputs[:, 0], inputs[:, 1::width], targets[:, width::width] = self.bos, drawn, products.T
         return Examples(inputs, targets)

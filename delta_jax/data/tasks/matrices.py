@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
-from delta_jax.data.tasks.rows import check_least
 
 __all__ = ["MatrixProducts"]
 
@@ -23,7 +23,7 @@ class MatrixProducts:
     is the word problem of a group of 168 elements that is not solvable, GL(3, 2).
 
     Attributes:
-        length: matrices in a sequence; the paper trains on up to 100 and tests on up to 300.
+        matrices: how many a sequence has; the paper trains on up to 100 and tests on up to 300.
         modulus: m.
         invertible: draw uniformly from the matrices with an inverse modulo m, not from all.
 
@@ -31,13 +31,17 @@ class MatrixProducts:
     numbers are not given to us; the spelling of matrices is ours.
     """
 
-    length: int = 100
+    matrices: int = 100
     modulus: int = 2
     invertible: bool = True
 
     def __post_init__(self) -> None:
-        check_least("length", self.length, 1)
-        check_least("modulus", self.modulus, 2)
+        at_least(self, matrices=1, modulus=2)
+
+    @property
+    def length(self) -> int:
+        """Positions of the inputs."""
+        return 9 * self.matrices
 
     @property
     def vocab_size(self) -> int:
@@ -51,17 +55,17 @@ class MatrixProducts:
 
     def sample(self, rng: np.random.Generator, number: int, split: Split) -> Examples:
         """See `Task.sample`."""
-        matrices = rng.integers(0, self.modulus, (number * self.length, 3, 3))
+        matrices = rng.integers(0, self.modulus, (number * self.matrices, 3, 3))
         if self.invertible:
             again = np.flatnonzero(~self._has_inverse(matrices))
             while len(again):
                 matrices[again] = rng.integers(0, self.modulus, (len(again), 3, 3))
                 again = again[~self._has_inverse(matrices[again])]
-        matrices = matrices.reshape(number, self.length, 3, 3)
+        matrices = matrices.reshape(number, self.matrices, 3, 3)
         inputs = matrices.reshape(number, -1).astype(np.int32)
         targets = np.full_like(inputs, IGNORED)
         row = matrices[:, 0, 0]  # the first row of the product is all that its first entry needs
-        for step in range(self.length):
+        for step in range(self.matrices):
             row = row if step == 0 else np.einsum("ni,nij->nj", row, matrices[:, step]) % self.modulus
             targets[:, 9 * step + 8] = row[:, 0]
         return Examples(inputs, targets)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
-from delta_jax.data.tasks.rows import Range, check_least, check_range, distinct, mix, uniform
+from delta_jax.data.tasks.rows import Range, check_range, distinct, mix, uniform
 
 __all__ = ["Automata", "RegBench", "language_hash"]
 
@@ -61,7 +62,7 @@ class RegBench:
     string_length: Range = (1, 49)
 
     def __post_init__(self) -> None:
-        check_least("letters", self.letters, 1)
+        at_least(self, letters=1)
         check_range("symbols", self.symbols, 1, self.letters)
         check_range("states", self.states, 2)
         check_range("edges", self.edges, 1, min(self.states[0] - 1, self.symbols[0]))
@@ -101,16 +102,15 @@ class RegBench:
         sizes = uniform(rng, self.string_length, (number, self.strings[1]))
         sizes[np.arange(self.strings[1]) >= count] = 0
         first = np.cumsum(sizes + 1, axis=1) - sizes - 1
-        row, one = np.arange(number)[:, None], np.ones((number, self.strings[1]), bool)
-        # One place more than the inputs have, and one for what is not there.
+        row = np.arange(number)[:, None]
+        # One place more than the inputs have, and a last one for what is not there.
         tokens = np.full((number, self.length + 2), _PAD, np.int32)
         state_at = np.zeros_like(tokens)
-        inner = (np.arange(self.strings[1]) > 0) & (sizes > 0)
-        tokens[row, np.where(inner, first - 1, -1)] = _SEPARATOR
+        tokens[row, np.where(sizes > 0, first - 1, -1)] = _SEPARATOR
         state = np.zeros_like(sizes)
         for index in range(self.string_length[1]):
             place = np.where(index < sizes, first + index, -1)
-            edge = (rng.random(one.shape) * automata.degree[row, state]).astype(np.int64)
+            edge = (rng.random(state.shape) * automata.degree[row, state]).astype(np.int64)
             tokens[row, place] = automata.symbols[row, state, edge] + _FIRST
             state_at[row, place] = state
             state = automata.targets[row, state, edge]

@@ -1,4 +1,4 @@
-"""What the generators of this folder share: checks of parameters, choices row by row, identities that ignore padding."""
+"""What tasks of state tracking share: ranges as parameters, choices row by row, identities that ignore padding."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import numpy as np
 
 from delta_jax.data.tasks.examples import hash_rows
 
-__all__ = ["check_least", "check_range", "distinct", "identity_of_padded", "mix", "pick", "uniform"]
+__all__ = ["check_range", "distinct", "identity_of_padded", "mix", "pick", "uniform"]
 
 Range = tuple[int, int]
 """Smallest and largest value, both included."""
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """ValueError unless `value >= least`."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_range(name: str, values: Range, least: int, most: int | None = None) -> None:

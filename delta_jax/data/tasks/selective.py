@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split, hash_rows
-from delta_jax.data.tasks.rows import Range, check_least, check_range, pick, uniform
+from delta_jax.data.tasks.rows import Range, check_range, pick, uniform
 
 __all__ = ["Grammar", "SelectivBench", "random_grammar"]
 
@@ -116,12 +117,10 @@ class SelectivBench:
     """Letters of the longest string; no field, as the benchmark never varies it."""
 
     def __post_init__(self) -> None:
-        check_least("ambiguity", self.ambiguity, 1)
-        check_least("elements", self.elements, 1)
-        check_least("distractors_from", self.distractors_from, 0)
+        at_least(self, ambiguity=1, elements=1, distractors_from=0)
         check_range("gap", self.gap, 0)
         if self.depth is not None:
-            check_least("depth", self.depth, 1)
+            at_least(self, depth=1)
         if not 1 <= self.starts <= self.ambiguity:
             raise ValueError(f"starts must be from 1 to ambiguity={self.ambiguity}, got {self.starts}")
         if not 0 < self.density <= 1:
