@@ -133,11 +133,11 @@ STUDY = Study(
     "tokens, 64 pairs and 8192 words, two layers without MLP or convolution, 100,000 training sequences for at most 64 "
     "epochs, the best of four learning rates. There the head is tied, norms are LayerNorms and embeddings have a dropout "
     "of 0.1; here the head is not, norms are RMSNorms and nothing is dropped. The scale cpu is one layer with one head of "
-    "16 channels and short convolutions, 64 tokens, 64 words (31 keys, 32 values), new sequences at every step: 16 pairs, or 8 "
-    "pairs every key of which gets a second value, the one asked for (Zoology's forgetting variant, of which no numbers "
-    "were published). The linear attention has the same SiLU, unit lengths, convolution and norm as DeltaNet and lacks "
-    "only the erasing. The scale gpu is the paper's task at width 64, with two of the four learning rates, three seeds "
-    "and 5 epochs.",
+    "16 channels and short convolutions, 64 tokens, 64 words (31 keys, 32 values), new sequences at every step: 16 pairs, "
+    "or 8 pairs every key of which gets a second value, the one asked for (Zoology's forgetting variant, of which no "
+    "numbers were published). The linear attention has the same SiLU, unit lengths, convolution and norm as DeltaNet and "
+    "lacks only the erasing. The scale gpu is the paper's task at width 64, with two of the four learning rates, three "
+    "seeds and 5 epochs.",
     metric="token",
     show=("token",),
     scales={
@@ -162,8 +162,8 @@ STUDY = Study(
             judge=overwriting,
         ),
         Claim(
-            text="Where keys are not overwritten, the delta rule is ahead of linear attention that is normalised alike, on "
-            "every seed",
+            text="Where keys are not overwritten, the delta rule is ahead of linear attention that is normalised alike, "
+            "on every seed",
             paper="no number published",
             judge=interference,
         ),
