@@ -126,6 +126,8 @@ def first_memory(results: Results) -> Verdict:
 def memory(results: Results) -> Verdict:
     """The mean over all settings, where all of them were run."""
     settings = [cell for cell in results.cells if cell.startswith(MEMORIZE)]
+    if not settings:
+        raise KeyError(MEMORIZE)
     delta, gated, gla = (
         sum(results.best(cell, name, cell, "macro").mean for cell in settings) / len(settings)
         for name in (DELTA, GATED, GLA)
