@@ -72,11 +72,12 @@ class Asked(NamedTuple):
 
 @dataclass
 class _Record:
-    """What is known of the runs so far; saved with every checkpoint."""
+    """What is known of the runs so far; saved with every checkpoint. `losses` are those since the last evaluation."""
 
     steps: list[int]
     active: list[bool]
     history: list[list[dict[str, Any]]]
+    losses: list[list[float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -114,21 +115,21 @@ def train_group(group: Group, folder: Path, progress: Progress) -> dict[str, Any
             state, record = restored.state, _Record(**restored.data)
         clock, saved = _Clock(record), time.monotonic()
         start = int(state.step)
-        losses: list[Array] = []
+        losses: list[Any] = [np.asarray(loss, np.float32) for loss in record.losses]
         for done, batch in enumerate(_batches(group, start), start + 1):
             active = jnp.asarray(record.active).reshape(len(sweep.seeds), -1)
             state, loss = model.step(state, batch, rates, active)
-            losses.append(loss)
-            if done % sweep.evaluate_every and done < sweep.steps:
-                continue
-            mean = np.mean(np.stack(jax.device_get(losses)), axis=0).reshape(-1)
-            losses = []
-            _note(group, record, done, mean, model.evaluate(state.parameters, selecting))
-            progress(done, sweep.steps, _line(group, record))
-            if not any(record.active):
-                break
+            losses.append(loss.reshape(-1))
+            if done % sweep.evaluate_every == 0 or done == sweep.steps:
+                mean = np.mean(np.stack(jax.device_get(losses)), axis=0)
+                losses = []
+                _note(group, record, done, mean, model.evaluate(state.parameters, selecting))
+                progress(done, sweep.steps, _line(group, record))
+                if not any(record.active):
+                    break
             if stop.requested or time.monotonic() - saved > 60 * sweep.checkpoint_minutes:
                 clock.stop()
+                record.losses = [loss.tolist() for loss in jax.device_get(losses)]
                 checkpoints.save(state, dataclasses.asdict(record), group)
                 saved = time.monotonic()
             if stop.requested:
@@ -138,7 +139,7 @@ def train_group(group: Group, folder: Path, progress: Progress) -> dict[str, Any
         clock.stop()
     return {
         "parameters": model.parameters,
-        "tokens": sweep.steps * sweep.batch_size * selecting.batch.inputs.shape[1],
+        "tokens": sweep.steps * sweep.batch_size * group.task.length,
         "seconds": round(record.seconds, 1),
         "cpu_seconds": round(record.cpu_seconds, 1),
         "runs": [

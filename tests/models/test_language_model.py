@@ -163,7 +163,6 @@ def test_tied_embeddings_serve_as_the_head():
     assert relative(model(tokens()), wanted) < 1e-6
 
 
-<<<<<<< HEAD
 def test_a_model_without_mlp_is_its_mixers_alone():
     model = make(mlp_size=0, pattern=("delta_net",))
     x = model.embed(tokens())
@@ -173,14 +172,14 @@ def test_a_model_without_mlp_is_its_mixers_alone():
     assert relative(model.features(tokens())[0], model.final_norm(x)) < 1e-6
     names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     assert not any("mlp" in name for name in names)
-=======
+
+
 def test_weights_of_the_first_tokens_sum_embeddings():
     model, ids = make(), tokens() % 5
     certain = model.features(jax.nn.one_hot(ids, 5))[0]
     assert relative(certain, model.features(ids)[0]) < 1e-6
     assert relative(certain, model.features(jax.nn.one_hot(ids, VOCAB))[0]) < 1e-6
     assert relative(model.features(jax.nn.one_hot(ids, 5) / 2)[0], certain) > 1e-3
->>>>>>> tasks_b
 
 
 def test_bfloat16_computes_near_float32_and_returns_float32_logits():
