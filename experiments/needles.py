@@ -87,20 +87,21 @@ def passkey(results: Results) -> Verdict:
 
 
 CPU = NeedleSweep(
-    learning_rates=(3e-3, 1e-2),
+    learning_rates=(5e-3, 8e-3),
     steps=1200,
     batch_size=32,
     test_examples=256,
-    evaluate_every=100,
+    evaluate_every=200,
     hidden_size=32,
     num_heads=2,
     head_dim=16,
     num_layers=2,
     mlp_size=0,
+    initializer_std=0.1,
     kinds=(DISTRACTORS,),
-    haystack_bytes=48,
+    haystack_bytes=32,
     needles=3,
-    digits=3,
+    digits=6,
     terse=True,
 )
 GPU = NeedleSweep(
@@ -125,10 +126,12 @@ STUDY = Study(
     text="A number hidden in a text under a name, asked for at the end; a sequence is right if every digit is the "
     "likeliest byte after the right ones before it. The paper asks language models of 1.3 billion parameters, trained on "
     "100 billion tokens of text, without training them for it, in 1000 to 8000 tokens of words; here small models are "
-    "trained on nothing else, byte by byte, so the numbers say what a layer can learn and not what pretraining gives. "
-    "CPUTEXT The scale gpu has RULER's wording and noise, numbers of 7 digits, UUIDs, and Python's language reference in "
-    "place of essays; trained in 1024 bytes, 2500 steps, tested to 4096; the scale paper is trained in 4096 bytes and "
-    "tested to 32,768, 20,000 steps.",
+    "trained on nothing else, byte by byte, so the numbers say what a layer can learn and not what pretraining gives. The "
+    "scale cpu is three needles `name: number.` with numbers of 6 digits in 32 bytes of RULER's sentences of noise, one "
+    "of them asked for, tested also in 64 and 128 bytes; two layers of width 32 with two heads of 16 and without MLP, "
+    "initial matrices of standard deviation 0.1, 1200 steps. The scale gpu has RULER's wording and noise, numbers of 7 "
+    "digits, UUIDs, and Python's language reference in place of essays; trained in 1024 bytes, 2500 steps, tested to "
+    "4096; the scale paper is trained in 4096 bytes and tested to 32,768, 20,000 steps.",
     metric="token",
     show=("token", "sequence"),
     scales={

@@ -9,7 +9,7 @@ from experiments.harness.page import claim_rows, markdown_table, section
 from experiments.harness.runner import RESULTS
 from experiments.harness.verdicts import Study
 
-EXPERIMENTS = ("parity", "swaps", "delta_product", "mqar", "mad")
+EXPERIMENTS = ("parity", "swaps", "delta_product", "mqar", "mad", "kimi_synthetic", "needles", "language_models")
 
 INTRODUCTION = """# The papers' tables
 

@@ -1,5 +1,6 @@
 """Synthetic tasks: seeded, vectorised generators in numpy whose train and test sequences never meet."""
 
+from delta_jax.data.tasks.corpus import Corpus
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split, Task, draw, identities
 from delta_jax.data.tasks.formal import BracketedArithmetic, ModularArithmetic, Parity
 from delta_jax.data.tasks.graphs import GraphConnectivity
@@ -18,6 +19,7 @@ __all__ = [
     "MQAR",
     "BracketedArithmetic",
     "Compression",
+    "Corpus",
     "Examples",
     "FuzzyRecall",
     "GraphConnectivity",
