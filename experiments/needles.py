@@ -5,10 +5,13 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from delta_jax.data.tasks import Needles
-from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
+from experiments.harness import Arm, Cell, Claim, Results, Study, Summary, Sweep, Verdict, arm, main, mixer
 
 GATED, DELTA, MAMBA = "Gated DeltaNet", "DeltaNet", "Mamba-2"
 DISTRACTORS, PASSKEY, NUMBER, UUID = "distractors", "S-NIAH-1", "S-NIAH-2, other text", "S-NIAH-3, other text"
+LEARNT = 0.3
+"""Of digits; guessing is 0.1, and the digits of any needle in the text are right more often than that."""
+
 SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
@@ -66,29 +69,29 @@ def cells(sweep: NeedleSweep) -> tuple[Cell, ...]:
     return tuple(cell(name) for name in sweep.kinds)
 
 
-def chosen(results: Results, cell: str, test: int) -> list[Any]:
-    """Share of whole numbers right, of Gated DeltaNet and DeltaNet."""
+def chosen(results: Results, cell: str, test: int) -> list[Summary]:
+    """Share of digits right, of Gated DeltaNet and DeltaNet."""
     name = results.tests(cell)[test]
-    return [results.best(cell, architecture, name, "sequence") for architecture in (GATED, DELTA)]
+    return [results.best(cell, architecture, name, "token") for architecture in (GATED, DELTA)]
 
 
 def decay_helps(results: Results) -> Verdict:
-    """As trained and in the longest haystack; where neither has learnt to find needles, nothing is said."""
+    """As trained and in the longest haystack; where neither has left guessing, nothing is said."""
     (gated, delta), (far, other) = chosen(results, DISTRACTORS, 0), chosen(results, DISTRACTORS, -1)
-    words = f"{gated} against {delta}; in the longest haystack {far} against {other}"
-    learnt = max(gated.high, delta.high) > 0.5
-    return Verdict(words, gated.mean > delta.mean and far.mean > other.mean if learnt else None)
+    words = f"digits: {gated} against {delta}; in the longest haystack {far} against {other}"
+    ahead = min(gated.mean - delta.mean, far.mean - other.mean) > 0.02
+    return Verdict(words, ahead if max(gated.high, delta.high) > LEARNT else None)
 
 
 def passkey(results: Results) -> Verdict:
     """Nothing but noise, up to the longest haystack."""
     far, other = chosen(results, PASSKEY, -1)
-    return Verdict(f"{other} against {far} with a decay", other.mean >= far.mean if other.high > 0.5 else None)
+    return Verdict(f"digits: {other} against {far}", other.mean >= far.mean if other.high > LEARNT else None)
 
 
 CPU = NeedleSweep(
     learning_rates=(5e-3, 8e-3),
-    steps=1200,
+    steps=1500,
     batch_size=32,
     test_examples=256,
     evaluate_every=200,
@@ -129,7 +132,7 @@ STUDY = Study(
     "trained on nothing else, byte by byte, so the numbers say what a layer can learn and not what pretraining gives. The "
     "scale cpu is three needles `name: number.` with numbers of 6 digits in 32 bytes of RULER's sentences of noise, one "
     "of them asked for, tested also in 64 and 128 bytes; two layers of width 32 with two heads of 16 and without MLP, "
-    "initial matrices of standard deviation 0.1, 1200 steps. The scale gpu has RULER's wording and noise, numbers of 7 "
+    "initial matrices of standard deviation 0.1, 1500 steps. The scale gpu has RULER's wording and noise, numbers of 7 "
     "digits, UUIDs, and Python's language reference in place of essays; trained in 1024 bytes, 2500 steps, tested to "
     "4096; the scale paper is trained in 4096 bytes and tested to 32,768, 20,000 steps.",
     metric="token",
@@ -150,7 +153,7 @@ STUDY = Study(
     cells=cells,
     claims=(
         Claim(
-            text="Among distractors Gated DeltaNet finds more needles than DeltaNet, as trained and in longer haystacks",
+            text="Among distractors Gated DeltaNet gets more digits right than DeltaNet, as trained and in longer haystacks",
             paper="S-NIAH-2 at 1K/2K/4K/8K: 100/99.8/92.2/29.6 against 98.4/45.6/18.6/14.4 (zero-shot, 1.3B)",
             judge=decay_helps,
         ),
