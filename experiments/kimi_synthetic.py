@@ -76,6 +76,13 @@ def order(task: str) -> Callable[[Results], Verdict]:
     return judge
 
 
+def stacks(results: Results) -> Verdict:
+    """Every seed of both; Mamba-2 is reported."""
+    cell = longest(results, STACK)
+    kda, gated, mamba = (results.best(cell, name, cell, "token") for name in (KDA, GATED, MAMBA))
+    return Verdict(f"{kda} / {gated}; Mamba-2 {mamba}", min(kda.low, gated.low) > 0.95)
+
+
 def longest(results: Results, task: str) -> str:
     """The last of a task's cells.
 
@@ -150,9 +157,9 @@ STUDY = Study(
             judge=order(RECALL),
         ),
         Claim(
-            text="Stacks: KDA at least as good as Gated DeltaNet, Mamba-2 clearly behind",
-            paper="KDA 100, Gated DeltaNet 100, Mamba-2 0 (length 1024, figure); Mamba-2 100 at 256 and 512",
-            judge=order(STACK),
+            text="Stacks: KDA and Gated DeltaNet solve them (over 95 % on every seed)",
+            paper="100 and 100 at every length; Mamba-2 100 at 256 and 512, 0 beyond (figure)",
+            judge=stacks,
         ),
     ),
     published={

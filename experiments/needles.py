@@ -10,7 +10,7 @@ from experiments.harness import Arm, Cell, Claim, Results, Study, Summary, Sweep
 GATED, DELTA, MAMBA = "Gated DeltaNet", "DeltaNet", "Mamba-2"
 DISTRACTORS, PASSKEY, NUMBER, UUID = "distractors", "S-NIAH-1", "S-NIAH-2, other text", "S-NIAH-3, other text"
 LEARNT = 0.3
-"""Of digits; guessing is 0.1, and the digits of any needle in the text are right more often than that."""
+"""Share of digits right from which on something has been learnt; guessing gives 0.1."""
 
 SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
