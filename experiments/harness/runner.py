@@ -80,11 +80,16 @@ def _default_folder(study: Study[Any], options: argparse.Namespace) -> Path:
 
 
 def _key(file: dict[str, Any]) -> str:
-    return f"{file['cell']}/{file['arm']}/{file['config']['weight_decay']}"
+    config = file["config"]
+    return _name(file["cell"], file["arm"], config["weight_decay"], config["sweep"]["learning_rates"])
+
+
+def _name(cell: str, arm: str, weight_decay: float, rates: Sequence[float]) -> str:
+    return f"{cell}/{arm}/{weight_decay}/{list(rates)}"
 
 
 def _find(group: Group, known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    return known.get(f"{group.cell}/{group.arm}/{group.weight_decay}")
+    return known.get(_name(group.cell, group.arm, group.weight_decay, group.sweep.learning_rates))
 
 
 def _is_done(group: Group, known: dict[str, dict[str, Any]]) -> bool:
