@@ -170,7 +170,8 @@ STUDY = Mad(
     "sequences hold more and more keys never or rarely, while the first shows each about 32 times. The scale cpu is "
     "memorization's first setting: its 256 sequences, 400 steps unless all keys are known before (over 99.9 %, the "
     "benchmark's rule), all learning rates and decays, heads of 64, not 8, float32, not bfloat16. The scale gpu is the "
-    "first setting of all six tasks with 2000 of 20,000 steps, two learning rates, one decay and heads of 64. The learning rate falls at every step, not once an epoch.",
+    "first setting of all six tasks with 2000 of 20,000 steps, two learning rates, one decay and heads of 64. The "
+    "learning rate falls at every step, not once an epoch.",
     metric="macro",
     show=("macro", "token"),
     scales={
