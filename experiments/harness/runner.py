@@ -23,8 +23,8 @@ __all__ = ["main", "results_folder"]
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SCRATCH = Path("runs") / "experiments"
 ASSUMED_RATES = {"cpu": 8e7, "gpu": 2e11}
-"""FLOP/s for each channel of the hidden size, where nothing is recorded: what narrow models reach on a core, and a guess for a
-Hopper GPU."""
+"""FLOP/s for each channel of the hidden size, where nothing is recorded: what narrow models reach on a core, and a guess for
+a Hopper GPU."""
 
 
 def main(study: Study[Any], arguments: Sequence[str] | None = None) -> None:
