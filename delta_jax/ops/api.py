@@ -1,7 +1,9 @@
 """The public door of the op: checks the arguments and picks an implementation."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -26,17 +28,33 @@ class Arguments(NamedTuple):
     segment_ids: Array | None
 
 
-def _kernels(*arguments: Any, scale: float, chunk_size: int | None, erases: bool) -> tuple[Array, Array]:
+_STATIC = ("scale", "chunk_size", "erases")
+
+
+def _kernels() -> ModuleType:
+    """The kernels for the device that the code being traced is for."""
+    if platform() == "gpu":
+        from pallas_kernels import gpu
+
+        return gpu
     from pallas_kernels import tpu
 
-    return tpu.delta_rule(*arguments, scale=scale, chunk_size=chunk_size, erases=erases)
+    return tpu
 
 
-_STATIC = ("scale", "chunk_size", "erases")
+@functools.cache
+def _compiled(kernels: ModuleType) -> Callable[..., tuple[Array, Array]]:
+    return jax.jit(kernels.delta_rule, static_argnames=_STATIC)
+
+
+def _pallas(*arguments: Any, **options: Any) -> tuple[Array, Array]:
+    return _compiled(_kernels())(*arguments, **options)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "recurrent": jax.jit(recurrent, static_argnames=_STATIC),
     "xla": jax.jit(chunkwise, static_argnames=_STATIC),
-    "pallas": jax.jit(_kernels, static_argnames=_STATIC),
+    "pallas": _pallas,
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -47,15 +65,22 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def hopper() -> bool:
+    """Whether that device is a GPU of NVIDIA's Hopper generation."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return re.search(r"\bG?H(20|100|200|800)\b", device.device_kind) is not None
+
+
 def implementations() -> dict[str, str | None]:
     """What `implementation=` accepts here: None beside a name that can run, else the sentence that says why it cannot."""
     return {name: _unavailable(name) for name in IMPLEMENTATIONS}
 
 
 def _unavailable(name: str) -> str | None:
-    if name == "pallas" and platform() != "tpu":
-        return f"the Pallas kernels run on TPUs, and this is a {platform()}"
-    return None
+    if name != "pallas" or platform() == "tpu" or (platform() == "gpu" and hopper()):
+        return None
+    here = "another GPU" if platform() == "gpu" else f"a {platform()}"
+    return f"the Pallas kernels run on TPUs and on Hopper GPUs, and this is {here}"
 
 
 def delta_rule(
@@ -90,9 +115,10 @@ def delta_rule(
       segment_ids: integers `[batch, time]` of packed sequences: the state is reset to zero where the id changes.
       scale: multiplies the output. Default `key ** -0.5`.
       chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, the fastest on a CPU. The
-        Pallas kernels work on 128 tokens at a time whatever it says.
-      implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs; key and
-        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16), or None: "pallas" where it can run, else "xla".
+        Pallas kernels work on 128 (TPU) or 64 (GPU) tokens at a time whatever it says.
+      implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs: key and
+        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for Hopper GPUs: sizes of 64, 128 and 256,
+        bfloat16), or None: "pallas" where it can run, else "xla".
 
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32
@@ -167,9 +193,7 @@ def delta_rule_step(
     erase = k if erase_t is None else repeat(erase_t.astype(dtype))
     beta, g = (None if x is None else x.astype(dtype) for x in (beta_t, g_t))
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    step = recurrence.step
-    if implementation == "pallas":
-        from pallas_kernels.tpu import delta_rule_step as step
+    step = _kernels().delta_rule_step if implementation == "pallas" else recurrence.step
     o, state = step(state.astype(dtype), q, k, v_t.astype(dtype), beta, g, erase, scale)
     return o.astype(v_t.dtype), state
 
@@ -197,9 +221,7 @@ def _choose(wanted: str | None, q: Array, v: Array) -> str:
         return wanted
     reason = _unavailable("pallas")
     if reason is None:
-        from pallas_kernels.tpu import unsupported
-
-        reason = unsupported(q, v)
+        reason = _kernels().unsupported(q, v)
     if reason is not None and wanted == "pallas":
         raise ValueError(f"implementation='pallas' cannot run here: {reason}.")
     return "xla" if reason else "pallas"

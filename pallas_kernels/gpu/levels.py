@@ -1,0 +1,47 @@
+"""Gates per channel: a chunk's decays by the block size at which two tokens meet.
+
+Decayed scores, sum_d x_i[d] k_j[d] exp(g_{j+1}[d] + ... + g_i[d]) for i > j, are split by the block size n at which i and j
+meet (1, 2, ..., 32; j in the left half of a block of 2 n tokens, i in the right). The exponent is a sum over the tokens from
+j to the middle of that block and one from there to i: a level is one product of factors on queries and keys, none of which
+is above one for gates that are not above zero. The exponents of a level are a product too: a matrix of zeros and ones, which
+gates every token takes, with the gates, in float32 as the sum of two bfloat16. They are sums over the very tokens they
+belong to, never differences of sums, so a gate of any size leaves its neighbours exact.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.plan import CHUNK
+from pallas_kernels.gpu.warpgroup import Ref, indices, product, put
+
+LEVELS = (1, 2, 4, 8, 16, 32)
+
+
+def meets(size: int) -> Array:
+    """Which pairs of tokens meet in a block of two times `size`, the row right of its middle and the column left."""
+    row, column = indices(CHUNK, CHUNK)
+    return (row // (2 * size) == column // (2 * size)) & (row // size % 2 == 1) & (column // size % 2 == 0)
+
+
+def takes(level: int | Literal["start", "end"]) -> Array:
+    """Which gates (columns) are in a token's factor (rows): up to it from the middle of its block, or after it to there.
+
+    From the start of the chunk, or to its end, likewise.
+    """
+    token, gate = indices(CHUNK, CHUNK)
+    if level == "start":
+        return gate <= token
+    if level == "end":
+        return gate > token
+    right = token // level % 2 == 1
+    return (token // level == gate // level) & ((right & (gate <= token)) | (~right & (gate > token)))
+
+
+def factors(level: int | Literal["start", "end"], gates: Ref, matrix: Ref) -> Array:
+    """The decays of a level, `[64, channels]`, from split gates `[2, 64, channels]`; leaves `takes` in `matrix`."""
+    put(matrix, jnp.where(takes(level), 1.0, 0.0))
+    plgpu.commit_smem()
+    return jnp.exp2(product((matrix, gates.at[0]), (matrix, gates.at[1])))
