@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.levels import meets
 from pallas_kernels.gpu.plan import CHUNK
 from pallas_kernels.gpu.warpgroup import Ref, indices, product, put_split, split_pairs
 
@@ -19,13 +20,12 @@ from pallas_kernels.gpu.warpgroup import Ref, indices, product, put_split, split
 def invert(lower: Array, matrix: Ref, x: Ref, joined: Ref) -> None:
     """Writes X into `x`; all three references are split matrices `[2, 64, 64]`, `matrix` and `joined` scratch."""
     row, column = indices(CHUNK, CHUNK)
-    result = jnp.where(row == column, 1.0, 0.0) - jnp.where(row // 2 == column // 2, lower, 0.0)
+    result = jnp.where(row == column, 1.0, 0.0) - jnp.where((row ^ column) < 2, lower, 0.0)
     put_split(matrix, lower)
     put_split(x, result)
     for n in (2, 4, 8, 16, 32):
         plgpu.commit_smem()
-        joins = (row // (2 * n) == column // (2 * n)) & (row // n % 2 == 1) & (column // n % 2 == 0)
-        put_split(joined, jnp.where(joins, product(*split_pairs(matrix, x)), 0.0))
+        put_split(joined, jnp.where(meets(n), product(*split_pairs(matrix, x)), 0.0))
         plgpu.commit_smem()
         result = result - product(*split_pairs(x, joined))
         put_split(x, result)

@@ -23,25 +23,26 @@ LEVELS = (1, 2, 4, 8, 16, 32)
 def meets(size: int) -> Array:
     """Which pairs of tokens meet in a block of two times `size`, the row right of its middle and the column left."""
     row, column = indices(CHUNK, CHUNK)
-    return (row // (2 * size) == column // (2 * size)) & (row // size % 2 == 1) & (column // size % 2 == 0)
+    return ((row ^ column) < 2 * size) & ((row & size) > (column & size))
 
 
 def takes(level: int | Literal["start", "end"]) -> Array:
-    """Which gates (columns) are in a token's factor (rows): up to it from the middle of its block, or after it to there.
+    """Ones for the gates (columns) in a token's factor (rows): up to it from the middle of its block, or after it to there.
 
     From the start of the chunk, or to its end, likewise.
     """
     token, gate = indices(CHUNK, CHUNK)
+    up_to = jnp.where(gate <= token, 1.0, 0.0)
     if level == "start":
-        return gate <= token
+        return up_to
     if level == "end":
-        return gate > token
-    right = token // level % 2 == 1
-    return (token // level == gate // level) & ((right & (gate <= token)) | (~right & (gate > token)))
+        return 1.0 - up_to
+    of_side = jnp.where((token & level) > 0, up_to, 1.0 - up_to)
+    return jnp.where((token ^ gate) < level, of_side, 0.0)
 
 
 def factors(level: int | Literal["start", "end"], gates: Ref, matrix: Ref) -> Array:
     """The decays of a level, `[64, channels]`, from split gates `[2, 64, channels]`; leaves `takes` in `matrix`."""
-    put(matrix, jnp.where(takes(level), 1.0, 0.0))
+    put(matrix, takes(level))
     plgpu.commit_smem()
     return jnp.exp2(product((matrix, gates.at[0]), (matrix, gates.at[1])))

@@ -4,19 +4,21 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from members import MEMBERS, evaluate, problem, reference, relative_error, rounded
+from members import MEMBERS, evaluate, op_of, problem, reference, relative_error, rounded
 
-from delta_jax.ops import api
+from delta_jax import delta_rule, delta_rule_step
+from delta_jax.ops import api, implementations
 from pallas_kernels.gpu import warpgroup
 
 SIZES = {"time": 140, "shape": (1, 1, 2, 64, 64)}
-MEMBERS = {
-    n: x for n, x in MEMBERS.items() if n not in ("gated_linear_attention", "kimi_delta_attention", "gated_delta_net_2")
-}
 each_member = pytest.mark.parametrize("member", MEMBERS)
+# The interpreter's programs take long to compile: tests that need no gradient, or that vary shapes, take some members.
+some_members = pytest.mark.parametrize("member", ["gated_delta_net", "gated_delta_net_2"])
 
 
 @contextlib.contextmanager
@@ -32,31 +34,101 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _interpreted():
+    jax.clear_caches()  # interpreted kernels are large programs, and hundreds of them exhaust the process's memory maps
     with interpreted():
         yield
+    jax.clear_caches()  # the TPU kernels have the same name in the cache of `evaluate`
 
 
-def as_good_as_rounding(got, want, inputs, cotangents, member, times=2.0, **options):
-    """No output or gradient is further from the reference than `times` what rounding inputs and results does to it."""
-    best = reference(member, {n: rounded(x) for n, x in inputs.items()}, tuple(map(rounded, cotangents)), **options)
+def compare(member, inputs, cotangents, hard="plain", reference_options=None, **options):
+    """No output or gradient is further from the reference than twice what rounding inputs and results does to it.
+
+    On hard inputs rounding may do nothing at all; there the limit is 1%, two and a half units of the last place.
+    """
+    reference_options = options if reference_options is None else reference_options
+    want = reference(member, inputs, cotangents, **reference_options)
+    nearest = {name: rounded(x) for name, x in inputs.items()}
+    best = reference(member, nearest, tuple(map(rounded, cotangents)), **reference_options)
+    got = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="pallas", **options)
     for name, x in want.items():
-        limit = times * relative_error(best[name] if name == "state" else rounded(best[name]), x)
-        assert relative_error(got[name], x) <= limit, f"{name}: {relative_error(got[name], x):.2e} > {limit:.2e}"
+        limit = 2 * relative_error(best[name] if name == "state" else rounded(best[name]), x)
+        limit = limit if hard == "plain" else max(limit, 0.01)
+        if hard == "repeated_keys" and name == "d_g":
+            limit = 0.05  # a token overwrites what the gates have scaled: what is left is a difference of large sums
+        assert relative_error(got[name], x) <= limit, (
+            f"{hard}, {name}: {relative_error(got[name], x):.2e} > {limit:.2e}"
+        )
+    return got
 
 
 @each_member
 def test_as_good_as_rounding_the_inputs(member):
-    """Inputs a model has, and the hard ones that bfloat16 can hold: one compiled program a member."""
-    for hard in ("plain", "gate_-1e4_sometimes", "repeated_keys"):
+    """Inputs a model has, hard ones that bfloat16 can hold, and packed segments."""
+    for hard in ("plain", "gate_-1e4_sometimes", "repeated_keys", "reflections", "zeros"):
         inputs, cotangents = problem(member, hard, **SIZES)
-        want = reference(member, inputs, cotangents)
-        if hard == "repeated_keys":  # a token overwrites what the gates have scaled: what they change is only rounding
-            want.pop("d_g", None)
-        got = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="pallas")
-        try:
-            as_good_as_rounding(got, want, inputs, cotangents, member, 3.0 if hard == "repeated_keys" else 2.0)
-        except AssertionError as error:
-            raise AssertionError(f"{hard}: {error}") from None
+        got = compare(member, inputs, cotangents, hard)
+    again = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="pallas")
+    assert all(np.array_equal(got[name], again[name]) for name in got)
+
+
+@some_members
+def test_packed_segments(member):
+    inputs, cotangents = problem(member, **SIZES)
+    segment_ids = np.repeat([3, 9, 3, 4], [17, 1, 40, 82])[None]
+    compare(member, inputs, cotangents, "packed", segment_ids=segment_ids)
+
+
+@some_members
+@pytest.mark.parametrize(
+    ("time", "shape"), [(70, (1, 1, 1, 128, 128)), (64, (2, 1, 1, 64, 128)), (3, (1, 2, 2, 128, 64))]
+)
+def test_sizes(member, time, shape):
+    inputs, cotangents = problem(member, time=time, shape=shape)
+    compare(member, inputs, cotangents)
+
+
+def test_keys_of_256():
+    inputs, cotangents = problem("gated_delta_net", time=70, shape=(1, 1, 1, 256, 256))
+    compare("gated_delta_net", inputs, cotangents)
+
+
+def test_erase_keys_of_their_own_for_every_value_head():
+    inputs, cotangents = problem("online_scaled", **SIZES)
+    shape = (*inputs["v"].shape[:3], inputs["k"].shape[3])
+    inputs["erase"] = np.random.default_rng(3).standard_normal(shape) / shape[3] ** 0.5
+    compare("online_scaled", inputs, cotangents)
+
+
+def test_many_chunks_go_through_the_ring():
+    """Ten chunks, more than are in shared memory at a time."""
+    inputs, cotangents = problem("gated_delta_net", time=640, shape=(1, 1, 1, 64, 64))
+    compare("gated_delta_net", inputs, cotangents)
+
+
+@some_members
+def test_splitting_and_carrying_the_state_equals_one_call(member):
+    inputs, _ = problem(member, **SIZES)
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    carried = arrays.pop("initial_state").astype(jnp.float32)
+    whole, state = op_of(member)(**arrays, initial_state=carried, implementation="pallas")
+    parts = []
+    for start in (0, 70):  # not at a chunk: what is rounded is another
+        piece = {name: x[:, start : start + 70] for name, x in arrays.items()}
+        o, carried = op_of(member)(**piece, initial_state=carried, implementation="pallas")
+        parts.append(o)
+    assert relative_error(np.asarray(np.concatenate(parts, 1), np.float64), np.asarray(whole, np.float64)) < 2**-7
+    assert relative_error(np.asarray(carried), np.asarray(state)) < 2**-7
+
+
+@some_members
+def test_vmap_joins_the_batch(member):
+    inputs, _ = problem(member, **(SIZES | {"shape": (2, 1, 1, 64, 64)}))
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    want = op_of(member)(**arrays, implementation="pallas")
+    one = jax.tree.map(lambda x: x[:, None], arrays)
+    got = jax.vmap(lambda x: op_of(member)(**x, implementation="pallas"))(one)
+    for x, y in zip(got, want, strict=True):
+        assert np.array_equal(np.asarray(x[:, 0]), np.asarray(y))
 
 
 @each_member
