@@ -20,7 +20,7 @@ from pallas_kernels.gpu.warpgroup import (
     load,
     loaded,
     place,
-    product,
+    products,
     put,
     read,
     shared,
@@ -50,20 +50,19 @@ class Gradients(NamedTuple):
     d_k: Ref
     d_erase: Ref  # None where k erases: its cotangent then holds both
     d_gates: Ref  # a gate per channel, but for the whole: float32 [batch, time, heads, key]
-    sums: (
-        Ref  # float32 [batch, heads, chunks, key blocks, kinds, 64]; WRITES and READS are to be summed over the blocks
-    )
+    # READS and WRITES are to be summed over the blocks of the key
+    sums: Ref  # float32 [batch, heads, chunks, key blocks, kinds, 64]
     whole: Ref  # the row sums of S * dS', float32 [batch, heads, chunks, key]
 
 
 class Products(NamedTuple):
-    """What the values give, `[64, 64]`."""
+    """What the values give, `[64, 64]`; None for what nothing erases."""
 
-    d_p: Array  # dO Y^T
-    d_a: Array  # dB Y^T
-    d_q: Array  # dO S^T
-    d_erase: Array  # dB S^T
-    d_k: Array  # Y dS'^T
+    d_p: Any  # dO Y^T
+    d_a: Any  # dB Y^T
+    d_q: Any  # dO S^T
+    d_erase: Any  # dB S^T
+    d_k: Any  # Y dS'^T
 
 
 class Cotangents(NamedTuple):
@@ -181,13 +180,16 @@ def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:
         loaded(values.full)
         here.sums[DIRECT] = jnp.sum(read(values.y) * read(values.d_b), axis=1)
         here.whole[...] = jnp.sum(read(values.state) * read(values.d_state), axis=1)
-        return Products(
-            d_p=product((values.d_o, turned(values.y))),
-            d_a=product((values.d_b, turned(values.y))),
-            d_q=product((values.d_o, turned(values.state))),
-            d_erase=product((values.d_b, turned(values.state))),
-            d_k=product((values.y, turned(values.d_state))),
+        pairs = Products(
+            d_p=(values.d_o, turned(values.y)),
+            d_a=(values.d_b, turned(values.y)),
+            d_q=(values.d_o, turned(values.state)),
+            d_erase=(values.d_b, turned(values.state)),
+            d_k=(values.y, turned(values.d_state)),
         )
+        wanted = [n for n, x in enumerate(pairs) if plan.erases or x[0] is not values.d_b]
+        found = dict(zip(wanted, products(*([pairs[n]] for n in wanted)), strict=True))
+        return Products(*(found.get(n) for n in range(len(pairs))))
 
     tile = shared(CHUNK, plan.value)
     values = Values(*(tile,) * 5, full=plgpu.Barrier(num_arrivals=5))

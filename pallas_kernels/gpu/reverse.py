@@ -36,6 +36,7 @@ from pallas_kernels.gpu.warpgroup import (
     loaded,
     place,
     product,
+    products,
     put,
     put_split,
     read,
@@ -92,9 +93,9 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
             put(scratch.new, d_state)
             store((scratch.new, results.d_states.at[batch, head, index, :, channels]))
             loaded(scratch.full.at[slot])
-            d_new = product((here.k, scratch.new))
-            d_new = d_new * scalar(END) if plan.gate == "head" else d_new
-            d_b = scalar(BETA) * (d_new + product((turned(here.p), here.v)))
+            d_written, d_read = products([(here.k, scratch.new)], [(turned(here.p), here.v)])
+            d_written = d_written * scalar(END) if plan.gate == "head" else d_written
+            d_b = scalar(BETA) * (d_written + d_read)
             if plan.erases:
                 put_split(scratch.d_y, d_b)
                 plgpu.commit_smem()

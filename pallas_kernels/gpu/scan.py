@@ -32,6 +32,7 @@ from pallas_kernels.gpu.warpgroup import (
     loaded,
     place,
     product,
+    products,
     put,
     put_split,
     read,
@@ -200,11 +201,14 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
             if for_backward:
                 store((scratch.old, results.states.at[batch, head, index, :, channels]))
             y = read(here.v)
+            reading = [[(here.q, scratch.old)]] if outputs else []
             if plan.erases:
-                known = product((erase, scratch.old))
+                known, *reads = products([(erase, scratch.old)], *reading)
                 put_split(scratch.unknown, y - (known * scalar(START) if plan.gate == "head" else known))
                 plgpu.commit_smem()
                 y = product(*split_pairs(here.x, scratch.unknown))
+            else:
+                reads = products(*reading) if reading else []
             new = y * scalar(BETA)
             put(scratch.writes.at[0], new)
             if plan.gate == "head":
@@ -214,15 +218,15 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
                 store((scratch.out, results.y.at[now]))
             else:
                 plgpu.commit_smem()
-                reads = product((here.q, scratch.old))
-                if plan.gate == "head":
-                    reads = reads * scalar(START)
-                if plan.gate != "channel":
-                    reads = reads * plan.scale
-                put(scratch.out, reads + product((here.p, scratch.writes.at[0])))
-                store((scratch.out, results.o.at[now]))
             written = scratch.writes.at[1 if plan.gate == "head" else 0]
-            state = decayed_state(plan, here, state) + product((turned(here.k), written))
+            among = [[(here.p, scratch.writes.at[0])]] if outputs else []
+            update, *new_reads = products([(turned(here.k), written)], *among)
+            state = decayed_state(plan, here, state) + update
+            if outputs:
+                known = reads[0] * scalar(START) if plan.gate == "head" else reads[0]
+                known = known if plan.gate == "channel" else known * plan.scale
+                put(scratch.out, known + new_reads[0])
+                store((scratch.out, results.o.at[now]))
             plgpu.barrier_arrive(scratch.empty.at[slot])
             return state
 

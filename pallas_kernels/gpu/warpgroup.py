@@ -5,7 +5,7 @@ rows or its columns lies as a reduction of it. Operands of a product lie in shar
 (64 where a tile is 32 wide), and the two operands of a product must have the same width of tiles.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -101,16 +101,25 @@ def turned(ref: Ref) -> Ref:
     return ref.transpose((1, 0))
 
 
+Pairs = Sequence[tuple[Ref, Ref]]
+
+
+def products(*sums: Pairs) -> list[Array]:
+    """Sums of products of pairs of tiles, in float32; all are under way before the first is waited for."""
+
+    def run(*accumulators: Ref) -> list[Array]:
+        for accumulator, pairs in zip(accumulators, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+        return [accumulator[...] for accumulator in accumulators]
+
+    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
 def product(*pairs: tuple[Ref, Ref]) -> Array:
     """The sum of the products of pairs of tiles, in float32."""
-
-    def run(accumulator: Ref) -> Array:
-        for a, b in pairs:
-            plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    a, b = pairs[0]
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return products(pairs)[0]
 
 
 def put(ref: Ref, x: Array) -> None:

@@ -48,8 +48,9 @@ def check(member, inputs, cotangents, hard="plain", **options):
 
 @each_member
 def test_as_good_as_rounding_the_inputs(member):
-    """Inputs a model has, hard ones that bfloat16 can hold, and packed segments."""
-    for hard in ("plain", "gate_-1e4_sometimes", "repeated_keys", "reflections", "zeros"):
+    """Inputs a model has, and hard ones that bfloat16 can hold."""
+    gated = "g" in problem(member, time=1)[0]
+    for hard in ("plain", "repeated_keys", "gate_-1e4_sometimes" if gated else "zeros"):
         inputs, cotangents = problem(member, hard, **SIZES)
         got = check(member, inputs, cotangents, hard)
     again = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="pallas")
