@@ -40,13 +40,16 @@ def kernel(
     name: str,
     warpgroups: int = 1,
 ) -> Any:
-    """Runs `body(inputs, outputs, scratch)`, trees of references, once for every point of the named grid."""
+    """Runs `body(inputs, outputs, scratch)`, trees of references, once for every point of the named grid.
+
+    Programs that differ in the first name of the grid alone run one after another, if not together.
+    """
     (results,) = plgpu.kernel(
         body,
         out_type=[outputs],
         scratch_types=[scratch],
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=tuple(reversed(grid.values())),
+        grid_names=tuple(reversed(grid)),
         num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name=name,
