@@ -10,7 +10,7 @@ a level, transposed, times what the level gives to the keys, times the keys. Wha
 and what writes to the one at its end are two levels more.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.arrays import BETA
 from pallas_kernels.gpu.cotangents import COLUMNS, WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
-from pallas_kernels.gpu.levels import LEVELS, factors, meets
+from pallas_kernels.gpu.levels import factors, meets, over_levels
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.warpgroup import (
     Ref,
@@ -84,28 +84,32 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> Gradients:
         plgpu.commit_smem()
         d_q = d_q + product((scratch.part.at[0], k))
         d_k = d_k + product((scratch.part.at[0], q))
-        for level in LEVELS:
-            factor = factors(level, here.gates, scratch.takes)
+
+        def level(size: Array, now: Any) -> Any:
+            d_q, d_k, d_gates, d_erase = now
+            factor = factors(size, here.gates, scratch.takes)
             put(scratch.q, read(q) * factor)
             put(scratch.k, read(k) * factor)
-            put(scratch.part.at[0], jnp.where(meets(level), read(scratch.scores.at[0]), 0.0))
+            put(scratch.part.at[0], jnp.where(meets(size), read(scratch.scores.at[0]), 0.0))
             pairs = [(turned(scratch.part.at[0]), scratch.q)]
             if plan.erases:
                 decayed = scratch.k
                 if plan.erase_heads:
                     decayed = scratch.erase
                     put(decayed, read(erase) * factor)
-                put(scratch.part.at[1], jnp.where(meets(level), read(scratch.scores.at[1]), 0.0))
+                put(scratch.part.at[1], jnp.where(meets(size), read(scratch.scores.at[1]), 0.0))
                 pairs.append((turned(scratch.part.at[1]), decayed))
             plgpu.commit_smem()
             d_read = product((scratch.part.at[0], scratch.k)) * factor
             d_q, terms = d_q + d_read, read(q) * d_read
-            if d_erase is not None:
+            if plan.erases:
                 d_read = product((scratch.part.at[1], scratch.k)) * factor
                 d_erase, terms = d_erase + d_read, terms + read(erase) * d_read
             d_write = product(*pairs) * factor
             d_k, terms = d_k + d_write, terms + read(k) * d_write
-            d_gates = d_gates + gives(terms)
+            return d_q, d_k, d_gates + gives(terms), d_erase
+
+        d_q, d_k, d_gates, d_erase = over_levels(level, (d_q, d_k, d_gates, d_erase))
         put(scratch.gates, d_gates)
         return Cotangents(d_q, d_k, d_erase, scratch.gates)
 

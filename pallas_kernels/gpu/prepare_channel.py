@@ -8,13 +8,13 @@ chunk up to and after a token: scale exp(G) Q, exp(G) E, exp(Z) K, and exp(G_64)
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.arrays import BETA, Operands, Prepared, Tokens, keys_of, prepared_shapes
 from pallas_kernels.gpu.inverse import invert
-from pallas_kernels.gpu.levels import LEVELS, factors, meets
+from pallas_kernels.gpu.levels import factors, meets, over_levels
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.warpgroup import (
     Ref,
@@ -43,7 +43,7 @@ class Scratch(NamedTuple):
     gates: Ref  # [2, 64, 64]
     scalars: Ref  # [kinds, 64]
     matrices: tuple[Ref, Ref, Ref]  # [2, 64, 64]
-    whole: Ref  # exp(G_64) of all channels [key]
+    whole: Ref  # exp(G_64), [64]
     full: Ref
     scalars_full: Ref
 
@@ -54,22 +54,26 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
         one, two, three = here.matrices
         now = (batch, pl.ds(chunk * CHUNK, CHUNK), head)
         load(here.scalars_full, (tokens.scalars.at[batch, head, chunk], here.scalars))
-        p, a = zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)
-        for block in range(plan.key_blocks):
+
+        def channels_of(block: Array, scores: tuple[Array, Array]) -> tuple[Array, Array]:
             stored()
             channels = pl.ds(block * BLOCK, BLOCK)
             _fetch(plan, tokens, here, batch, head, chunk, channels)
-            p, a = _scores(plan, here, one.at[0], p, a)
-            _decay_keys(plan, here, one.at[0], here.whole.at[channels])
+            scores = _scores(plan, here, one.at[0], *scores)
+            _decay_keys(plan, here, one.at[0])
             copies = [
                 (here.decayed.q, done.query_in.at[(*now, channels)]),
                 (here.decayed.k, done.keys_out.at[(*now, channels)]),
+                (here.whole, done.whole.at[batch, head, chunk, channels]),
             ]
             if plan.erases:
                 copies.append((here.decayed.erase, done.erase_in.at[(*now, channels)]))
             store(*copies)
+            return scores
+
+        p, a = lax.fori_loop(0, plan.key_blocks, channels_of, (zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)))
         put(three.at[0], p * plan.scale)
-        copies = [(three.at[0], done.p.at[batch, head, chunk]), (here.whole, done.whole.at[batch, head, chunk])]
+        copies = [(three.at[0], done.p.at[batch, head, chunk])]
         if done.a is not None:
             put(three.at[1], a)
             copies.append((three.at[1], done.a.at[batch, head, chunk]))
@@ -92,7 +96,7 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
             gates=shared(2, CHUNK, BLOCK),
             scalars=vectors(*tokens.scalars.shape[-2:]),
             matrices=(matrix,) * 3,
-            whole=vectors(plan.key),
+            whole=vectors(BLOCK),
             full=plgpu.Barrier(num_arrivals=4 + (plan.erase_heads > 0)),
             scalars_full=plgpu.Barrier(),
         ),
@@ -118,8 +122,10 @@ def _scores(plan: Plan, here: Scratch, matrix: Ref, p: Array, a: Array) -> tuple
     row, column = indices(CHUNK, CHUNK)
     keys, decayed = here.keys, here.decayed
     p = p + jnp.where(row == column, product((keys.q, turned(keys.k))), 0.0)
-    for level in LEVELS:
-        factor = factors(level, here.gates, matrix)
+
+    def level(size: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        p, a = now
+        factor = factors(size, here.gates, matrix)
         put(decayed.q, read(keys.q) * factor)
         put(decayed.k, read(keys.k) * factor)
         erase = decayed.k
@@ -127,19 +133,21 @@ def _scores(plan: Plan, here: Scratch, matrix: Ref, p: Array, a: Array) -> tuple
             erase = decayed.erase
             put(erase, read(keys.erase) * factor)
         plgpu.commit_smem()
-        p = p + jnp.where(meets(level), product((decayed.q, turned(decayed.k))), 0.0)
+        p = p + jnp.where(meets(size), product((decayed.q, turned(decayed.k))), 0.0)
         if plan.erases:
-            a = a + jnp.where(meets(level), product((erase, turned(decayed.k))), 0.0)
-    return p, a
+            a = a + jnp.where(meets(size), product((erase, turned(decayed.k))), 0.0)
+        return p, a
+
+    return over_levels(level, (p, a))
 
 
-def _decay_keys(plan: Plan, here: Scratch, matrix: Ref, whole: Ref) -> None:
+def _decay_keys(plan: Plan, here: Scratch, matrix: Ref) -> None:
     """Leaves the keys as the state meets them, and the decay of the whole chunk."""
     start = factors("start", here.gates, matrix)
     put(here.decayed.q, read(here.keys.q) * (start * plan.scale))
     if plan.erases:
         put(here.decayed.erase, read(here.keys.erase if plan.erase_heads else here.keys.k) * start)
     row, _ = indices(CHUNK, BLOCK)
-    whole[...] = jnp.sum(jnp.where(row == CHUNK - 1, start, 0.0), axis=0)
+    here.whole[...] = jnp.sum(jnp.where(row == CHUNK - 1, start, 0.0), axis=0)
     plgpu.commit_smem()
     put(here.decayed.k, read(here.keys.k) * factors("end", here.gates, matrix))

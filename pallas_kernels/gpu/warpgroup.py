@@ -5,7 +5,7 @@ rows or its columns lies as a reduction of it. Operands of a product lie in shar
 (64 where a tile is 32 wide), and the two operands of a product must have the same width of tiles.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def kernel(
     inputs: Any,
     outputs: Any,
     scratch: Any,
-    grid: Mapping[str, int],
+    grid: dict[str, int],
     name: str,
     warpgroups: int = 1,
 ) -> Any:
