@@ -30,6 +30,7 @@ from pallas_kernels.gpu.warpgroup import (
     loaded,
     place,
     product,
+    products,
     put,
     put_split,
     shared,
@@ -63,23 +64,23 @@ def prepare(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
         load(here.full, *copies, (tokens.scalars.at[batch, head, chunk], here.scalars))
         loaded(here.full)
         decay = pair_decay(plan, here.scalars, one, two)
-        p = product((here.q, turned(here.k))) * decay
-        put(three.at[0], p * plan.scale)
+        scores = [[(here.q, turned(here.k))]]
         if plan.erases:
-            erase = here.erase if plan.erase_heads else here.k
+            scores.append([(here.erase if plan.erase_heads else here.k, turned(here.k))])
+        p, *others = products(*scores)
+        put(three.at[0], p * decay * plan.scale)
+        copies = [(three.at[0], done.p.at[batch, head, chunk])]
+        if plan.erases:
             row, column = indices(CHUNK, CHUNK)
-            a = jnp.where(row > column, product((erase, turned(here.k))) * decay, 0.0)
-            write_a = done.a is not None
-            if write_a:
-                put(three.at[1], a)
-            store((three.at[0], done.p.at[batch, head, chunk]))
-            if write_a:
-                store((three.at[1], done.a.at[batch, head, chunk]))
+            a = jnp.where(row > column, others[0] * decay, 0.0)
+        if done.a is not None:
+            put(three.at[1], a)
+            copies.append((three.at[1], done.a.at[batch, head, chunk]))
+        store(*copies)
+        if plan.erases:
             stored()
             invert(a * each_column(along_columns(here.scalars.at[BETA]), CHUNK), one, two, three)
             store((two, done.x.at[batch, head, chunk]))
-        else:
-            store((three.at[0], done.p.at[batch, head, chunk]))
         stored(and_written=True)
 
     keys, matrix = shared(CHUNK, plan.key), shared(2, CHUNK, CHUNK)
