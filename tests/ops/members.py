@@ -226,3 +226,26 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """Root-mean-square error over the root mean square of the reference; infinite where that is 0 and `got` is not."""
     error, size = np.sqrt(np.mean(np.square(got - want))), np.sqrt(np.mean(np.square(want)))
     return float(error / size) if size else (0.0 if error == 0 else np.inf)
+
+
+def beyond_rounding(
+    member: str, hard: str, inputs: Inputs, cotangents: tuple[np.ndarray, np.ndarray], got: Inputs, **options: Any
+) -> list[str]:
+    """What of a bfloat16 result is further from the reference than twice what rounding inputs and results does to it.
+
+    On hard inputs rounding may do nothing at all; there the limit is 1%, two and a half units of the last place.
+    """
+    want = reference(member, inputs, cotangents, **options)
+    nearest = {name: rounded(x) for name, x in inputs.items()}
+    best = reference(member, nearest, tuple(map(rounded, cotangents)), **options)
+    found = []
+    for name, x in want.items():
+        limit = 2 * relative_error(best[name] if name == "state" else rounded(best[name]), x)
+        if hard != "plain":
+            limit = max(limit, 0.01)
+        if hard == "repeated_keys" and name == "d_g":
+            limit = 0.05  # a token overwrites what the gates have scaled: what is left is a difference of large sums
+        error = relative_error(got[name], x)
+        if not error <= limit:
+            found.append(f"{member}, {hard}, {name}: {error:.2e} > {limit:.2e}")
+    return found

@@ -1,0 +1,58 @@
+"""How the work is cut, from the shapes alone; and what is not supported."""
+
+import dataclasses
+from typing import Literal
+
+from jax import Array
+
+CHUNK = 64  # tokens a chunk: the rows of one product of a warpgroup
+SIZES = (64, 128, 256)
+BLOCK = 64  # channels of a key, or of a value, that a program handles at a time
+MULTIPROCESSORS = 132  # of an H100 SXM and an H200
+SHARED_BYTES = 227 * 1024  # shared memory that one block of threads may use
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static choices of a call, whose tokens are padded to whole chunks."""
+
+    batch: int
+    key_heads: int
+    heads: int
+    chunks: int
+    key: int
+    value: int
+    gate: Literal["none", "head", "channel"]
+    erase_heads: int  # heads of an erase key of its own; 0 where the write key erases
+    erases: bool
+    scale: float
+
+    @property
+    def per_key(self) -> int:
+        """Value heads that share a key head."""
+        return self.heads // self.key_heads
+
+    @property
+    def value_block(self) -> int:
+        """Channels of the value a program of a sequential pass carries: fewer where registers or programs are few."""
+        few = self.batch * self.heads * (self.value // BLOCK) < MULTIPROCESSORS
+        return 32 if few or self.key == 256 else BLOCK
+
+    @property
+    def key_blocks(self) -> int:
+        return self.key // BLOCK
+
+    @property
+    def own_erase(self) -> bool:
+        """Whether the key that erases is another array than the one that writes."""
+        return self.erases and (self.erase_heads > 0 or self.gate == "channel")
+
+
+def unsupported(q: Array, v: Array) -> str | None:
+    """Why the kernels cannot take queries and values of these shapes and dtypes; None if they can."""
+    if {str(q.dtype), str(v.dtype)} != {"bfloat16"}:
+        return f"the Pallas GPU kernels take bfloat16, not {v.dtype if str(q.dtype) == 'bfloat16' else q.dtype}"
+    for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
+        if size not in SIZES:
+            return f"the Pallas GPU kernels take {name} sizes of {', '.join(map(str, SIZES))}, not {size}"
+    return None

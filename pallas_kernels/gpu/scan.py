@@ -1,0 +1,281 @@
+"""The sequential pass: a state stays in registers while all its chunks pass.
+
+With the symbols of `pallas_kernels.gpu.prepare` and Z the sums of the gates of a chunk after a token:
+
+    B = V - (exp(G) E) S                                 what the state does not know yet
+    Y = X B                                              what is left of it once the earlier writes are known
+    O = scale (exp(G) Q) S + P diag(b) Y
+    S' = exp(G_64) S + (exp(Z) K)^T diag(b) Y
+
+A program carries a block of the value's channels of one head. One warpgroup computes, another one fetches what the next
+chunks need; a chunk is a chain of three products, for the update waits for Y and Y for what the state knows.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_tokens, operands_of
+from pallas_kernels.gpu.plan import CHUNK, SHARED_BYTES, Plan
+from pallas_kernels.gpu.warpgroup import (
+    Ref,
+    along_rows,
+    each_row,
+    kernel,
+    load,
+    loaded,
+    place,
+    product,
+    products,
+    put,
+    put_split,
+    read,
+    shared,
+    split_pairs,
+    store,
+    stored,
+    turned,
+    vectors,
+    zeros,
+)
+
+
+class Inputs(NamedTuple):
+    tokens: Tokens
+    done: Prepared
+    state: Ref  # float32 [batch, heads, key, value], or None: zero
+
+
+class Results(NamedTuple):
+    """What the forward gives, the first two; or what the backward wants to know again, the others."""
+
+    o: Ref  # [batch, time, heads, value]
+    state: Ref  # float32 [batch, heads, key, value]
+    states: Ref  # the state before every chunk, bfloat16 [batch, heads, chunks, key, value]
+    y: Ref  # Y, bfloat16 [batch, time, heads, value]
+
+
+class Chunk(NamedTuple):
+    """What a chunk needs: shared memory, or where it comes from."""
+
+    q: Ref  # [64, key]
+    k: Ref
+    erase: Ref
+    v: Ref  # [64, value_block]
+    p: Ref  # [64, 64]
+    x: Ref  # [2, 64, 64]
+    scalars: Ref  # [kinds, 64]
+    whole: Ref  # [1, key]
+
+
+class Scratch(NamedTuple):
+    ring: Any  # a `Chunk`, of several chunks
+    full: Ref
+    empty: Ref
+    arrived: Ref
+    edge: Ref  # the first and the last state, float32 [key, value_block]
+    old: Ref  # the state, bfloat16 [key, value_block]
+    unknown: Ref  # B, split: [2, 64, value_block]
+    writes: Ref  # diag(b) Y, and that times exp(Z): [2, 64, value_block]
+    out: Ref  # O or Y, [64, value_block]
+
+
+def chunk_shapes(plan: Plan, tokens: Tokens, stages: int, *, scores: bool) -> Chunk:
+    """Shared memory for `stages` chunks; with queries and scores or without."""
+    swizzle = 2 * plan.value_block
+
+    def tile(*shape: int) -> Ref:
+        return shared(stages, *shape, swizzle=swizzle)
+
+    return Chunk(
+        q=tile(CHUNK, plan.key) if scores else None,
+        k=tile(CHUNK, plan.key),
+        erase=tile(CHUNK, plan.key) if plan.own_erase else None,
+        v=tile(CHUNK, plan.value_block),
+        p=tile(CHUNK, CHUNK) if scores else None,
+        x=tile(2, CHUNK, CHUNK) if plan.erases else None,
+        scalars=vectors(stages, *tokens.scalars.shape[-2:]),
+        whole=vectors(stages, plan.key) if plan.gate == "channel" else None,
+    )
+
+
+def bytes_of(shapes: object) -> int:
+    return sum(math.prod(x.inner_aval.shape) * x.inner_aval.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def stages_of(plan: Plan, chunk: Chunk, others: object) -> int:
+    """How many chunks shared memory has room for, beside what else a program wants."""
+    return min(4, plan.chunks, (SHARED_BYTES - 4096 - bytes_of(others)) // bytes_of(chunk))
+
+
+def fetch_all(
+    plan: Plan, copies: Callable[[Array, Array], list[tuple[Ref, Ref]]], full: Ref, empty: Ref, stages: int
+) -> None:
+    """The fetching warpgroup: `copies(step, slot)` of every step, as soon as the slot is empty."""
+    for step in range(stages):
+        load(full.at[step], *copies(jnp.int32(step), jnp.int32(step)))
+
+    @pl.loop(stages, plan.chunks)
+    def _(step: Array) -> None:
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(empty.at[slot])
+        load(full.at[slot], *copies(step, slot))
+
+
+def copies_of(
+    plan: Plan, inputs: Inputs, batch: Array, head: Array, block: Array, chunk: Array, ring: Chunk, slot: Array
+) -> list[tuple[Ref, Ref]]:
+    """The copies that bring a chunk into a slot of the ring."""
+    now, here = pl.ds(chunk * CHUNK, CHUNK), (batch, head, chunk)
+    keys = operands_of(plan, inputs.tokens, inputs.done, batch, head)
+    values = pl.ds(block * plan.value_block, plan.value_block)
+    sources = Chunk(
+        q=keys.q.at[now],
+        k=keys.k.at[now],
+        erase=None if keys.erase is None else keys.erase.at[now],
+        v=inputs.tokens.v.at[batch, now, head, values],
+        p=inputs.done.p.at[here],
+        x=None,
+        scalars=inputs.tokens.scalars.at[here],
+        whole=inputs.done.whole.at[here] if plan.gate == "channel" else None,
+    )
+    copies = [
+        (source, target.at[slot])
+        for source, target in zip(sources, ring, strict=True)
+        if source is not None and target is not None
+    ]
+    if plan.erases:  # a copy has at most five dimensions, tiles included
+        copies += [(inputs.done.x.at[(*here, part)], ring.x.at[slot, part]) for part in (0, 1)]
+    return copies
+
+
+def arrivals(chunk: Chunk) -> int:
+    """How many copies bring a chunk."""
+    return len(jax.tree.leaves(chunk)) + (chunk.x is not None)
+
+
+def decayed_state(plan: Plan, here: Chunk, state: Array) -> Array:
+    """exp(G_64) S."""
+    if plan.gate == "head":
+        return state * here.scalars[START, CHUNK - 1]
+    if plan.gate == "channel":
+        return state * each_row(along_rows(here.whole), plan.value_block)
+    return state
+
+
+def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for_backward: bool) -> Results:
+    """Outputs and final states; or with `for_backward` the states before every chunk and Y."""
+    block = plan.value_block
+    outputs = not for_backward
+
+    def body(inputs: Inputs, results: Results, scratch: Scratch) -> None:
+        which, head, batch, warpgroup = place("block", "head", "batch", "warpgroup")
+        channels = pl.ds(which * block, block)
+
+        @pl.when(warpgroup == 1)
+        def _() -> None:
+            def copies(chunk: Array, slot: Array) -> list[tuple[Ref, Ref]]:
+                return copies_of(plan, inputs, batch, head, which, chunk, scratch.ring, slot)
+
+            fetch_all(plan, copies, scratch.full, scratch.empty, stages)
+
+        def chunk(index: Array, state: Array) -> Array:
+            slot = lax.rem(index, stages)
+            here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring)
+            now = (batch, pl.ds(index * CHUNK, CHUNK), head, channels)
+            erase = here.k if here.erase is None else here.erase
+
+            def scalar(kind: int) -> Array:
+                return each_row(along_rows(here.scalars.at[kind]), block)
+
+            stored()
+            put(scratch.old, state)
+            plgpu.commit_smem()
+            loaded(scratch.full.at[slot])
+            if for_backward:
+                store((scratch.old, results.states.at[batch, head, index, :, channels]))
+            y = read(here.v)
+            reading = [[(here.q, scratch.old)]] if outputs else []
+            if plan.erases:
+                known, *reads = products([(erase, scratch.old)], *reading)
+                put_split(scratch.unknown, y - (known * scalar(START) if plan.gate == "head" else known))
+                plgpu.commit_smem()
+                y = product(*split_pairs(here.x, scratch.unknown))
+            else:
+                reads = products(*reading) if reading else []
+            new = y * scalar(BETA)
+            put(scratch.writes.at[0], new)
+            if plan.gate == "head":
+                put(scratch.writes.at[1], new * scalar(END))
+            if for_backward:
+                put(scratch.out, y)
+                store((scratch.out, results.y.at[now]))
+            else:
+                plgpu.commit_smem()
+            written = scratch.writes.at[1 if plan.gate == "head" else 0]
+            among = [[(here.p, scratch.writes.at[0])]] if outputs else []
+            update, *new_reads = products([(turned(here.k), written)], *among)
+            state = decayed_state(plan, here, state) + update
+            if outputs:
+                known = reads[0] * scalar(START) if plan.gate == "head" else reads[0]
+                known = known if plan.gate == "channel" else known * plan.scale
+                put(scratch.out, known + new_reads[0])
+                store((scratch.out, results.o.at[now]))
+            plgpu.barrier_arrive(scratch.empty.at[slot])
+            return state
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            first = zeros(plan.key, block)
+            if inputs.state is not None:
+                load(scratch.arrived, (inputs.state.at[batch, head, :, channels], scratch.edge))
+                loaded(scratch.arrived)
+                first = read(scratch.edge)
+            last = lax.fori_loop(0, plan.chunks, chunk, first)
+            if outputs:
+                put(scratch.edge, last)
+                store((scratch.edge, results.state.at[batch, head, :, channels]))
+            stored(and_written=True)
+
+    one = chunk_shapes(plan, tokens, 1, scores=outputs)
+    swizzle = 2 * block
+    others = Scratch(
+        ring=None,
+        full=None,
+        empty=None,
+        arrived=None,
+        edge=shared(plan.key, block, dtype=jnp.float32) if outputs or state is not None else None,
+        old=shared(plan.key, block, swizzle=swizzle),
+        unknown=shared(2, CHUNK, block, swizzle=swizzle) if plan.erases else None,
+        writes=shared(1 + (plan.gate == "head"), CHUNK, block, swizzle=swizzle),
+        out=shared(CHUNK, block, swizzle=swizzle),
+    )
+    stages = stages_of(plan, one, others)
+    scratch = others._replace(
+        ring=chunk_shapes(plan, tokens, stages, scores=outputs),
+        full=plgpu.Barrier(num_arrivals=arrivals(one), num_barriers=stages),
+        empty=plgpu.Barrier(num_barriers=stages),
+        arrived=plgpu.Barrier() if state is not None else None,
+    )
+    f32 = jnp.float32
+    results = Results(
+        o=of_tokens(plan, plan.value) if outputs else None,
+        state=jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), f32) if outputs else None,
+        states=of_chunks(plan, plan.key, plan.value) if for_backward else None,
+        y=of_tokens(plan, plan.value) if for_backward else None,
+    )
+    return kernel(
+        body,
+        Inputs(tokens, done, state),
+        results,
+        scratch,
+        {"block": plan.value // block, "head": plan.heads, "batch": plan.batch},
+        "delta_rule_states" if for_backward else "delta_rule_forward",
+        warpgroups=2,
+    )
