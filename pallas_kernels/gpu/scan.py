@@ -71,7 +71,7 @@ class Chunk(NamedTuple):
     p: Ref  # [64, 64]
     x: Ref  # [2, 64, 64]
     scalars: Ref  # [kinds, 64]
-    whole: Ref  # [1, key]
+    whole: Ref  # [key]
 
 
 class Scratch(NamedTuple):

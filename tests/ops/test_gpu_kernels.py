@@ -70,12 +70,12 @@ def test_packed_segments(member):
 )
 def test_sizes(member, time, shape):
     inputs, cotangents = problem(member, time=time, shape=shape)
-    check(member, inputs, cotangents)
+    check(member, inputs, cotangents, "sizes")
 
 
 def test_keys_of_256():
     inputs, cotangents = problem("gated_delta_net", time=70, shape=(1, 1, 1, 256, 256))
-    check("gated_delta_net", inputs, cotangents)
+    check("gated_delta_net", inputs, cotangents, "sizes")
 
 
 def test_erase_keys_of_their_own_for_every_value_head():
@@ -88,7 +88,7 @@ def test_erase_keys_of_their_own_for_every_value_head():
 def test_many_chunks_go_through_the_ring():
     """Ten chunks, more than are in shared memory at a time."""
     inputs, cotangents = problem("gated_delta_net", time=640, shape=(1, 1, 1, 64, 64))
-    check("gated_delta_net", inputs, cotangents)
+    check("gated_delta_net", inputs, cotangents, "long")
 
 
 @some_members
