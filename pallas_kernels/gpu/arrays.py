@@ -1,6 +1,6 @@
 """The arrays that pass between the kernels, and the key heads that a value head reads."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ class Tokens(NamedTuple):
 class Prepared(NamedTuple):
     """What is known of every chunk before the state is; the last four with a gate per channel."""
 
-    p: Ref  # P, bfloat16 [batch, heads, chunks, 64, 64]
+    p: Any  # P in the plan's `parts`, in the forward in one: bfloat16 [batch, heads, chunks, 64, 64] each
     x: Ref  # X, split: bfloat16 [batch, heads, chunks, 2, 64, 64]
-    a: Ref  # A, for the backward: bfloat16 [batch, heads, chunks, 64, 64]
+    a: Any  # A for the backward, likewise
     query_in: Ref  # scale exp(G) Q, bfloat16 [batch, time, heads, key]
     erase_in: Ref  # exp(G) E, likewise
     keys_out: Ref  # exp(Z) K, likewise
@@ -55,9 +55,9 @@ def of_tokens(plan: Plan, width: int, dtype: DTypeLike = jnp.bfloat16) -> jax.Sh
 def prepared_shapes(plan: Plan, *, for_backward: bool) -> Prepared:
     decayed = of_tokens(plan, plan.key) if plan.gate == "channel" else None
     return Prepared(
-        p=of_chunks(plan, CHUNK, CHUNK),
+        p=(of_chunks(plan, CHUNK, CHUNK),) * (plan.parts if for_backward else 1),
         x=of_chunks(plan, 2, CHUNK, CHUNK) if plan.erases else None,
-        a=of_chunks(plan, CHUNK, CHUNK) if plan.erases and for_backward else None,
+        a=(of_chunks(plan, CHUNK, CHUNK),) * plan.parts if plan.erases and for_backward else None,
         query_in=decayed,
         erase_in=decayed if plan.erases else None,
         keys_out=decayed,

@@ -1,12 +1,14 @@
 """What the cotangents of keys, scores and scalars share with and without a gate per channel.
 
 A program handles one chunk of one head and a block of the key's channels. First it takes from the values what it wants of
-them, five products of 64 x 64, while the keys arrive; then the values leave shared memory and the scores have it.
+them, five products of 64 x 64 summed over blocks of their channels, while the keys arrive; then the values leave shared
+memory and the scores have it.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -20,14 +22,16 @@ from pallas_kernels.gpu.warpgroup import (
     load,
     loaded,
     place,
-    products,
+    products_over,
     put,
     read,
+    read_split,
     shared,
+    split_pairs,
     store,
     stored,
-    turned,
     vectors,
+    zero_rows,
 )
 
 DIRECT, COLUMNS, WRITES, PAIRS, READS = range(5)  # the last two with a gate per head
@@ -36,9 +40,9 @@ DIRECT, COLUMNS, WRITES, PAIRS, READS = range(5)  # the last two with a gate per
 class Inputs(NamedTuple):
     tokens: Tokens
     done: Prepared
-    y: Ref  # Y, bfloat16 [batch, time, heads, value]
+    y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads, value] each
+    d_b: Any  # dB, likewise
     d_o: Ref
-    d_b: Ref
     states: Ref  # before every chunk, bfloat16 [batch, heads, chunks, key, value]
     d_states: Ref  # the cotangents of those after it, likewise
 
@@ -79,8 +83,8 @@ class Program(NamedTuple):
     q: Ref  # [64, 64]
     k: Ref
     erase: Ref
-    p: Ref
-    a: Ref
+    p: Any  # in parts
+    a: Any
     gates: Ref  # [2, 64, 64]
     scalars: Ref  # [kinds, 64]
     sums: Ref  # [kinds, 64]
@@ -93,9 +97,11 @@ class Program(NamedTuple):
 
 
 class Values(NamedTuple):
-    y: Ref  # [64, value]
+    """A block of channels, `[64, 64]`; the first two in parts."""
+
+    y: Any
+    d_b: Any
     d_o: Ref
-    d_b: Ref
     state: Ref
     d_state: Ref
     full: Ref
@@ -122,14 +128,14 @@ def launch(
         pl.run_scoped(rest, scratch, collective_axes="warpgroup")
 
     tile = shared(CHUNK, BLOCK)
-    copies = 4 + plan.erases + (plan.erase_heads > 0) + 2 * (plan.gate == "channel")
+    copies = 3 + plan.parts * (1 + plan.erases) + (plan.erase_heads > 0) + 2 * (plan.gate == "channel")
     program = Program(
         at=None,
         q=tile,
         k=tile,
         erase=tile if plan.erase_heads else None,
-        p=tile,
-        a=tile if plan.erases else None,
+        p=(tile,) * plan.parts,
+        a=(tile,) * plan.parts if plan.erases else None,
         gates=shared(2, CHUNK, BLOCK) if plan.gate == "channel" else None,
         scalars=vectors(*inputs.tokens.scalars.shape[-2:]),
         sums=vectors(kinds, CHUNK),
@@ -155,13 +161,13 @@ def _fetch(plan: Plan, inputs: Inputs, here: Program) -> None:
     copies = [
         (given.q.at[now, channels], here.q),
         (given.k.at[now, channels], here.k),
-        (inputs.done.p.at[batch, head, chunk], here.p),
+        *((x.at[batch, head, chunk], y) for x, y in zip(inputs.done.p, here.p, strict=True)),
         (inputs.tokens.scalars.at[batch, head, chunk], here.scalars),
     ]
     if plan.erase_heads:
         copies.append((given.erase.at[now, channels], here.erase))
     if plan.erases:
-        copies.append((inputs.done.a.at[batch, head, chunk], here.a))
+        copies += [(x.at[batch, head, chunk], y) for x, y in zip(inputs.done.a, here.a, strict=True)]
     if plan.gate == "channel":
         copies += [(inputs.tokens.gates.at[part, batch, now, head, channels], here.gates.at[part]) for part in (0, 1)]
     load(here.full, *copies)
@@ -170,29 +176,38 @@ def _fetch(plan: Plan, inputs: Inputs, here: Program) -> None:
 def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:
     """Also writes the sums that need nothing else."""
     batch, head, chunk, block = here.at
-    now = (batch, pl.ds(chunk * CHUNK, CHUNK), head)
-    rows = (batch, head, chunk, pl.ds(block * BLOCK, BLOCK))
+    rows = pl.ds(block * BLOCK, BLOCK)
 
     def run(values: Values) -> Products:
-        sources = [x.at[now] for x in (inputs.y, inputs.d_o, inputs.d_b)]
-        sources += [x.at[rows] for x in (inputs.states, inputs.d_states)]
-        load(values.full, *zip(sources, values[:5], strict=True))
-        loaded(values.full)
-        here.sums[DIRECT] = jnp.sum(read(values.y) * read(values.d_b), axis=1)
-        here.whole[...] = jnp.sum(read(values.state) * read(values.d_state), axis=1)
+        def arrive(value_block: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            channels = pl.ds(value_block * BLOCK, BLOCK)
+            now, states = (batch, pl.ds(chunk * CHUNK, CHUNK), head, channels), (batch, head, chunk, rows, channels)
+            sources = [x.at[now] for x in (*inputs.y, *inputs.d_b, inputs.d_o)]
+            sources += [x.at[states] for x in (inputs.states, inputs.d_states)]
+            load(values.full, *zip(sources, jax.tree.leaves(values[:5]), strict=True))
+            loaded(values.full)
+            direct, whole = sums
+            direct = direct + jnp.sum(read_split(values.y) * read_split(values.d_b), axis=1)
+            return direct, whole + jnp.sum(read(values.state) * read(values.d_state), axis=1)
+
+        d_o, state, d_state = (values.d_o,), (values.state,), (values.d_state,)
         pairs = Products(
-            d_p=(values.d_o, turned(values.y)),
-            d_a=(values.d_b, turned(values.y)),
-            d_q=(values.d_o, turned(values.state)),
-            d_erase=(values.d_b, turned(values.state)),
-            d_k=(values.y, turned(values.d_state)),
+            d_p=split_pairs(d_o, values.y, turn_b=True),
+            d_a=split_pairs(values.d_b, values.y, turn_b=True) if plan.erases else None,
+            d_q=split_pairs(d_o, state, turn_b=True),
+            d_erase=split_pairs(values.d_b, state, turn_b=True) if plan.erases else None,
+            d_k=split_pairs(values.y, d_state, turn_b=True),
         )
-        wanted = [n for n, x in enumerate(pairs) if plan.erases or x[0] is not values.d_b]
-        found = dict(zip(wanted, products(*([pairs[n]] for n in wanted)), strict=True))
+        wanted = [n for n, sums in enumerate(pairs) if sums is not None]
+        blocks, nothing = plan.value // BLOCK, (zero_rows(CHUNK), zero_rows(BLOCK))
+        results, sums = products_over(blocks, arrive, nothing, *(pairs[n] for n in wanted))
+        here.sums[DIRECT], here.whole[...] = sums
+        found = dict(zip(wanted, results, strict=True))
         return Products(*(found.get(n) for n in range(len(pairs))))
 
-    tile = shared(CHUNK, plan.value)
-    values = Values(*(tile,) * 5, full=plgpu.Barrier(num_arrivals=5))
+    tile = shared(CHUNK, BLOCK)
+    split, copies = (tile,) * plan.parts, 3 + 2 * plan.parts
+    values = Values(split, split, tile, tile, tile, full=plgpu.Barrier(num_arrivals=copies))
     return pl.run_scoped(run, values, collective_axes="warpgroup")
 
 

@@ -44,6 +44,7 @@ from pallas_kernels.gpu.warpgroup import (
     put,
     put_split,
     read,
+    read_split,
     shared,
     turned,
 )
@@ -64,9 +65,9 @@ def gradients(plan: Plan, inputs: Inputs) -> Gradients:
         row, column = indices(CHUNK, CHUNK)
         beta = each_column(along_columns(here.scalars.at[BETA]), CHUNK)
         decay = pair_decay(plan, here.scalars, scratch.scores, scratch.other) * beta
-        terms = known.d_p * read(here.p)
+        terms = known.d_p * read_split(here.p)
         if plan.erases:
-            terms = terms - known.d_a * read(here.a)
+            terms = terms - known.d_a * read_split(here.a)
         here.sums[COLUMNS] = jnp.sum(terms, axis=0)
         if plan.gate == "head":
             put_split(scratch.other, terms * beta)

@@ -31,6 +31,7 @@ from pallas_kernels.gpu.warpgroup import (
     put,
     put_split,
     read,
+    read_split,
     shared,
     turned,
 )
@@ -53,10 +54,10 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> Gradients:
     def scores(here: Program, known: Products, scratch: Scratch) -> Cotangents:
         row, column = indices(CHUNK, CHUNK)
         beta = each_column(along_columns(here.scalars.at[BETA]), CHUNK)
-        terms = known.d_p * read(here.p)
+        terms = known.d_p * read_split(here.p)
         put(scratch.scores.at[0], known.d_p * beta * plan.scale)
         if plan.erases:
-            terms = terms - known.d_a * read(here.a)
+            terms = terms - known.d_a * read_split(here.a)
             put(scratch.scores.at[1], -known.d_a * beta)
         here.sums[COLUMNS] = jnp.sum(terms, axis=0)
 

@@ -95,7 +95,7 @@ def _cotangents(
     done = prepare(plan, tokens, for_backward=True)
     again = scan(plan, tokens, done, _float32(initial_state), for_backward=True)
     back = reverse(plan, tokens, done, d_o, d_state)
-    found = gradients(plan, Kept(tokens, done, again.y, d_o, back.d_b, again.states, back.d_states))
+    found = gradients(plan, Kept(tokens, done, again.y, back.d_b, d_o, again.states, back.d_states))
 
     def of_heads(d: Array, heads: int) -> Array:
         """The sum over the value heads that share a head."""
@@ -106,7 +106,7 @@ def _cotangents(
     d_inputs = Inputs(
         q=of_heads(found.d_q, plan.key_heads),
         k=of_heads(found.d_k, plan.key_heads),
-        v=back.d_b,
+        v=back.d_b[0],
         beta=None,
         g=None,
         erase=of_heads(found.d_erase, plan.erase_heads) if plan.erase_heads else None,

@@ -6,7 +6,7 @@ from typing import Literal
 from jax import Array
 
 CHUNK = 64  # tokens a chunk: the rows of one product of a warpgroup
-SIZES = (64, 128, 256)
+SIZES = {"key": (64, 128, 256), "value": (64, 128, 256, 512)}
 BLOCK = 64  # channels of a key, or of a value, that a program handles at a time
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
 SHARED_BYTES = 227 * 1024  # shared memory that one block of threads may use
@@ -43,6 +43,12 @@ class Plan:
         return self.key // BLOCK
 
     @property
+    def parts(self) -> int:
+        """In how many of bfloat16 the backward keeps Y, dB, A and P: the gradient of a gate of a head sums their
+        products over many tokens, and where keys repeat these sums cancel."""
+        return 2 if self.gate == "head" else 1
+
+    @property
     def own_erase(self) -> bool:
         """Whether the key that erases is another array than the one that writes."""
         return self.erases and (self.erase_heads > 0 or self.gate == "channel")
@@ -53,6 +59,6 @@ def unsupported(q: Array, v: Array) -> str | None:
     if {str(q.dtype), str(v.dtype)} != {"bfloat16"}:
         return f"the Pallas GPU kernels take bfloat16, not {v.dtype if str(q.dtype) == 'bfloat16' else q.dtype}"
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
-        if size not in SIZES:
-            return f"the Pallas GPU kernels take {name} sizes of {', '.join(map(str, SIZES))}, not {size}"
+        if size not in SIZES[name]:
+            return f"the Pallas GPU kernels take {name} sizes of {', '.join(map(str, SIZES[name]))}, not {size}"
     return None

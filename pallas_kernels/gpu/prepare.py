@@ -68,14 +68,15 @@ def prepare(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
         if plan.erases:
             scores.append([(here.erase if plan.erase_heads else here.k, turned(here.k))])
         p, *others = products(*scores)
-        put(three.at[0], p * decay * plan.scale)
-        copies = [(three.at[0], done.p.at[batch, head, chunk])]
+        here_p, here_a = ((three.at[n], one.at[n])[: len(done.p)] for n in (0, 1))
+        put_split(here_p, p * decay * plan.scale)
+        copies = [(x, y.at[batch, head, chunk]) for x, y in zip(here_p, done.p, strict=True)]
         if plan.erases:
             row, column = indices(CHUNK, CHUNK)
             a = jnp.where(row > column, others[0] * decay, 0.0)
         if done.a is not None:
-            put(three.at[1], a)
-            copies.append((three.at[1], done.a.at[batch, head, chunk]))
+            put_split(here_a, a)
+            copies += [(x, y.at[batch, head, chunk]) for x, y in zip(here_a, done.a, strict=True)]
         store(*copies)
         if plan.erases:
             stored()

@@ -73,10 +73,10 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
 
         p, a = lax.fori_loop(0, plan.key_blocks, channels_of, (zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)))
         put(three.at[0], p * plan.scale)
-        copies = [(three.at[0], done.p.at[batch, head, chunk])]
+        copies = [(three.at[0], done.p[0].at[batch, head, chunk])]
         if done.a is not None:
             put(three.at[1], a)
-            copies.append((three.at[1], done.a.at[batch, head, chunk]))
+            copies.append((three.at[1], done.a[0].at[batch, head, chunk]))
         store(*copies)
         loaded(here.scalars_full)
         if plan.erases:

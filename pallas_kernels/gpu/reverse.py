@@ -34,6 +34,7 @@ from pallas_kernels.gpu.warpgroup import (
     kernel,
     load,
     loaded,
+    parts,
     place,
     product,
     products,
@@ -49,7 +50,7 @@ from pallas_kernels.gpu.warpgroup import (
 
 
 class Results(NamedTuple):
-    d_b: Ref  # dB, bfloat16 [batch, time, heads, value]
+    d_b: Any  # dB in the plan's `parts`, bfloat16 [batch, time, heads, value] each
     d_states: Ref  # the cotangent of the state after every chunk, bfloat16 [batch, heads, chunks, key, value]
     d_state: Ref  # that of the state before the first one, float32 [batch, heads, key, value]
 
@@ -63,7 +64,7 @@ class Scratch(NamedTuple):
     new: Ref  # dS', bfloat16 [key, value_block]
     d_y: Ref  # dY, split: [2, 64, value_block]
     d_reads: Ref  # what the state is read with: scale exp(G) dO and -exp(G) dB: [2, 64, value_block]
-    out: Ref  # dB, [64, value_block]
+    out: Ref  # dB in its parts, [parts, 64, value_block]
 
 
 def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Array) -> Results:
@@ -99,8 +100,8 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
             if plan.erases:
                 put_split(scratch.d_y, d_b)
                 plgpu.commit_smem()
-                d_b = product(*split_pairs(here.x, scratch.d_y, turn=True))
-            put(scratch.out, d_b)
+                d_b = product(*split_pairs(here.x, scratch.d_y, turn_a=True))
+            put_split(scratch.out, d_b)
             d_reads = []
             if plan.gate == "channel":
                 d_reads.append((turned(here.q), here.v))
@@ -111,7 +112,8 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
             if plan.erases:
                 put(scratch.d_reads.at[1], -d_b * scalar(START) if plan.gate == "head" else -d_b)
                 d_reads.append((turned(erase), scratch.d_reads.at[1]))
-            store((scratch.out, results.d_b.at[batch, pl.ds(index * CHUNK, CHUNK), head, channels]))
+            now = (batch, pl.ds(index * CHUNK, CHUNK), head, channels)
+            store(*((part, d_b.at[now]) for part, d_b in zip(parts(scratch.out), results.d_b, strict=True)))
             d_state = decayed_state(plan, here, d_state) + product(*d_reads)
             plgpu.barrier_arrive(scratch.empty.at[slot])
             return d_state
@@ -135,7 +137,7 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
         new=shared(plan.key, block, swizzle=swizzle),
         d_y=shared(2, CHUNK, block, swizzle=swizzle) if plan.erases else None,
         d_reads=shared(2, CHUNK, block, swizzle=swizzle),
-        out=shared(CHUNK, block, swizzle=swizzle),
+        out=shared(plan.parts, CHUNK, block, swizzle=swizzle),
     )
     stages = stages_of(plan, one, others)
     scratch = others._replace(
@@ -148,7 +150,7 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
         body,
         Inputs(tokens._replace(v=d_o), done, d_state),
         Results(
-            d_b=of_tokens(plan, plan.value),
+            d_b=(of_tokens(plan, plan.value),) * plan.parts,
             d_states=of_chunks(plan, plan.key, plan.value),
             d_state=jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
         ),

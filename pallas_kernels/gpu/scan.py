@@ -30,6 +30,7 @@ from pallas_kernels.gpu.warpgroup import (
     kernel,
     load,
     loaded,
+    parts,
     place,
     product,
     products,
@@ -58,7 +59,7 @@ class Results(NamedTuple):
     o: Ref  # [batch, time, heads, value]
     state: Ref  # float32 [batch, heads, key, value]
     states: Ref  # the state before every chunk, bfloat16 [batch, heads, chunks, key, value]
-    y: Ref  # Y, bfloat16 [batch, time, heads, value]
+    y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads, value] each
 
 
 class Chunk(NamedTuple):
@@ -83,7 +84,7 @@ class Scratch(NamedTuple):
     old: Ref  # the state, bfloat16 [key, value_block]
     unknown: Ref  # B, split: [2, 64, value_block]
     writes: Ref  # diag(b) Y, and that times exp(Z): [2, 64, value_block]
-    out: Ref  # O or Y, [64, value_block]
+    out: Ref  # O, or the parts of Y: [parts, 64, value_block]
 
 
 def chunk_shapes(plan: Plan, tokens: Tokens, stages: int, *, scores: bool) -> Chunk:
@@ -140,7 +141,7 @@ def copies_of(
         k=keys.k.at[now],
         erase=None if keys.erase is None else keys.erase.at[now],
         v=inputs.tokens.v.at[batch, now, head, values],
-        p=inputs.done.p.at[here],
+        p=inputs.done.p[0].at[here],
         x=None,
         scalars=inputs.tokens.scalars.at[here],
         whole=inputs.done.whole.at[here] if plan.gate == "channel" else None,
@@ -214,8 +215,8 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
             if plan.gate == "head":
                 put(scratch.writes.at[1], new * scalar(END))
             if for_backward:
-                put(scratch.out, y)
-                store((scratch.out, results.y.at[now]))
+                put_split(scratch.out, y)
+                store(*((part, y.at[now]) for part, y in zip(parts(scratch.out), results.y, strict=True)))
             else:
                 plgpu.commit_smem()
             written = scratch.writes.at[1 if plan.gate == "head" else 0]
@@ -225,8 +226,8 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
             if outputs:
                 known = reads[0] * scalar(START) if plan.gate == "head" else reads[0]
                 known = known if plan.gate == "channel" else known * plan.scale
-                put(scratch.out, known + new_reads[0])
-                store((scratch.out, results.o.at[now]))
+                put(scratch.out.at[0], known + new_reads[0])
+                store((scratch.out.at[0], results.o.at[now]))
             plgpu.barrier_arrive(scratch.empty.at[slot])
             return state
 
@@ -254,7 +255,7 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
         old=shared(plan.key, block, swizzle=swizzle),
         unknown=shared(2, CHUNK, block, swizzle=swizzle) if plan.erases else None,
         writes=shared(1 + (plan.gate == "head"), CHUNK, block, swizzle=swizzle),
-        out=shared(CHUNK, block, swizzle=swizzle),
+        out=shared(plan.parts if for_backward else 1, CHUNK, block, swizzle=swizzle),
     )
     stages = stages_of(plan, one, others)
     scratch = others._replace(
@@ -268,7 +269,7 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
         o=of_tokens(plan, plan.value) if outputs else None,
         state=jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), f32) if outputs else None,
         states=of_chunks(plan, plan.key, plan.value) if for_backward else None,
-        y=of_tokens(plan, plan.value) if for_backward else None,
+        y=(of_tokens(plan, plan.value),) * plan.parts if for_backward else None,
     )
     return kernel(
         body,

@@ -5,6 +5,8 @@ rows or its columns lies as a reduction of it. Operands of a product lie in shar
 (64 where a tile is 32 wide), and the two operands of a product must have the same width of tiles.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,6 +95,11 @@ def zeros(*shape: int) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WHOLE)
 
 
+def zero_rows(height: int) -> Array:
+    """A vector with one zero a row."""
+    return plgpu.layout_cast(jnp.zeros(height, jnp.float32), WHOLE.reduce(1))
+
+
 def indices(height: int, width: int) -> tuple[Array, Array]:
     """The row and the column of every element."""
     row, column = (plgpu.broadcasted_iota(jnp.int32, (height, width), d, layout=WHOLE) for d in (0, 1))
@@ -107,17 +114,40 @@ def turned(ref: Ref) -> Ref:
 Pairs = Sequence[tuple[Ref, Ref]]
 
 
+def _multiply(accumulators: Sequence[Ref], sums: Sequence[Pairs]) -> None:
+    for accumulator, pairs in zip(accumulators, sums, strict=True):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+
+
+def _accumulators(sums: Sequence[Pairs]) -> list[Any]:
+    return [plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32) for pairs in sums]
+
+
 def products(*sums: Pairs) -> list[Array]:
     """Sums of products of pairs of tiles, in float32; all are under way before the first is waited for."""
 
     def run(*accumulators: Ref) -> list[Array]:
-        for accumulator, pairs in zip(accumulators, sums, strict=True):
-            for a, b in pairs:
-                plgpu.wgmma(accumulator, a, b)
+        _multiply(accumulators, sums)
         return [accumulator[...] for accumulator in accumulators]
 
-    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
-    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    return pl.run_scoped(run, *_accumulators(sums))
+
+
+def products_over[T](steps: int, body: Callable[[Array, T], T], carry: T, *sums: Pairs) -> tuple[list[Array], T]:
+    """Those sums over several steps; `body(step, carry)` brings what the tiles hold in a step."""
+
+    def run(*accumulators: Ref) -> tuple[list[Array], T]:
+        def step(index: Array, now: T) -> T:
+            now = body(index, now)
+            _multiply(accumulators, sums)
+            plgpu.wgmma_wait(0)
+            return now
+
+        end = lax.fori_loop(0, steps, step, carry)
+        return [accumulator[...] for accumulator in accumulators], end
+
+    return pl.run_scoped(run, *_accumulators(sums))
 
 
 def product(*pairs: tuple[Ref, Ref]) -> Array:
@@ -129,17 +159,31 @@ def put(ref: Ref, x: Array) -> None:
     ref[...] = x.astype(ref.dtype)
 
 
-def put_split(ref: Ref, x: Array) -> None:
-    """A float32 value as the sum of two of bfloat16, in `ref` `[2, ...]`; what is lost is 2^-17 of it."""
-    high = x.astype(jnp.bfloat16)
-    ref[0] = high
-    ref[1] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+def parts(split: Ref) -> Sequence[Ref]:
+    """The parts of a value that is a sum of bfloat16, the highest first: a tuple, or the first axis of one reference."""
+    return split if isinstance(split, tuple) else [split.at[n] for n in range(split.shape[0])]
 
 
-def split_pairs(a: Ref, b: Ref, turn: bool = False) -> list[tuple[Ref, Ref]]:
+def put_split(split: Ref, x: Array) -> None:
+    """A float32 value as a sum of bfloat16; two parts lose 2^-17 of it."""
+    for ref in parts(split):
+        part = x.astype(jnp.bfloat16)
+        ref[...] = part
+        x = x - part.astype(jnp.float32)
+
+
+def read_split(split: Ref) -> Array:
+    return functools.reduce(operator.add, map(read, parts(split)))
+
+
+def split_pairs(a: Ref, b: Ref, *, turn_a: bool = False, turn_b: bool = False) -> list[tuple[Ref, Ref]]:
     """The pairs whose products sum to that of two split values (error 2^-16)."""
-    high, low = (turned(a.at[i]) if turn else a.at[i] for i in (0, 1))
-    return [(high, b.at[0]), (low, b.at[0]), (high, b.at[1])]
+    return [
+        (turned(x) if turn_a else x, turned(y) if turn_b else y)
+        for i, x in enumerate(parts(a))
+        for j, y in enumerate(parts(b))
+        if i + j < 2
+    ]
 
 
 def load(barrier: Ref, *copies: tuple[Ref, Ref]) -> None:

@@ -15,7 +15,7 @@ from delta_jax import delta_rule
 from delta_jax.ops import api, implementations
 from pallas_kernels.gpu import warpgroup
 
-SIZES = {"time": 140, "shape": (1, 1, 2, 64, 64)}
+SIZES = {"time": 100, "shape": (1, 1, 1, 64, 64)}
 each_member = pytest.mark.parametrize("member", MEMBERS)
 # The interpreter's programs take long to compile: tests that need no gradient, or that vary shapes, take some members.
 some_members = pytest.mark.parametrize("member", ["gated_delta_net", "gated_delta_net_2"])
@@ -34,6 +34,7 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _interpreted():
+    assert jax.device_count() >= 4, "the interpreter would wait for threads that there are not: see tests/conftest.py"
     jax.clear_caches()  # interpreted kernels are large programs, and hundreds of them exhaust the process's memory maps
     with interpreted():
         yield
@@ -60,35 +61,35 @@ def test_as_good_as_rounding_the_inputs(member):
 @some_members
 def test_packed_segments(member):
     inputs, cotangents = problem(member, **SIZES)
-    segment_ids = np.repeat([3, 9, 3, 4], [17, 1, 40, 82])[None]
-    check(member, inputs, cotangents, "packed", segment_ids=segment_ids)
+    segment_ids = np.repeat([3, 9, 3, 4], [17, 1, 40, 42])[None]
+    check(member, inputs, cotangents, segment_ids=segment_ids)
 
 
 @some_members
 @pytest.mark.parametrize(
-    ("time", "shape"), [(70, (1, 1, 1, 128, 128)), (64, (2, 1, 1, 64, 128)), (3, (1, 2, 2, 128, 64))]
+    ("time", "shape"), [(70, (1, 1, 1, 128, 128)), (64, (2, 1, 2, 64, 128)), (3, (1, 1, 1, 128, 64))]
 )
 def test_sizes(member, time, shape):
     inputs, cotangents = problem(member, time=time, shape=shape)
-    check(member, inputs, cotangents, "sizes")
+    check(member, inputs, cotangents)
 
 
-def test_keys_of_256():
-    inputs, cotangents = problem("gated_delta_net", time=70, shape=(1, 1, 1, 256, 256))
-    check("gated_delta_net", inputs, cotangents, "sizes")
+def test_the_largest_sizes():
+    inputs, cotangents = problem("gated_delta_net", time=20, shape=(1, 1, 1, 256, 512))
+    check("gated_delta_net", inputs, cotangents)
 
 
 def test_erase_keys_of_their_own_for_every_value_head():
-    inputs, cotangents = problem("online_scaled", **SIZES)
+    inputs, cotangents = problem("online_scaled", time=70, shape=(1, 1, 2, 64, 64))
     shape = (*inputs["v"].shape[:3], inputs["k"].shape[3])
     inputs["erase"] = np.random.default_rng(3).standard_normal(shape) / shape[3] ** 0.5
     check("online_scaled", inputs, cotangents)
 
 
 def test_many_chunks_go_through_the_ring():
-    """Ten chunks, more than are in shared memory at a time."""
-    inputs, cotangents = problem("gated_delta_net", time=640, shape=(1, 1, 1, 64, 64))
-    check("gated_delta_net", inputs, cotangents, "long")
+    """Six chunks, more than are in shared memory at a time."""
+    inputs, cotangents = problem("gated_delta_net", time=384, shape=(1, 1, 1, 64, 64))
+    check("gated_delta_net", inputs, cotangents)
 
 
 @some_members
@@ -98,8 +99,8 @@ def test_splitting_and_carrying_the_state_equals_one_call(member):
     carried = arrays.pop("initial_state").astype(jnp.float32)
     whole, state = op_of(member)(**arrays, initial_state=carried, implementation="pallas")
     parts = []
-    for start in (0, 70):  # not at a chunk: what is rounded is another
-        piece = {name: x[:, start : start + 70] for name, x in arrays.items()}
+    for start in (0, 50):  # not at a chunk: what is rounded is another
+        piece = {name: x[:, start : start + 50] for name, x in arrays.items()}
         o, carried = op_of(member)(**piece, initial_state=carried, implementation="pallas")
         parts.append(o)
     assert relative_error(np.asarray(np.concatenate(parts, 1), np.float64), np.asarray(whole, np.float64)) < 2**-7
@@ -136,7 +137,7 @@ def test_what_they_refuse():
     for arguments, message in (
         ((q.astype(jnp.float32),) * 3, "the Pallas GPU kernels take bfloat16, not float32"),
         ((wide, wide, q), "the Pallas GPU kernels take key sizes of 64, 128, 256, not 192"),
-        ((q, q, wide), "the Pallas GPU kernels take value sizes of 64, 128, 256, not 192"),
+        ((q, q, wide), "the Pallas GPU kernels take value sizes of 64, 128, 256, 512, not 192"),
     ):
         with pytest.raises(ValueError, match=f"implementation='pallas' cannot run here: {message}"):
             delta_rule(*arguments, implementation="pallas")
