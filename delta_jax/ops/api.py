@@ -141,8 +141,8 @@ def delta_rule(
       chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, the fastest on a CPU. The
         Pallas kernels work on 128 (TPU) or 64 (GPU) tokens at a time whatever it says.
       implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs: key and
-        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for Hopper GPUs: sizes of 64, 128 and 256, and
-        512 of values, bfloat16), or None: "pallas" on a TPU where it can run, else "xla".
+        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for Hopper GPUs: keys of 64, 128 and 256,
+        values of these and 512, bfloat16), or None: "pallas" on a TPU where it can run, else "xla".
 
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32

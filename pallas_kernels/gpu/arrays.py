@@ -52,6 +52,10 @@ def of_tokens(plan: Plan, width: int, dtype: DTypeLike = jnp.bfloat16) -> jax.Sh
     return jax.ShapeDtypeStruct((plan.batch, plan.chunks * CHUNK, plan.heads, width), dtype)
 
 
+def of_pieces(plan: Plan) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.pieces, plan.key, plan.value), jnp.float32)
+
+
 def prepared_shapes(plan: Plan, *, for_backward: bool) -> Prepared:
     decayed = of_tokens(plan, plan.key) if plan.gate == "channel" else None
     return Prepared(

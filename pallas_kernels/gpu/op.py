@@ -12,7 +12,8 @@ from pallas_kernels.gpu.arrays import BETA, START, Tokens
 from pallas_kernels.gpu.cotangents import COLUMNS, DIRECT, PAIRS, READS, WRITES
 from pallas_kernels.gpu.cotangents import Inputs as Kept
 from pallas_kernels.gpu.gradients import gradients
-from pallas_kernels.gpu.plan import CHUNK, Plan
+from pallas_kernels.gpu.pieces import ends_of_pieces, starts_of_pieces
+from pallas_kernels.gpu.plan import CHUNK, Plan, pieces_of
 from pallas_kernels.gpu.prepare import prepare
 from pallas_kernels.gpu.reverse import reverse
 from pallas_kernels.gpu.scan import scan
@@ -39,13 +40,16 @@ def delta_rule(
     64 tokens whatever `chunk_size` says. Differentiable once, in reverse mode, in every floating-point argument.
     """
     del chunk_size
-    inputs = padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), -v.shape[1] % CHUNK)
+    batch, time, heads, value = v.shape
+    pieces = pieces_of(batch * heads, -(-time // CHUNK), k.shape[3], value, exact=False)
+    inputs = padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), -time % (CHUNK * pieces))
     o, state = _delta_rule(inputs, initial_state, scale, erases)
-    return o[:, : v.shape[1]], state
+    return o[:, :time], state
 
 
 def plan_of(inputs: Inputs, scale: float, erases: bool) -> Plan:
     batch, time, heads, value = inputs.v.shape
+    key, chunks = inputs.k.shape[3], time // CHUNK
     gate: Literal["none", "head", "channel"] = "none"
     if inputs.g is not None:
         gate = "channel" if inputs.g.ndim == 4 else "head"
@@ -53,13 +57,14 @@ def plan_of(inputs: Inputs, scale: float, erases: bool) -> Plan:
         batch=batch,
         key_heads=inputs.k.shape[2],
         heads=heads,
-        chunks=time // CHUNK,
-        key=inputs.k.shape[3],
+        chunks=chunks,
+        key=key,
         value=value,
         gate=gate,
         erase_heads=0 if inputs.erase is None else inputs.erase.shape[2],
         erases=erases,
         scale=scale,
+        pieces=pieces_of(batch * heads, chunks, key, value, exact=True),
     )
 
 
@@ -69,8 +74,9 @@ def _delta_rule(inputs: Inputs, initial_state: Array | None, scale: float, erase
         plan = plan_of(inputs, scale, erases)
         tokens = tokens_of(inputs, plan)
         done = prepare(plan, tokens, for_backward=False)
-        results = scan(plan, tokens, done, _float32(initial_state), for_backward=False)
-        return results.o, results.state
+        starts, _ = starts_of_pieces(plan, tokens, done, _float32(initial_state))
+        results = scan(plan, tokens, done, starts, want="outputs")
+        return results.o, results.state[:, :, -1]
 
     return joins_batch(run)(inputs, initial_state)
 
@@ -93,8 +99,9 @@ def _cotangents(
     plan = plan_of(inputs, scale, erases)
     tokens = tokens_of(inputs, plan)
     done = prepare(plan, tokens, for_backward=True)
-    again = scan(plan, tokens, done, _float32(initial_state), for_backward=True)
-    back = reverse(plan, tokens, done, d_o, d_state)
+    starts, transitions = starts_of_pieces(plan, tokens, done, _float32(initial_state))
+    again = scan(plan, tokens, done, starts, want="states")
+    back = reverse(plan, tokens, done, d_o, ends_of_pieces(plan, tokens, done, d_o, d_state, transitions))
     found = gradients(plan, Kept(tokens, done, again.y, back.d_b, d_o, again.states, back.d_states))
 
     def of_heads(d: Array, heads: int) -> Array:
@@ -126,7 +133,7 @@ def _cotangents(
         whole = (found.whole * done.whole).transpose(0, 2, 1, 3)[:, :, None]
         d_g = found.d_gates.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, plan.key) + whole
         d_inputs = d_inputs._replace(g=d_g.reshape(inputs.g.shape).astype(inputs.g.dtype))
-    return d_inputs, None if initial_state is None else back.d_state.astype(initial_state.dtype)
+    return d_inputs, None if initial_state is None else back.d_state[:, :, 0].astype(initial_state.dtype)
 
 
 _delta_rule.defvjp(_forward, _backward)

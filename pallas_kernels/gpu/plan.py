@@ -9,6 +9,9 @@ CHUNK = 64  # tokens a chunk: the rows of one product of a warpgroup
 SIZES = {"key": (64, 128, 256), "value": (64, 128, 256, 512)}
 BLOCK = 64  # channels of a key, or of a value, that a program handles at a time
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
+JOIN = (
+    8  # what joining two pieces of a sequence in XLA takes, in chunks of a sequential pass; an estimate, not measured
+)
 SHARED_BYTES = 227 * 1024  # shared memory that one block of threads may use
 
 
@@ -26,6 +29,7 @@ class Plan:
     erase_heads: int  # heads of an erase key of its own; 0 where the write key erases
     erases: bool
     scale: float
+    pieces: int  # of the sequence, which the sequential passes go over at the same time
 
     @property
     def per_key(self) -> int:
@@ -33,10 +37,15 @@ class Plan:
         return self.heads // self.key_heads
 
     @property
+    def piece(self) -> int:
+        """Chunks of a piece."""
+        return self.chunks // self.pieces
+
+    @property
     def value_block(self) -> int:
         """Channels of the value a program of a sequential pass carries: fewer where registers or programs are few."""
-        few = self.batch * self.heads * (self.value // BLOCK) < MULTIPROCESSORS
-        return 32 if few or self.key == 256 else BLOCK
+        few = self.batch * self.heads * self.pieces * (self.value // BLOCK) < MULTIPROCESSORS
+        return 32 if self.key == 256 or (few and self.pieces == 1) else BLOCK
 
     @property
     def key_blocks(self) -> int:
@@ -52,6 +61,23 @@ class Plan:
     def own_erase(self) -> bool:
         """Whether the key that erases is another array than the one that writes."""
         return self.erases and (self.erase_heads > 0 or self.gate == "channel")
+
+
+def pieces_of(heads: int, chunks: int, key: int, value: int, *, exact: bool) -> int:
+    """How many pieces, a power of two, make the sequential passes over so many heads of the batch shortest.
+
+    A pass over pieces finds their ends (`pallas_kernels.gpu.pieces`), which are joined one after another, and the pass
+    proper follows: 2 chunks / pieces + JOIN pieces, in place of chunks. All programs of the first pass, which also carries
+    the transitions, shall run at once; without that the pieces only wait for each other. With `exact`, pieces have the same
+    number of chunks.
+    """
+    room = MULTIPROCESSORS // (heads * ((key + value) // (32 if key == 256 else BLOCK)))
+    found, least = 1, float(chunks)
+    for pieces in (4, 8, 16, 32, 64):
+        cost = 2 * chunks / pieces + JOIN * pieces
+        if pieces <= min(room, chunks) and cost < least and not (exact and chunks % pieces):
+            found, least = pieces, cost
+    return found
 
 
 def unsupported(q: Array, v: Array) -> str | None:

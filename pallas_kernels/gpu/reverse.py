@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_tokens
+from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_pieces, of_tokens
 from pallas_kernels.gpu.plan import CHUNK, Plan
 from pallas_kernels.gpu.scan import (
     Inputs,
@@ -52,7 +52,7 @@ from pallas_kernels.gpu.warpgroup import (
 class Results(NamedTuple):
     d_b: Any  # dB in the plan's `parts`, bfloat16 [batch, time, heads, value] each
     d_states: Ref  # the cotangent of the state after every chunk, bfloat16 [batch, heads, chunks, key, value]
-    d_state: Ref  # that of the state before the first one, float32 [batch, heads, key, value]
+    d_state: Ref  # that of the state before every piece, float32 [batch, heads, pieces, key, value]
 
 
 class Scratch(NamedTuple):
@@ -67,23 +67,23 @@ class Scratch(NamedTuple):
     out: Ref  # dB in its parts, [parts, 64, value_block]
 
 
-def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Array) -> Results:
-    """From the cotangents of outputs and final states."""
+def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Array, *, ends: bool = False) -> Results:
+    """From the cotangents of the outputs and of the state after every piece; with `ends` its last result alone."""
     block = plan.value_block
 
     def body(inputs: Inputs, results: Results, scratch: Scratch) -> None:
-        which, head, batch, warpgroup = place("block", "head", "batch", "warpgroup")
-        channels = pl.ds(which * block, block)
+        which, head, piece, batch, warpgroup = place("block", "head", "piece", "batch", "warpgroup")
+        channels, last_chunk = pl.ds(which * block, block), (piece + 1) * plan.piece - 1
 
         @pl.when(warpgroup == 1)
         def _() -> None:
             def copies(step: Array, slot: Array) -> list[tuple[Ref, Ref]]:
-                return copies_of(plan, inputs, batch, head, which, plan.chunks - 1 - step, scratch.ring, slot)
+                return copies_of(plan, inputs, batch, head, which, last_chunk - step, scratch.ring, slot)
 
             fetch_all(plan, copies, scratch.full, scratch.empty, stages)
 
         def chunk(step: Array, d_state: Array) -> Array:
-            slot, index = lax.rem(step, stages), plan.chunks - 1 - step
+            slot, index = lax.rem(step, stages), last_chunk - step
             here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring)
             erase = here.k if here.erase is None else here.erase
 
@@ -92,7 +92,10 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
 
             stored()
             put(scratch.new, d_state)
-            store((scratch.new, results.d_states.at[batch, head, index, :, channels]))
+            if ends:
+                plgpu.commit_smem()
+            else:
+                store((scratch.new, results.d_states.at[batch, head, index, :, channels]))
             loaded(scratch.full.at[slot])
             d_written, d_read = products([(here.k, scratch.new)], [(turned(here.p), here.v)])
             d_written = d_written * scalar(END) if plan.gate == "head" else d_written
@@ -101,7 +104,8 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
                 put_split(scratch.d_y, d_b)
                 plgpu.commit_smem()
                 d_b = product(*split_pairs(here.x, scratch.d_y, turn_a=True))
-            put_split(scratch.out, d_b)
+            if not ends:
+                put_split(scratch.out, d_b)
             d_reads = []
             if plan.gate == "channel":
                 d_reads.append((turned(here.q), here.v))
@@ -113,17 +117,20 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
                 put(scratch.d_reads.at[1], -d_b * scalar(START) if plan.gate == "head" else -d_b)
                 d_reads.append((turned(erase), scratch.d_reads.at[1]))
             now = (batch, pl.ds(index * CHUNK, CHUNK), head, channels)
-            store(*((part, d_b.at[now]) for part, d_b in zip(parts(scratch.out), results.d_b, strict=True)))
+            if ends:
+                plgpu.commit_smem()
+            else:
+                store(*((part, d_b.at[now]) for part, d_b in zip(parts(scratch.out), results.d_b, strict=True)))
             d_state = decayed_state(plan, here, d_state) + product(*d_reads)
             plgpu.barrier_arrive(scratch.empty.at[slot])
             return d_state
 
         @pl.when(warpgroup == 0)
         def _() -> None:
-            load(scratch.arrived, (inputs.state.at[batch, head, :, channels], scratch.edge))
+            load(scratch.arrived, (inputs.state.at[batch, head, piece, :, channels], scratch.edge))
             loaded(scratch.arrived)
-            put(scratch.edge, lax.fori_loop(0, plan.chunks, chunk, read(scratch.edge)))
-            store((scratch.edge, results.d_state.at[batch, head, :, channels]))
+            put(scratch.edge, lax.fori_loop(0, plan.piece, chunk, read(scratch.edge)))
+            store((scratch.edge, results.d_state.at[batch, head, piece, :, channels]))
             stored(and_written=True)
 
     one = chunk_shapes(plan, tokens, 1, scores=True)
@@ -137,7 +144,7 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
         new=shared(plan.key, block, swizzle=swizzle),
         d_y=shared(2, CHUNK, block, swizzle=swizzle) if plan.erases else None,
         d_reads=shared(2, CHUNK, block, swizzle=swizzle),
-        out=shared(plan.parts, CHUNK, block, swizzle=swizzle),
+        out=None if ends else shared(plan.parts, CHUNK, block, swizzle=swizzle),
     )
     stages = stages_of(plan, one, others)
     scratch = others._replace(
@@ -150,12 +157,12 @@ def reverse(plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Arr
         body,
         Inputs(tokens._replace(v=d_o), done, d_state),
         Results(
-            d_b=(of_tokens(plan, plan.value),) * plan.parts,
-            d_states=of_chunks(plan, plan.key, plan.value),
-            d_state=jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
+            d_b=None if ends else (of_tokens(plan, plan.value),) * plan.parts,
+            d_states=None if ends else of_chunks(plan, plan.key, plan.value),
+            d_state=of_pieces(plan),
         ),
         scratch,
-        {"block": plan.value // block, "head": plan.heads, "batch": plan.batch},
-        "delta_rule_reverse",
+        {"block": plan.value // block, "head": plan.heads, "piece": plan.pieces, "batch": plan.batch},
+        "delta_rule_reverse_ends" if ends else "delta_rule_reverse",
         warpgroups=2,
     )

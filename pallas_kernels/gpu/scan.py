@@ -7,13 +7,14 @@ With the symbols of `pallas_kernels.gpu.prepare` and Z the sums of the gates of 
     O = scale (exp(G) Q) S + P diag(b) Y
     S' = exp(G_64) S + (exp(Z) K)^T diag(b) Y
 
-A program carries a block of the value's channels of one head. One warpgroup computes, another one fetches what the next
-chunks need; a chunk is a chain of three products, for the update waits for Y and Y for what the state knows.
+A program carries a block of the value's channels of one head, over a piece of the sequence, mostly all of it. One warpgroup
+computes, another one fetches what the next chunks need; a chunk is a chain of three products, for the update waits for Y and
+Y for what the state knows.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_tokens, operands_of
+from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_pieces, of_tokens, operands_of
 from pallas_kernels.gpu.plan import CHUNK, SHARED_BYTES, Plan
 from pallas_kernels.gpu.warpgroup import (
     Ref,
@@ -50,14 +51,14 @@ from pallas_kernels.gpu.warpgroup import (
 class Inputs(NamedTuple):
     tokens: Tokens
     done: Prepared
-    state: Ref  # float32 [batch, heads, key, value], or None: zero
+    state: Ref  # before every piece, float32 [batch, heads, pieces, key, value], or None: zero
 
 
 class Results(NamedTuple):
-    """What the forward gives, the first two; or what the backward wants to know again, the others."""
+    """What the forward gives, the first two; or the backward wants to know again, the last two; or the ends of pieces."""
 
     o: Ref  # [batch, time, heads, value]
-    state: Ref  # float32 [batch, heads, key, value]
+    state: Ref  # after every piece, float32 [batch, heads, pieces, key, value]
     states: Ref  # the state before every chunk, bfloat16 [batch, heads, chunks, key, value]
     y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads, value] each
 
@@ -81,9 +82,9 @@ class Scratch(NamedTuple):
     empty: Ref
     arrived: Ref
     edge: Ref  # the first and the last state, float32 [key, value_block]
-    old: Ref  # the state, bfloat16 [key, value_block]
+    old: Ref  # the state, bfloat16 [parts, key, value_block]
     unknown: Ref  # B, split: [2, 64, value_block]
-    writes: Ref  # diag(b) Y, and that times exp(Z): [2, 64, value_block]
+    writes: Ref  # diag(b) Y, and that times exp(Z), or that alone in two parts: [2, 64, value_block]
     out: Ref  # O, or the parts of Y: [parts, 64, value_block]
 
 
@@ -112,7 +113,7 @@ def bytes_of(shapes: object) -> int:
 
 def stages_of(plan: Plan, chunk: Chunk, others: object) -> int:
     """How many chunks shared memory has room for, beside what else a program wants."""
-    return min(4, plan.chunks, (SHARED_BYTES - 4096 - bytes_of(others)) // bytes_of(chunk))
+    return min(4, plan.piece, (SHARED_BYTES - 4096 - bytes_of(others)) // bytes_of(chunk))
 
 
 def fetch_all(
@@ -122,7 +123,7 @@ def fetch_all(
     for step in range(stages):
         load(full.at[step], *copies(jnp.int32(step), jnp.int32(step)))
 
-    @pl.loop(stages, plan.chunks)
+    @pl.loop(stages, plan.piece)
     def _(step: Array) -> None:
         slot = lax.rem(step, stages)
         plgpu.barrier_wait(empty.at[slot])
@@ -170,24 +171,29 @@ def decayed_state(plan: Plan, here: Chunk, state: Array) -> Array:
     return state
 
 
-def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for_backward: bool) -> Results:
-    """Outputs and final states; or with `for_backward` the states before every chunk and Y."""
+def scan(
+    plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, want: Literal["outputs", "states", "ends"]
+) -> Results:
+    """Outputs and final states; or the states before every chunk and Y; or the states after every piece.
+
+    The ends of pieces are joined to others: there the state is read, and written to, with operands of two parts.
+    """
     block = plan.value_block
-    outputs = not for_backward
+    outputs, states, ends = (want == name for name in ("outputs", "states", "ends"))
 
     def body(inputs: Inputs, results: Results, scratch: Scratch) -> None:
-        which, head, batch, warpgroup = place("block", "head", "batch", "warpgroup")
-        channels = pl.ds(which * block, block)
+        which, head, piece, batch, warpgroup = place("block", "head", "piece", "batch", "warpgroup")
+        channels, first_chunk = pl.ds(which * block, block), piece * plan.piece
 
         @pl.when(warpgroup == 1)
         def _() -> None:
             def copies(chunk: Array, slot: Array) -> list[tuple[Ref, Ref]]:
-                return copies_of(plan, inputs, batch, head, which, chunk, scratch.ring, slot)
+                return copies_of(plan, inputs, batch, head, which, first_chunk + chunk, scratch.ring, slot)
 
             fetch_all(plan, copies, scratch.full, scratch.empty, stages)
 
         def chunk(index: Array, state: Array) -> Array:
-            slot = lax.rem(index, stages)
+            slot, index = lax.rem(index, stages), first_chunk + index
             here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring)
             now = (batch, pl.ds(index * CHUNK, CHUNK), head, channels)
             erase = here.k if here.erase is None else here.erase
@@ -196,32 +202,36 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
                 return each_row(along_rows(here.scalars.at[kind]), block)
 
             stored()
-            put(scratch.old, state)
+            put_split(scratch.old, state)
             plgpu.commit_smem()
             loaded(scratch.full.at[slot])
-            if for_backward:
-                store((scratch.old, results.states.at[batch, head, index, :, channels]))
+            if states:
+                store((scratch.old.at[0], results.states.at[batch, head, index, :, channels]))
             y = read(here.v)
-            reading = [[(here.q, scratch.old)]] if outputs else []
+            reading = [[(here.q, scratch.old.at[0])]] if outputs else []
             if plan.erases:
-                known, *reads = products([(erase, scratch.old)], *reading)
+                known, *reads = products(split_pairs((erase,), scratch.old), *reading)
                 put_split(scratch.unknown, y - (known * scalar(START) if plan.gate == "head" else known))
                 plgpu.commit_smem()
                 y = product(*split_pairs(here.x, scratch.unknown))
             else:
                 reads = products(*reading) if reading else []
             new = y * scalar(BETA)
-            put(scratch.writes.at[0], new)
-            if plan.gate == "head":
-                put(scratch.writes.at[1], new * scalar(END))
-            if for_backward:
+            written = [scratch.writes.at[1 if plan.gate == "head" else 0]]
+            if ends:
+                written = list(parts(scratch.writes))
+                put_split(scratch.writes, new * scalar(END) if plan.gate == "head" else new)
+            else:
+                put(scratch.writes.at[0], new)
+                if plan.gate == "head":
+                    put(scratch.writes.at[1], new * scalar(END))
+            if states:
                 put_split(scratch.out, y)
                 store(*((part, y.at[now]) for part, y in zip(parts(scratch.out), results.y, strict=True)))
             else:
                 plgpu.commit_smem()
-            written = scratch.writes.at[1 if plan.gate == "head" else 0]
             among = [[(here.p, scratch.writes.at[0])]] if outputs else []
-            update, *new_reads = products([(turned(here.k), written)], *among)
+            update, *new_reads = products([(turned(here.k), part) for part in written], *among)
             state = decayed_state(plan, here, state) + update
             if outputs:
                 known = reads[0] * scalar(START) if plan.gate == "head" else reads[0]
@@ -235,13 +245,13 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
         def _() -> None:
             first = zeros(plan.key, block)
             if inputs.state is not None:
-                load(scratch.arrived, (inputs.state.at[batch, head, :, channels], scratch.edge))
+                load(scratch.arrived, (inputs.state.at[batch, head, piece, :, channels], scratch.edge))
                 loaded(scratch.arrived)
                 first = read(scratch.edge)
-            last = lax.fori_loop(0, plan.chunks, chunk, first)
-            if outputs:
+            last = lax.fori_loop(0, plan.piece, chunk, first)
+            if not states:
                 put(scratch.edge, last)
-                store((scratch.edge, results.state.at[batch, head, :, channels]))
+                store((scratch.edge, results.state.at[batch, head, piece, :, channels]))
             stored(and_written=True)
 
     one = chunk_shapes(plan, tokens, 1, scores=outputs)
@@ -251,11 +261,11 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
         full=None,
         empty=None,
         arrived=None,
-        edge=shared(plan.key, block, dtype=jnp.float32) if outputs or state is not None else None,
-        old=shared(plan.key, block, swizzle=swizzle),
+        edge=shared(plan.key, block, dtype=jnp.float32) if not states or state is not None else None,
+        old=shared(1 + ends, plan.key, block, swizzle=swizzle),
         unknown=shared(2, CHUNK, block, swizzle=swizzle) if plan.erases else None,
-        writes=shared(1 + (plan.gate == "head"), CHUNK, block, swizzle=swizzle),
-        out=shared(plan.parts if for_backward else 1, CHUNK, block, swizzle=swizzle),
+        writes=shared(1 + (ends or plan.gate == "head"), CHUNK, block, swizzle=swizzle),
+        out=None if ends else shared(plan.parts if states else 1, CHUNK, block, swizzle=swizzle),
     )
     stages = stages_of(plan, one, others)
     scratch = others._replace(
@@ -264,19 +274,18 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, for
         empty=plgpu.Barrier(num_barriers=stages),
         arrived=plgpu.Barrier() if state is not None else None,
     )
-    f32 = jnp.float32
     results = Results(
         o=of_tokens(plan, plan.value) if outputs else None,
-        state=jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), f32) if outputs else None,
-        states=of_chunks(plan, plan.key, plan.value) if for_backward else None,
-        y=(of_tokens(plan, plan.value),) * plan.parts if for_backward else None,
+        state=of_pieces(plan) if not states else None,
+        states=of_chunks(plan, plan.key, plan.value) if states else None,
+        y=(of_tokens(plan, plan.value),) * plan.parts if states else None,
     )
     return kernel(
         body,
         Inputs(tokens, done, state),
         results,
         scratch,
-        {"block": plan.value // block, "head": plan.heads, "batch": plan.batch},
-        "delta_rule_states" if for_backward else "delta_rule_forward",
+        {"block": plan.value // block, "head": plan.heads, "piece": plan.pieces, "batch": plan.batch},
+        {"outputs": "delta_rule_forward", "states": "delta_rule_states", "ends": "delta_rule_ends"}[want],
         warpgroups=2,
     )

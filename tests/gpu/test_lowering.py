@@ -14,6 +14,7 @@ KERNELS = {
     "forward": ("delta_rule_prepare", "delta_rule_forward"),
     "backward": ("delta_rule_prepare", "delta_rule_states", "delta_rule_reverse", "delta_rule_gradients"),
     "step": ("delta_rule_step",),
+    "pieces": ("delta_rule_ends", "delta_rule_reverse_ends"),
 }
 
 
@@ -79,6 +80,11 @@ def _loss(inputs: dict[str, jax.Array]) -> jax.Array:
 def test_published_models(direction: str, model: str, time: int) -> None:
     function = (lambda x: delta_rule(**x, implementation="pallas")) if direction == "forward" else jax.grad(_loss)
     assert set(KERNELS[direction]) <= set(_lowered(function, _inputs(SHAPES[model], 1, time)))
+
+
+def test_a_long_sequence_of_one_head() -> None:
+    kernels = _lowered(jax.grad(_loss), _inputs(Shape(1, 1, 128, 128, "channel"), 1, 131072))
+    assert set(KERNELS["pieces"]) <= set(kernels)
 
 
 @pytest.mark.parametrize("model", ["DeltaNet 340M", "Qwen3-Next", "Kimi Linear", "Gated DeltaNet 1.3B"])

@@ -13,7 +13,7 @@ from members import MEMBERS, beyond_rounding, evaluate, op_of, problem, relative
 
 from delta_jax import delta_rule
 from delta_jax.ops import api, implementations
-from pallas_kernels.gpu import warpgroup
+from pallas_kernels.gpu import plan, warpgroup
 
 SIZES = {"time": 100, "shape": (1, 1, 1, 64, 64)}
 each_member = pytest.mark.parametrize("member", MEMBERS)
@@ -90,6 +90,26 @@ def test_many_chunks_go_through_the_ring():
     """Six chunks, more than are in shared memory at a time."""
     inputs, cotangents = problem("gated_delta_net", time=384, shape=(1, 1, 1, 64, 64))
     check("gated_delta_net", inputs, cotangents)
+
+
+@pytest.mark.parametrize("member", ["gated_delta_net", "kimi_delta_attention", "negative_eigenvalues"])
+def test_pieces_of_a_sequence_join_exactly(member, monkeypatch):
+    """Four pieces of a chunk, or of two with what pads them; segments end in the second."""
+    monkeypatch.setattr(plan, "JOIN", 0.0)
+    time, shape = (260, (1, 1, 1, 64, 64)) if member == "gated_delta_net" else (250, (1, 1, 1, 64, 64))
+    assert plan.pieces_of(1, -(-time // 64), 64, 64, exact=False) == 4
+    inputs, cotangents = problem(member, time=time, shape=shape)
+    segment_ids = np.repeat([1, 2], [100, time - 100])[None] if member == "gated_delta_net" else None
+    check(member, inputs, cotangents, segment_ids=segment_ids)
+
+
+def test_when_a_sequence_is_cut():
+    """A few heads and many chunks; the programs of the pass over the pieces fit the multiprocessors."""
+    assert plan.pieces_of(1, 8192 // 64, 128, 128, exact=True) == 4
+    assert plan.pieces_of(1, 131072 // 64, 128, 128, exact=True) == 16
+    assert plan.pieces_of(8, 131072 // 64, 128, 128, exact=True) == 4
+    assert plan.pieces_of(32, 131072 // 64, 128, 128, exact=True) == 1
+    assert plan.pieces_of(1, 1024 // 64, 128, 128, exact=True) == 1
 
 
 @some_members
