@@ -4,7 +4,8 @@ With a state S of one head, d = exp(g) of its channels, and the key e that erase
 
     S <- d S        S <- S + beta k (v - e^T S)^T        o = scale S^T q
 
-A program holds a block of the value's channels in registers; sums over the key run along the columns.
+A program holds a block of the value's channels in registers; sums over the key run along the columns. The new state takes
+the place of the old one: a loop over tokens, or a caller who donates the state, copies none.
 """
 
 import functools
@@ -40,14 +41,9 @@ from pallas_kernels.gpu.warpgroup import (
 class Token(NamedTuple):
     """Arrays, or shared memory, of float32."""
 
-    state: Ref  # [batch, heads, key, value]
+    state: Ref  # [batch, heads, key, value]; written too
     keys: Ref  # scale q, beta k, and where there are such: exp(g), erase key: [batch, heads, kinds, key]
     v: Ref  # [batch, heads, value]
-
-
-class Results(NamedTuple):
-    o: Ref
-    state: Ref
 
 
 class Scratch(NamedTuple):
@@ -92,7 +88,7 @@ def _step(
     if erase is not None:
         keys.append(erase.astype(f32))
 
-    def body(token: Token, results: Results, scratch: Scratch) -> None:
+    def body(token: Token, o: Ref, scratch: Scratch) -> None:
         batch, head, which = place("batch", "head", "block")
         channels, here = pl.ds(which * block, block), scratch.token
         load(
@@ -115,18 +111,19 @@ def _step(
         put(here.state, now)
         scratch.out[...] = jnp.sum(of_key(0) * now, axis=0)
         store(
-            (here.state, results.state.at[batch, head, :, channels]),
-            (scratch.out, results.o.at[batch, head, channels]),
+            (here.state, token.state.at[batch, head, :, channels]),
+            (scratch.out, o.at[batch, head, channels]),
         )
         stored(and_written=True)
 
     here = Token(shared(key, block, dtype=f32), vectors(len(keys), key), vectors(block))
-    results = kernel(
+    held = jax.new_ref(state.astype(f32))
+    o = kernel(
         body,
-        Token(state.astype(f32), jnp.stack(keys, 2), v.astype(f32)),
-        Results(jax.ShapeDtypeStruct((batch, heads, value), f32), jax.ShapeDtypeStruct(state.shape, f32)),
+        Token(held, jnp.stack(keys, 2), v.astype(f32)),
+        jax.ShapeDtypeStruct((batch, heads, value), f32),
         Scratch(here, vectors(block), plgpu.Barrier(num_arrivals=3)),
         {"block": value // block, "head": heads, "batch": batch},
         "delta_rule_step",
     )
-    return results.o, results.state
+    return o, jax.freeze(held)
