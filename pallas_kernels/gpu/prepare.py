@@ -81,10 +81,10 @@ def prepare(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
         if plan.erases:
             stored()
             invert(a * each_column(along_columns(here.scalars.at[BETA]), CHUNK), one, two, three)
-            store((two, done.x.at[batch, head, chunk]))
+            store(*((two.at[part], done.x.at[batch, head, chunk, part]) for part in (0, 1)))
         stored(and_written=True)
 
-    keys, matrix = shared(CHUNK, plan.key), shared(2, CHUNK, CHUNK)
+    keys, matrix = shared(CHUNK, plan.key), shared(2, CHUNK, CHUNK, swizzle=32)
     return kernel(
         body,
         tokens._replace(v=None),

@@ -41,6 +41,7 @@ class Scratch(NamedTuple):
     keys: Operands  # [64, 64]
     decayed: Operands  # [64, 64]
     gates: Ref  # [2, 64, 64]
+    takes: Ref  # which gates a factor takes, [64, 64]
     scalars: Ref  # [kinds, 64]
     matrices: tuple[Ref, Ref, Ref]  # [2, 64, 64]
     whole: Ref  # exp(G_64), [64]
@@ -59,8 +60,8 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
             stored()
             channels = pl.ds(block * BLOCK, BLOCK)
             _fetch(plan, tokens, here, batch, head, chunk, channels)
-            scores = _scores(plan, here, one.at[0], *scores)
-            _decay_keys(plan, here, one.at[0])
+            scores = _scores(plan, here, here.takes, *scores)
+            _decay_keys(plan, here, here.takes)
             copies = [
                 (here.decayed.q, done.query_in.at[(*now, channels)]),
                 (here.decayed.k, done.keys_out.at[(*now, channels)]),
@@ -82,10 +83,10 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
         if plan.erases:
             stored()
             invert(a * each_column(along_columns(here.scalars.at[BETA]), CHUNK), one, two, three)
-            store((two, done.x.at[batch, head, chunk]))
+            store(*((two.at[part], done.x.at[batch, head, chunk, part]) for part in (0, 1)))
         stored(and_written=True)
 
-    tile, matrix = shared(CHUNK, BLOCK), shared(2, CHUNK, CHUNK)
+    tile, matrix = shared(CHUNK, BLOCK), shared(2, CHUNK, CHUNK, swizzle=32)
     return kernel(
         body,
         tokens._replace(v=None),
@@ -94,6 +95,7 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
             keys=Operands(tile, tile, tile if plan.erase_heads else None),
             decayed=Operands(tile, tile, tile if plan.erases else None),
             gates=shared(2, CHUNK, BLOCK),
+            takes=tile,
             scalars=vectors(*tokens.scalars.shape[-2:]),
             matrices=(matrix,) * 3,
             whole=vectors(BLOCK),
