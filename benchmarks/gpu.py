@@ -70,6 +70,7 @@ CASES = (
         Case(name=f"T = {n}", gate="head", tokens=n, batch=65536 // n, key_heads=16, heads=16)
         for n in (1024, 4096, 16384, 65536)
     ),
+    Case(name="4 heads, T = 131072", gate="head", tokens=131072, key_heads=4, heads=4),
 )
 
 
