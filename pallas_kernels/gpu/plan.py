@@ -9,9 +9,7 @@ CHUNK = 64  # tokens a chunk: the rows of one product of a warpgroup
 SIZES = {"key": (64, 128, 256), "value": (64, 128, 256, 512)}
 BLOCK = 64  # channels of a key, or of a value, that a program handles at a time
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
-JOIN = (
-    8  # what joining two pieces of a sequence in XLA takes, in chunks of a sequential pass; an estimate, not measured
-)
+JOIN = 8  # what joining two pieces of a sequence takes XLA, in chunks of a pass over it: a guess, not measured
 SHARED_BYTES = 227 * 1024  # shared memory that one block of threads may use
 
 
@@ -53,8 +51,10 @@ class Plan:
 
     @property
     def parts(self) -> int:
-        """In how many of bfloat16 the backward keeps Y, dB, A and P: the gradient of a gate of a head sums their
-        products over many tokens, and where keys repeat these sums cancel."""
+        """In how many of bfloat16 the backward keeps Y, dB, A and P.
+
+        The gradient of a gate of a head sums their products over many tokens; where keys repeat, these sums cancel.
+        """
         return 2 if self.gate == "head" else 1
 
     @property
