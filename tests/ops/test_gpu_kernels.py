@@ -65,9 +65,14 @@ def test_packed_segments_and_runs_repeat(member):
     assert all(np.array_equal(got[name], again[name]) for name in got)
 
 
-@some_members
 @pytest.mark.parametrize(
-    ("time", "shape"), [(70, (1, 1, 1, 128, 128)), (64, (2, 1, 2, 64, 128)), (3, (1, 1, 1, 128, 64))]
+    ("member", "time", "shape"),
+    [
+        ("gated_delta_net", 70, (1, 1, 1, 128, 128)),
+        ("gated_delta_net_2", 70, (1, 1, 1, 128, 128)),
+        ("gated_delta_net", 64, (2, 1, 2, 64, 128)),
+        ("gated_delta_net_2", 3, (1, 1, 2, 128, 64)),
+    ],
 )
 def test_sizes(member, time, shape):
     inputs, cotangents = problem(member, time=time, shape=shape)
@@ -92,14 +97,13 @@ def test_many_chunks_go_through_the_ring():
     check("gated_delta_net", inputs, cotangents)
 
 
-@pytest.mark.parametrize("member", ["gated_delta_net", "kimi_delta_attention", "negative_eigenvalues"])
-def test_pieces_of_a_sequence_join_exactly(member, monkeypatch):
-    """Four pieces of a chunk, or of two with what pads them; segments end in the second."""
+@pytest.mark.parametrize(("member", "segments"), [("gated_delta_net", 2), ("negative_eigenvalues", 1)])
+def test_pieces_of_a_sequence_join_exactly(member, segments, monkeypatch):
+    """Four pieces of one chunk; a segment ends in the second."""
     monkeypatch.setattr(plan, "JOIN", 0.0)
-    time, shape = (260, (1, 1, 1, 64, 64)) if member == "gated_delta_net" else (250, (1, 1, 1, 64, 64))
-    assert plan.pieces_of(1, -(-time // 64), 64, 64, exact=False) == 4
-    inputs, cotangents = problem(member, time=time, shape=shape)
-    segment_ids = np.repeat([1, 2], [100, time - 100])[None] if member == "gated_delta_net" else None
+    assert plan.pieces_of(1, 4, 64, 64, exact=False) == 4
+    inputs, cotangents = problem(member, time=250, shape=(1, 1, 1, 64, 64))
+    segment_ids = np.repeat([1, segments], [100, 150])[None]
     check(member, inputs, cotangents, segment_ids=segment_ids)
 
 
