@@ -11,7 +11,7 @@ ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: demo test test-oldest lint format peers bench-cpu tpu-schedule accuracy clean
+.PHONY: demo test test-oldest lint format peers bench-cpu bench-gpu check-gpu tpu-schedule accuracy clean
 
 demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per byte and a sample
 	$(RUN) -m experiments.demo
@@ -20,7 +20,7 @@ test: .venv/installed  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
 test-oldest: .venv-oldest/installed  ## the op's tests on the oldest supported JAX
-	.venv-oldest/bin/python -m pytest tests/ops
+	.venv-oldest/bin/python -m pytest tests/ops tests/gpu
 
 lint: .venv/installed  ## formatting, linting, types
 	$(RUN) -m ruff format --check .
@@ -36,6 +36,12 @@ peers: .venv/installed  ## the libraries the CPU benchmark compares with, each i
 
 bench-cpu: .venv/installed  ## speed and memory on this machine's CPU, beside the installed peers
 	$(RUN) -m benchmarks.cpu --sweep
+
+bench-gpu:  ## speed and memory on this machine's Hopper GPU, beside the installed peers; needs JAX with CUDA in PYTHON
+	$(PYTHON) -m benchmarks.gpu
+
+check-gpu:  ## whether the GPU kernels are right on this machine's Hopper GPU, in minutes; needs JAX with CUDA in PYTHON
+	$(PYTHON) -m benchmarks.gpu_check
 
 tpu-schedule: .venv/installed  ## what the TPU compiler makes of the kernels, on a CPU host
 	$(RUN) -m benchmarks.tpu_schedule

@@ -1,7 +1,9 @@
 """The public door of the op: checks the arguments and picks an implementation."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -26,7 +28,26 @@ class Arguments(NamedTuple):
     segment_ids: Array | None
 
 
-def _kernels(
+_STATIC = ("scale", "chunk_size", "erases")
+
+
+def _kernels() -> ModuleType:
+    """The kernels for the device that the code being traced is for."""
+    if platform() == "gpu":
+        from pallas_kernels import gpu
+
+        return gpu
+    from pallas_kernels import tpu
+
+    return tpu
+
+
+@functools.cache
+def _compiled(kernels: ModuleType) -> Callable[..., tuple[Array, Array]]:
+    return jax.jit(kernels.delta_rule, static_argnames=_STATIC)
+
+
+def _pallas(
     q: Array,
     k: Array,
     v: Array,
@@ -38,10 +59,9 @@ def _kernels(
     **options: Any,
 ) -> tuple[Array, Array]:
     """The kernels take one write a token: a token of n becomes n, of which the first is gated and the last queried."""
-    from pallas_kernels import tpu
-
+    run = _compiled(_kernels())
     if k.ndim == q.ndim:
-        return tpu.delta_rule(q, k, v, beta, g, erase, initial_state, reset, **options)
+        return run(q, k, v, beta, g, erase, initial_state, reset, **options)
     writes = k.shape[2]
 
     def spread(x: Array, place: int) -> Array:
@@ -51,15 +71,14 @@ def _kernels(
     q = spread(q, writes - 1)
     k, v, beta, erase = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (k, v, beta, erase))
     g, reset = jax.tree.map(lambda x: spread(x, 0), (g, reset))
-    o, state = tpu.delta_rule(q, k, v, beta, g, erase, initial_state, reset, **options)
+    o, state = run(q, k, v, beta, g, erase, initial_state, reset, **options)
     return o[:, writes - 1 :: writes], state
 
 
-_STATIC = ("scale", "chunk_size", "erases")
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "recurrent": jax.jit(recurrent, static_argnames=_STATIC),
     "xla": jax.jit(chunkwise, static_argnames=_STATIC),
-    "pallas": jax.jit(_kernels, static_argnames=_STATIC),
+    "pallas": _pallas,
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -70,15 +89,22 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def hopper() -> bool:
+    """Whether that device is a GPU of NVIDIA's Hopper generation."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return re.search(r"\bG?H(20|100|200|800)\b", device.device_kind) is not None
+
+
 def implementations() -> dict[str, str | None]:
     """What `implementation=` accepts here: None beside a name that can run, else the sentence that says why it cannot."""
     return {name: _unavailable(name) for name in IMPLEMENTATIONS}
 
 
 def _unavailable(name: str) -> str | None:
-    if name == "pallas" and platform() != "tpu":
-        return f"the Pallas kernels run on TPUs, and this is a {platform()}"
-    return None
+    if name != "pallas" or platform() == "tpu" or (platform() == "gpu" and hopper()):
+        return None
+    here = "another GPU" if platform() == "gpu" else f"a {platform()}"
+    return f"the Pallas kernels run on TPUs and on Hopper GPUs, and this is {here}"
 
 
 def delta_rule(
@@ -112,11 +138,12 @@ def delta_rule(
       initial_state: `[batch, heads, key, value]`; belongs to the first segment. Default zero.
       segment_ids: integers `[batch, time]` of packed sequences: the state is reset to zero where the id changes.
       scale: multiplies the output. Default `key ** -0.5`.
-      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, for
-        keys of at most 16 channels 16: the fastest on a CPU. The Pallas kernels work on 128 tokens at a time whatever it
+      chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, for keys of at most 16
+        channels 16: the fastest on a CPU. The Pallas kernels work on 128 (TPU) or 64 (GPU) tokens at a time whatever it
         says.
-      implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs; key and
-        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16), or None: "pallas" where it can run, else "xla".
+      implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs: key and
+        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for Hopper GPUs: keys of 64, 128 and 256,
+        values of these and 512, bfloat16), or None: "pallas" on a TPU where it can run, else "xla".
 
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32
@@ -265,11 +292,9 @@ def _run_step(
         erase = k if erase is None else repeat(erase)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     if implementation == "pallas":
-        from pallas_kernels.tpu import delta_rule_step
-
         for write in recurrence.one_by_one(k, v, beta, erase):  # only the last of these outputs is a token's
             k_j, v_j, beta_j, erase_j = write
-            o, state = delta_rule_step(state, q, k_j, v_j, beta_j, g, erase_j, scale)
+            o, state = _kernels().delta_rule_step(state, q, k_j, v_j, beta_j, g, erase_j, scale)
             g = None
     else:
         o, state = recurrence.step(state, q, k, v, beta, g, erase, scale)
@@ -303,11 +328,11 @@ def _choose(wanted: str | None, q: Array, v: Array) -> str:
         raise ValueError(f"implementation={wanted!r} cannot run here: the names are {', '.join(IMPLEMENTATIONS)}.")
     if wanted is not None and wanted != "pallas":
         return wanted
+    if wanted is None and platform() == "gpu":  # these kernels have not run on a GPU yet: only by name
+        return "xla"
     reason = _unavailable("pallas")
     if reason is None:
-        from pallas_kernels.tpu import unsupported
-
-        reason = unsupported(q, v)
+        reason = _kernels().unsupported(q, v)
     if reason is not None and wanted == "pallas":
         raise ValueError(f"implementation='pallas' cannot run here: {reason}.")
     return "xla" if reason else "pallas"

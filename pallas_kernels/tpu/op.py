@@ -2,31 +2,20 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.tpu import scores
+from pallas_kernels.batching import joins_batch
+from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffix_sums, with_resets
 from pallas_kernels.tpu.backward import backward, backward_bytes
-from pallas_kernels.tpu.batching import joins_batch
 from pallas_kernels.tpu.forward import Kept, forward, forward_bytes
 from pallas_kernels.tpu.plan import MAX_GROUP, MAX_HEADS, Plan, head_counts, vmem_bytes
 from pallas_kernels.tpu.products import TILE
 from pallas_kernels.tpu.tile import Tokens
-
-
-class Inputs(NamedTuple):
-    """The op's arrays over all tokens, `[batch, time, heads, ...]`; `g` has its resets and no fewer than zero heads."""
-
-    q: Array
-    k: Array
-    v: Array
-    beta: Array | None
-    g: Array | None
-    erase: Array | None
 
 
 def delta_rule(
@@ -55,20 +44,9 @@ def delta_rule(
         q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
         if erase is not None and erase.shape[2] != v.shape[2]:
             erase = jnp.repeat(erase, repeats, axis=2)
-    if reset is not None:
-        if g is None:
-            g = jnp.zeros(v.shape[:3], jnp.float32)
-        starts = reset.reshape(*reset.shape, *(1,) * (g.ndim - 2))
-        g = jnp.where(starts, jnp.asarray(-jnp.inf, g.dtype), g)
     tiles = -(-v.shape[1] // TILE)
     padding = -(-tiles // _groups(tiles)) * _groups(tiles) * TILE - v.shape[1]
-
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) if padding else x
-
-    if padding and beta is None:
-        beta = jnp.ones(v.shape[:3], jnp.float32)
-    inputs = jax.tree.map(pad, Inputs(q, k, v, beta, g, erase))
+    inputs = padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), padding)
     o, state = _delta_rule(inputs, initial_state, scale, erases)
     return o[:, : v.shape[1]], state
 
@@ -154,11 +132,15 @@ def _cotangents(
     flat = inputs._replace(beta=None, g=inputs.g if plan.gate == "channel" else None)
     d_flat = Inputs(d_tokens.q, d_tokens.k, d_tokens.v, None, d_tokens.g, d_tokens.erase)
     d_inputs = jax.tree.map(lambda d, x: d.reshape(x.shape).astype(x.dtype), d_flat, flat)
-    d_beta, *gate_terms = _heads_last(d_tokens.scalars, plan)
+    d_beta, *terms = _heads_last(d_tokens.scalars, plan)
     if inputs.beta is not None:
         d_inputs = d_inputs._replace(beta=d_beta.reshape(inputs.beta.shape).astype(inputs.beta.dtype))
     if inputs.g is not None and plan.gate == "head":
-        d_inputs = d_inputs._replace(g=_gate_gradient(*gate_terms).reshape(inputs.g.shape).astype(inputs.g.dtype))
+        d_inputs = d_inputs._replace(
+            g=gate_gradient(terms[0], terms[1], terms[2], terms[3], axis=2)
+            .reshape(inputs.g.shape)
+            .astype(inputs.g.dtype)
+        )
     return d_inputs, None if initial_state is None else d_state.astype(initial_state.dtype)
 
 
@@ -174,9 +156,9 @@ def tokens_of(inputs: Inputs, plan: Plan) -> Tokens:
     beta = jnp.ones(inputs.v.shape[:3], jnp.float32) if inputs.beta is None else inputs.beta
     scalars = [_tokens_last(beta, plan)]
     if plan.gate == "head" and inputs.g is not None:
-        gate = scores.base_two(_tokens_last(inputs.g, plan))
+        gate = base_two(_tokens_last(inputs.g, plan))
         after = jnp.pad(gate[..., 1:], ((0, 0),) * 4 + ((0, 1),))
-        scalars += [gate, jnp.exp2(jnp.cumsum(gate, -1)), jnp.exp2(_suffix_sums(after))]
+        scalars += [gate, jnp.exp2(jnp.cumsum(gate, -1)), jnp.exp2(suffix_sums(after))]
     return Tokens(
         q=flat(inputs.q),
         k=flat(inputs.k),
@@ -197,16 +179,3 @@ def _heads_last(x: Array, plan: Plan) -> Array:
     """`[batch, programs, tiles, kinds * heads, 128]` as `[kinds, batch, tiles, 128, all heads]`."""
     x = x.reshape(plan.batch, plan.programs, plan.tiles, -1, plan.heads, TILE)
     return x.transpose(3, 0, 2, 5, 1, 4).reshape(-1, plan.batch, plan.tiles, TILE, plan.programs * plan.heads)
-
-
-def _suffix_sums(x: Array, axis: int = -1) -> Array:
-    return jnp.flip(jnp.cumsum(jnp.flip(x, axis), axis), axis)
-
-
-def _gate_gradient(pairs: Array, starts: Array, ends: Array, whole: Array) -> Array:
-    """The cotangent of the gates from what holds them: pairs, what is read from and written to the state, the state.
-
-    All `[batch, tiles, 128, heads]`; a token's gate is in the reads from it on, the writes before it, and the whole.
-    """
-    earlier = jnp.cumsum(jnp.pad(ends[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))), 2)  # no difference of sums
-    return pairs + _suffix_sums(starts, 2) + earlier + jnp.sum(whole, 2, keepdims=True)

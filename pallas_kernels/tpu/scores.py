@@ -22,15 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.products import TILE, lanes, product, rows, split
 
-LOG2_E = 1.4426950408889634
-FORGETS = -160.0  # exp2 is zero in float32; a new segment is such a gate
 BLOCKS = (1, 2, 4, 8, 16, 32, 64)
 NEAR = 16  # tokens that are one product where gates are gentle
-
-
-def base_two(g: Array) -> Array:
-    """Gates as base-2 logarithms, cut where exp2 of one is zero, so that sums of many stay finite."""
-    return jnp.maximum(g.astype(jnp.float32) * LOG2_E, FORGETS)
 
 
 def steep(sums: Sequence[Array], exact: bool) -> Array:

@@ -8,7 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.batching import joins_batch
+from pallas_kernels.batching import joins_batch
 from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, vmem_bytes
 from pallas_kernels.tpu.products import TILE, column, transposed
 

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.inputs import base_two
 from pallas_kernels.tpu import inverse, scores
 from pallas_kernels.tpu.plan import Plan
 from pallas_kernels.tpu.products import TILE, column, float32_product, lanes, product, rows, split, transposed
@@ -196,7 +197,7 @@ def _channel_scores(plan: Plan, tokens: Tokens, done: Prepared, temporary: Tempo
         return of_key(plan, tokens.q, h).astype(f32)
 
     def gate(h: int) -> Array:
-        return scores.base_two(of_head(tokens.g, h, plan.key))
+        return base_two(of_head(tokens.g, h, plan.key))
 
     def level(block: int) -> None:
         n = scores.BLOCKS.index(block)

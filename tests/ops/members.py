@@ -226,3 +226,24 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """Root-mean-square error over the root mean square of the reference; infinite where that is 0 and `got` is not."""
     error, size = np.sqrt(np.mean(np.square(got - want))), np.sqrt(np.mean(np.square(want)))
     return float(error / size) if size else (0.0 if error == 0 else np.inf)
+
+
+def beyond_rounding(
+    member: str, hard: str, inputs: Inputs, cotangents: tuple[np.ndarray, np.ndarray], got: Inputs, **options: Any
+) -> list[str]:
+    """What of a bfloat16 result is further from the reference than twice what rounding inputs and results does to it.
+
+    On hard inputs rounding may do next to nothing; there the limit is at least four units of the last place, 2^-6.
+    """
+    want = reference(member, inputs, cotangents, **options)
+    nearest = {name: rounded(x) for name, x in inputs.items()}
+    best = reference(member, nearest, (rounded(cotangents[0]), rounded(cotangents[1])), **options)
+    found = []
+    for name, x in want.items():
+        limit = 2 * relative_error(best[name] if name == "state" else rounded(best[name]), x)
+        if hard != "plain":
+            limit = max(limit, 2.0**-6)
+        error = relative_error(got[name], x)
+        if not error <= limit:
+            found.append(f"{member}, {hard}, {name}: {error:.2e} > {limit:.2e}")
+    return found

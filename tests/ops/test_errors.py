@@ -36,7 +36,7 @@ BAD = {
     "segment_ids must have shape (2, 5)": {"segment_ids": jnp.ones((2, 4), jnp.int32)},
     "segment_ids must be integers": {"segment_ids": jnp.ones((2, 5))},
     "chunk_size must be 16, 32, 64 or 128, got 24": {"chunk_size": 24},
-    "implementation='pallas' cannot run here: the Pallas kernels run on TPUs, and this is a cpu": {
+    "implementation='pallas' cannot run here: the Pallas kernels run on TPUs and on Hopper GPUs, and this is a cpu": {
         "implementation": "pallas"
     },
     "implementation='fast' cannot run here: the names are": {"implementation": "fast"},

@@ -1,0 +1,169 @@
+"""The general delta rule on a Hopper GPU: the kernels behind `jax.custom_vjp`, and the layouts they want."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.batching import joins_batch
+from pallas_kernels.gpu.arrays import BETA, START, Tokens
+from pallas_kernels.gpu.cotangents import COLUMNS, DIRECT, PAIRS, READS, WRITES
+from pallas_kernels.gpu.cotangents import Inputs as Kept
+from pallas_kernels.gpu.gradients import gradients
+from pallas_kernels.gpu.pieces import ends_of_pieces, starts_of_pieces
+from pallas_kernels.gpu.plan import CHUNK, Plan, pieces_of
+from pallas_kernels.gpu.prepare import prepare
+from pallas_kernels.gpu.reverse import reverse
+from pallas_kernels.gpu.scan import scan
+from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffix_sums, with_resets
+
+
+def delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+    reset: Array | None,
+    *,
+    scale: float,
+    chunk_size: int | None,
+    erases: bool,
+) -> tuple[Array, Array]:
+    """The delta rule over all tokens, `[batch, time, heads, value]`, and the final state `[batch, heads, key, value]`.
+
+    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Chunks have
+    64 tokens whatever `chunk_size` says. Differentiable once, in reverse mode, in every floating-point argument.
+    """
+    del chunk_size
+    batch, time, heads, value = v.shape
+    pieces = pieces_of(batch * heads, -(-time // CHUNK), k.shape[3], value, exact=False)
+    inputs = padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), -time % (CHUNK * pieces))
+    o, state = _delta_rule(inputs, initial_state, scale, erases)
+    return o[:, :time], state
+
+
+def plan_of(inputs: Inputs, scale: float, erases: bool) -> Plan:
+    batch, time, heads, value = inputs.v.shape
+    key, chunks = inputs.k.shape[3], time // CHUNK
+    gate: Literal["none", "head", "channel"] = "none"
+    if inputs.g is not None:
+        gate = "channel" if inputs.g.ndim == 4 else "head"
+    return Plan(
+        batch=batch,
+        key_heads=inputs.k.shape[2],
+        heads=heads,
+        chunks=chunks,
+        key=key,
+        value=value,
+        gate=gate,
+        erase_heads=0 if inputs.erase is None else inputs.erase.shape[2],
+        erases=erases,
+        scale=scale,
+        pieces=pieces_of(batch * heads, chunks, key, value, exact=True),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _delta_rule(inputs: Inputs, initial_state: Array | None, scale: float, erases: bool) -> tuple[Array, Array]:
+    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array]:
+        plan = plan_of(inputs, scale, erases)
+        tokens = tokens_of(inputs, plan)
+        done = prepare(plan, tokens, for_backward=False)
+        starts, _ = starts_of_pieces(plan, tokens, done, _float32(initial_state))
+        results = scan(plan, tokens, done, starts, want="outputs")
+        return results.o, results.state[:, :, -1]
+
+    return joins_batch(run)(inputs, initial_state)
+
+
+def _forward(
+    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool
+) -> tuple[tuple[Array, Array], tuple[Inputs, Array | None]]:
+    return _delta_rule(inputs, initial_state, scale, erases), (inputs, initial_state)
+
+
+def _backward(
+    scale: float, erases: bool, residuals: tuple[Inputs, Array | None], cotangents: tuple[Array, Array]
+) -> tuple[Inputs, Array | None]:
+    return joins_batch(functools.partial(_cotangents, scale, erases))(*residuals, *cotangents)
+
+
+def _cotangents(
+    scale: float, erases: bool, inputs: Inputs, initial_state: Array | None, d_o: Array, d_state: Array
+) -> tuple[Inputs, Array | None]:
+    plan = plan_of(inputs, scale, erases)
+    tokens = tokens_of(inputs, plan)
+    done = prepare(plan, tokens, for_backward=True)
+    starts, transitions = starts_of_pieces(plan, tokens, done, _float32(initial_state))
+    again = scan(plan, tokens, done, starts, want="states")
+    back = reverse(plan, tokens, done, d_o, ends_of_pieces(plan, tokens, done, d_o, d_state, transitions))
+    found = gradients(plan, Kept(tokens, done, again.y, back.d_b, d_o, again.states, back.d_states))
+
+    def of_heads(d: Array, heads: int) -> Array:
+        """The sum over the value heads that share a head."""
+        shape = (*d.shape[:2], heads, -1, d.shape[-1])
+        return d if heads == plan.heads else jnp.sum(d.reshape(shape).astype(jnp.float32), 3).astype(d.dtype)
+
+    one, blocks = found.sums[:, :, :, 0], jnp.sum(found.sums, 3)
+    d_inputs = Inputs(
+        q=of_heads(found.d_q, plan.key_heads),
+        k=of_heads(found.d_k, plan.key_heads),
+        v=back.d_b[0],
+        beta=None,
+        g=None,
+        erase=of_heads(found.d_erase, plan.erase_heads) if plan.erase_heads else None,
+    )
+    beta = tokens.scalars[:, :, :, BETA]
+    if inputs.beta is not None:
+        # dB_j = beta_j U_j and d_beta_j = Y_j . U_j: where beta is not zero this needs no sum that cancels.
+        all_sums = one[..., COLUMNS, :] + blocks[..., WRITES, :]
+        direct = one[..., DIRECT, :] / jnp.where(beta == 0.0, 1.0, beta)
+        d_beta = _by_token(jnp.where(beta == 0.0, all_sums, direct))
+        d_inputs = d_inputs._replace(beta=d_beta.astype(inputs.beta.dtype))
+    if inputs.g is not None and plan.gate == "head":
+        whole = tokens.scalars[:, :, :, START, -1] * jnp.sum(found.whole, -1)
+        d_g = gate_gradient(one[..., PAIRS, :], blocks[..., READS, :], beta * blocks[..., WRITES, :], whole[..., None])
+        d_inputs = d_inputs._replace(g=_by_token(d_g).astype(inputs.g.dtype))
+    if inputs.g is not None and plan.gate == "channel":
+        whole = (found.whole * done.whole).transpose(0, 2, 1, 3)[:, :, None]
+        d_g = found.d_gates.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, plan.key) + whole
+        d_inputs = d_inputs._replace(g=d_g.reshape(inputs.g.shape).astype(inputs.g.dtype))
+    return d_inputs, None if initial_state is None else back.d_state[:, :, 0].astype(initial_state.dtype)
+
+
+_delta_rule.defvjp(_forward, _backward)
+
+
+def _float32(state: Array | None) -> Array | None:
+    return None if state is None else state.astype(jnp.float32)
+
+
+def tokens_of(inputs: Inputs, plan: Plan) -> Tokens:
+    """The arrays as the kernels read them: a chunk's scalars side by side, gates per channel split in two."""
+    beta = jnp.ones(inputs.v.shape[:3], jnp.float32) if inputs.beta is None else inputs.beta
+    scalars, gates = [_by_chunk(beta, plan)], None
+    if plan.gate == "channel" and inputs.g is not None:
+        gate = base_two(inputs.g)
+        high = gate.astype(jnp.bfloat16)
+        gates = jnp.stack([high, (gate - high.astype(jnp.float32)).astype(jnp.bfloat16)])
+    if plan.gate == "head" and inputs.g is not None:
+        gate = base_two(_by_chunk(inputs.g, plan))
+        after = jnp.pad(gate[..., 1:], ((0, 0),) * 3 + ((0, 1),))
+        scalars += [gate, jnp.exp2(jnp.cumsum(gate, -1)), jnp.exp2(suffix_sums(after))]
+    return Tokens(inputs.q, inputs.k, inputs.v, inputs.erase, gates, jnp.stack(scalars, 3))
+
+
+def _by_chunk(x: Array, plan: Plan) -> Array:
+    """`[batch, time, heads]` as float32 `[batch, heads, chunks, 64]`."""
+    x = x.astype(jnp.float32).reshape(plan.batch, plan.chunks, CHUNK, plan.heads)
+    return x.transpose(0, 3, 1, 2)
+
+
+def _by_token(x: Array) -> Array:
+    """The reverse of `_by_chunk`."""
+    return x.transpose(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])

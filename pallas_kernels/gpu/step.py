@@ -1,0 +1,129 @@
+"""One token of B x H states: every state is read from memory and written back once, which is all that a step costs.
+
+With a state S of one head, d = exp(g) of its channels, and the key e that erases,
+
+    S <- d S        S <- S + beta k (v - e^T S)^T        o = scale S^T q
+
+A program holds a block of the value's channels in registers; sums over the key run along the columns. The new state takes
+the place of the old one: a loop over tokens, or a caller who donates the state, copies none.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.batching import joins_batch
+from pallas_kernels.gpu.plan import BLOCK
+from pallas_kernels.gpu.warpgroup import (
+    Ref,
+    along_columns,
+    along_rows,
+    each_column,
+    each_row,
+    kernel,
+    load,
+    loaded,
+    place,
+    put,
+    read,
+    shared,
+    store,
+    stored,
+    vectors,
+)
+
+
+class Token(NamedTuple):
+    """Arrays, or shared memory, of float32."""
+
+    state: Ref  # [batch, heads, key, value]; written too
+    keys: Ref  # scale q, beta k, and where there are such: exp(g), erase key: [batch, heads, kinds, key]
+    v: Ref  # [batch, heads, value]
+
+
+class Scratch(NamedTuple):
+    token: Token
+    out: Ref
+    full: Ref
+
+
+def delta_rule_step(
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    scale: float,
+) -> tuple[Array, Array]:
+    """The step of `delta_jax.ops.recurrence.step` in float32: `state` `[batch, heads, key, value]`, a key for every head.
+
+    Returns the output `[batch, heads, value]` in float32 and the new state. `erase=None` erases nothing.
+    """
+    return joins_batch(functools.partial(_step, scale))(state, q, k, v, beta, g, erase)
+
+
+def _step(
+    scale: float,
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+) -> tuple[Array, Array]:
+    batch, heads, key, value = state.shape
+    block, f32 = 32 if key == 256 else BLOCK, jnp.float32
+    keys = [scale * q.astype(f32), k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)]
+    if g is not None:
+        decay = jnp.exp(g.astype(f32))
+        keys.append(jnp.broadcast_to(decay.reshape(batch, heads, -1), (batch, heads, key)))
+    if erase is not None:
+        keys.append(erase.astype(f32))
+
+    def body(token: Token, o: Ref, scratch: Scratch) -> None:
+        batch, head, which = place("batch", "head", "block")
+        channels, here = pl.ds(which * block, block), scratch.token
+        load(
+            scratch.full,
+            (token.state.at[batch, head, :, channels], here.state),
+            (token.keys.at[batch, head], here.keys),
+            (token.v.at[batch, head, channels], here.v),
+        )
+        loaded(scratch.full)
+
+        def of_key(kind: int) -> Array:
+            return each_row(along_rows(here.keys.at[kind]), block)
+
+        now, error = read(here.state), along_columns(here.v)
+        if g is not None:
+            now = now * of_key(2)
+        if erase is not None:
+            error = error - jnp.sum(of_key(len(keys) - 1) * now, axis=0)
+        now = now + of_key(1) * each_column(error, key)
+        put(here.state, now)
+        scratch.out[...] = jnp.sum(of_key(0) * now, axis=0)
+        store(
+            (here.state, token.state.at[batch, head, :, channels]),
+            (scratch.out, o.at[batch, head, channels]),
+        )
+        stored(and_written=True)
+
+    here = Token(shared(key, block, dtype=f32), vectors(len(keys), key), vectors(block))
+    held = jax.new_ref(state.astype(f32))
+    o = kernel(
+        body,
+        Token(held, jnp.stack(keys, 2), v.astype(f32)),
+        jax.ShapeDtypeStruct((batch, heads, value), f32),
+        Scratch(here, vectors(block), plgpu.Barrier(num_arrivals=3)),
+        {"block": value // block, "head": heads, "batch": batch},
+        "delta_rule_step",
+    )
+    return o, jax.freeze(held)

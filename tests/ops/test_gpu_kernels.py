@@ -1,0 +1,172 @@
+"""The contract of the op for the GPU kernels, which take bfloat16: interpreted on the CPU, every member."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from members import MEMBERS, beyond_rounding, evaluate, op_of, problem, relative_error, step_of
+
+from delta_jax import delta_rule
+from delta_jax.ops import api, implementations
+from pallas_kernels.gpu import plan, warpgroup
+
+SIZES = {"time": 100, "shape": (1, 1, 1, 64, 64)}
+each_member = pytest.mark.parametrize("member", MEMBERS)
+# The interpreter's programs take long to compile: tests that need no gradient, or that vary shapes, take some members.
+some_members = pytest.mark.parametrize("member", ["gated_delta_net", "gated_delta_net_2"])
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """The kernels of a Hopper GPU run in interpretation on the CPU."""
+    with (
+        mock.patch.object(api, "platform", return_value="gpu"),
+        mock.patch.object(api, "hopper", return_value=True),
+        mock.patch.object(warpgroup, "INTERPRET", plgpu.InterpretGPUParams()),
+    ):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _interpreted():
+    assert jax.device_count() >= 4, "the interpreter would wait for threads that there are not: see tests/conftest.py"
+    jax.clear_caches()  # interpreted kernels are large programs, and hundreds of them exhaust the process's memory maps
+    with interpreted():
+        yield
+    jax.clear_caches()  # the TPU kernels have the same name in the cache of `evaluate`
+
+
+def check(member, inputs, cotangents, hard="plain", **options):
+    got = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="pallas", **options)
+    assert beyond_rounding(member, hard, inputs, cotangents, got, **options) == []
+    return got
+
+
+@each_member
+def test_as_good_as_rounding_the_inputs(member):
+    """Inputs a model has, and hard ones that bfloat16 can hold."""
+    gated = "g" in problem(member, time=1)[0]
+    for hard in ("plain", "repeated_keys", "gate_-1e4_sometimes" if gated else "zeros"):
+        inputs, cotangents = problem(member, hard, **SIZES)
+        check(member, inputs, cotangents, hard)
+
+
+@some_members
+def test_packed_segments_and_runs_repeat(member):
+    inputs, cotangents = problem(member, **SIZES)
+    segment_ids = np.repeat([3, 9, 3, 4], [17, 1, 40, 42])[None]
+    got = check(member, inputs, cotangents, segment_ids=segment_ids)
+    again = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="pallas", segment_ids=segment_ids)
+    assert all(np.array_equal(got[name], again[name]) for name in got)
+
+
+@pytest.mark.parametrize(
+    ("member", "time", "shape"),
+    [
+        ("gated_delta_net", 70, (1, 1, 1, 128, 128)),
+        ("gated_delta_net_2", 70, (1, 1, 1, 128, 128)),
+        ("gated_delta_net", 64, (2, 1, 2, 64, 128)),
+        ("gated_delta_net_2", 3, (1, 1, 2, 128, 64)),
+    ],
+)
+def test_sizes(member, time, shape):
+    inputs, cotangents = problem(member, time=time, shape=shape)
+    check(member, inputs, cotangents)
+
+
+def test_the_largest_sizes():
+    inputs, cotangents = problem("gated_delta_net", time=20, shape=(1, 1, 1, 256, 512))
+    check("gated_delta_net", inputs, cotangents)
+
+
+def test_erase_keys_of_their_own_for_every_value_head():
+    inputs, cotangents = problem("online_scaled", time=70, shape=(1, 1, 2, 64, 64))
+    shape = (*inputs["v"].shape[:3], inputs["k"].shape[3])
+    inputs["erase"] = np.random.default_rng(3).standard_normal(shape) / shape[3] ** 0.5
+    check("online_scaled", inputs, cotangents)
+
+
+def test_many_chunks_go_through_the_ring():
+    """Six chunks, more than are in shared memory at a time."""
+    inputs, cotangents = problem("gated_delta_net", time=384, shape=(1, 1, 1, 64, 64))
+    check("gated_delta_net", inputs, cotangents)
+
+
+@pytest.mark.parametrize(("member", "segments"), [("gated_delta_net", 2), ("negative_eigenvalues", 1)])
+def test_pieces_of_a_sequence_join_exactly(member, segments, monkeypatch):
+    """Four pieces of one chunk; a segment ends in the second."""
+    monkeypatch.setattr(plan, "JOIN", 0.0)
+    assert plan.pieces_of(1, 4, 64, 64, exact=False) == 4
+    inputs, cotangents = problem(member, time=250, shape=(1, 1, 1, 64, 64))
+    segment_ids = np.repeat([1, segments], [100, 150])[None]
+    check(member, inputs, cotangents, segment_ids=segment_ids)
+
+
+def test_when_a_sequence_is_cut():
+    """A few heads and many chunks; the programs of the pass over the pieces fit the multiprocessors."""
+    assert plan.pieces_of(1, 8192 // 64, 128, 128, exact=True) == 4
+    assert plan.pieces_of(1, 131072 // 64, 128, 128, exact=True) == 16
+    assert plan.pieces_of(8, 131072 // 64, 128, 128, exact=True) == 4
+    assert plan.pieces_of(32, 131072 // 64, 128, 128, exact=True) == 1
+    assert plan.pieces_of(1, 1024 // 64, 128, 128, exact=True) == 1
+
+
+@some_members
+def test_splitting_and_carrying_the_state_equals_one_call(member):
+    inputs, _ = problem(member, **SIZES)
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    carried = arrays.pop("initial_state").astype(jnp.float32)
+    whole, state = op_of(member)(**arrays, initial_state=carried, implementation="pallas")
+    parts = []
+    for start in (0, 50):  # not at a chunk: what is rounded is another
+        piece = {name: x[:, start : start + 50] for name, x in arrays.items()}
+        o, carried = op_of(member)(**piece, initial_state=carried, implementation="pallas")
+        parts.append(o)
+    assert relative_error(np.asarray(np.concatenate(parts, 1), np.float64), np.asarray(whole, np.float64)) < 2**-7
+    assert relative_error(np.asarray(carried), np.asarray(state)) < 2**-7
+
+
+@some_members
+def test_vmap_joins_the_batch(member):
+    inputs, _ = problem(member, **(SIZES | {"shape": (2, 1, 1, 64, 64)}))
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    want = op_of(member)(**arrays, implementation="pallas")
+    one = jax.tree.map(lambda x: x[:, None], arrays)
+    got = jax.vmap(lambda x: op_of(member)(**x, implementation="pallas"))(one)
+    for x, y in zip(got, want, strict=True):
+        assert np.array_equal(np.asarray(x[:, 0]), np.asarray(y))
+
+
+@each_member
+def test_step_by_step_equals_the_whole(member):
+    inputs, _ = problem(member, **(SIZES | {"time": 4}))
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    state = arrays.pop("initial_state").astype(jnp.float32)
+    whole, final = op_of(member)(**arrays, initial_state=state, implementation="recurrent")
+    step = jax.jit(lambda token, state: step_of(member)(**token, state=state, implementation="pallas"))
+    for t in range(4):
+        o, state = step({f"{name}_t": x[:, t] for name, x in arrays.items()}, state)
+        assert relative_error(np.asarray(o, np.float64), np.asarray(whole[:, t], np.float64)) < 2**-8
+    assert relative_error(np.asarray(state), np.asarray(final)) < 1e-6
+
+
+def test_what_they_refuse():
+    q = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
+    wide = jnp.ones((1, 4, 2, 192), jnp.bfloat16)
+    for arguments, message in (
+        ((q.astype(jnp.float32),) * 3, "the Pallas GPU kernels take bfloat16, not float32"),
+        ((wide, wide, q), "the Pallas GPU kernels take key sizes of 64, 128, 256, not 192"),
+        ((q, q, wide), "the Pallas GPU kernels take value sizes of 64, 128, 256, 512, not 192"),
+    ):
+        with pytest.raises(ValueError, match=f"implementation='pallas' cannot run here: {message}"):
+            delta_rule(*arguments, implementation="pallas")
+        assert delta_rule(*arguments)[0].shape == arguments[2].shape  # the automatic choice finds another way
+    assert implementations()["pallas"] is None
+    with mock.patch.object(api, "hopper", return_value=False):
+        assert "this is another GPU" in implementations()["pallas"]
+        assert delta_rule(q, q, q)[0].shape == q.shape
