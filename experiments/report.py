@@ -9,7 +9,17 @@ from experiments.harness.page import claim_rows, markdown_table, section
 from experiments.harness.runner import RESULTS
 from experiments.harness.verdicts import Study
 
-EXPERIMENTS = ("parity", "swaps", "delta_product", "mqar", "mad", "language_models")
+EXPERIMENTS = (
+    "parity",
+    "swaps",
+    "delta_product",
+    "mqar",
+    "mad",
+    "language_models",
+    "regbench",
+    "modular_arithmetic",
+    "selectivbench",
+)
 
 INTRODUCTION = """# The papers' tables
 
