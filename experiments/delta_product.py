@@ -86,12 +86,12 @@ def grid(results: Results) -> Verdict:
 
 CPU = WordSweep(
     learning_rates=(3e-3, 1e-2),
-    steps=800,
+    steps=500,
     batch_size=64,
     test_examples=256,
     evaluate_every=100,
-    hidden_size=32,
-    num_heads=2,
+    hidden_size=64,
+    num_heads=4,
     mlp_size=64,
 )
 PAPER = WordSweep(

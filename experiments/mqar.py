@@ -43,9 +43,9 @@ def arms(sweep: RecallSweep) -> tuple[Arm, ...]:
     def spec(name: str, sweep: RecallSweep) -> MixerSpec:
         mixers = {DELTA: "delta_net", GATED: "gated_delta_net", LINEAR: "linear_attention"}
         if name in mixers:
-            options = {"feature_map": "l2"} if name == LINEAR else {}
-            options |= {"expand_v": 1.0, "use_output_gate": False, "use_short_conv": sweep.use_short_conv}
-            return mixer(mixers[name], sweep, **options)
+            own = {"feature_map": "l2"} if name == LINEAR else {}
+            conv = sweep.use_short_conv
+            return mixer(mixers[name], sweep, expand_v=1.0, use_output_gate=False, use_short_conv=conv, **own)
         return mixer({GLA: "gated_linear_attention", RETNET: "ret_net"}[name], sweep, use_short_conv=False)
 
     names = BOTH + (BASELINES if sweep.baselines else ())

@@ -11,14 +11,16 @@ from experiments.harness.verdicts import Study
 
 EXPERIMENTS = (
     "parity",
+    "modular_arithmetic",
     "swaps",
     "delta_product",
     "mqar",
     "mad",
-    "language_models",
+    "kimi_synthetic",
+    "needles",
     "regbench",
-    "modular_arithmetic",
     "selectivbench",
+    "language_models",
 )
 
 INTRODUCTION = """# The papers' tables

@@ -78,12 +78,13 @@ def _setting(results: Results) -> str:
     file = results.files[0]
     model, sweep, machine = file["config"]["model"], file["config"]["sweep"], file["machine"]
     decays = sorted({other["config"]["weight_decay"] for other in results.files})
+    rates = sorted({rate for other in results.files for rate in other["config"]["sweep"]["learning_rates"]})
     dates = sorted({other["date"] for other in results.files})
     data = "new sequences at every step" if sweep["train_examples"] is None else f"{sweep['train_examples']} sequences"
     return (
         f"hidden size {model['hidden_size']}, {model['num_layers']} layer(s), batch {sweep['batch_size']}, "
         f"{_span({other['config']['sweep']['steps'] for other in results.files})} steps on {data}, learning rates "
-        f"{', '.join(f'{rate:g}' for rate in sweep['learning_rates'])}, weight decay "
+        f"{', '.join(f'{rate:g}' for rate in rates)}, weight decay "
         f"{', '.join(f'{decay:g}' for decay in decays)}, seeds {', '.join(map(str, sweep['seeds']))}; "
         f"{sweep['test_examples']} test sequences. {machine['device']}, {machine['cores']} cores, JAX "
         f"{file['versions']['jax']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Time: "

@@ -68,7 +68,7 @@ class Results:
         return tuple(dict.fromkeys(file["arm"] for file in self.files))
 
     def of(self, cell: str, arm: str) -> list[Mapping[str, Any]]:
-        """The files of one architecture on one problem: one for each weight decay."""
+        """The files of one architecture on one problem: one for each weight decay, or also for each rate."""
         return [file for file in self.files if file["cell"] == cell and file["arm"] == arm]
 
     def tests(self, cell: str) -> tuple[str, ...]:

@@ -22,8 +22,9 @@ __all__ = ["main", "results_folder"]
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SCRATCH = Path("runs") / "experiments"
-ASSUMED_RATES = {"cpu": 5e9, "gpu": 2e13}
-"""FLOP/s taken for granted where nothing is recorded: what small models reach on two cores and on a Hopper GPU."""
+ASSUMED_RATES = {"cpu": 8e7, "gpu": 2e11}
+"""FLOP/s for each channel of the hidden size, where nothing is recorded: what narrow models reach on a core, and a guess for
+a Hopper GPU."""
 
 
 def main(study: Study[Any], arguments: Sequence[str] | None = None) -> None:
@@ -80,11 +81,16 @@ def _default_folder(study: Study[Any], options: argparse.Namespace) -> Path:
 
 
 def _key(file: dict[str, Any]) -> str:
-    return f"{file['cell']}/{file['arm']}/{file['config']['weight_decay']}"
+    config = file["config"]
+    return _name(file["cell"], file["arm"], config["weight_decay"], config["sweep"]["learning_rates"])
+
+
+def _name(cell: str, arm: str, weight_decay: float, rates: Sequence[float]) -> str:
+    return f"{cell}/{arm}/{weight_decay}/{list(rates)}"
 
 
 def _find(group: Group, known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    return known.get(f"{group.cell}/{group.arm}/{group.weight_decay}")
+    return known.get(_name(group.cell, group.arm, group.weight_decay, group.sweep.learning_rates))
 
 
 def _is_done(group: Group, known: dict[str, dict[str, Any]]) -> bool:
@@ -151,9 +157,10 @@ def _list(study: Study[Any], groups: list[Group], known: dict[str, dict[str, Any
     platform = jax.devices()[0].platform
     rate, origin = ASSUMED_RATES.get(platform, ASSUMED_RATES["gpu"]), "assumed"
     measured = [
-        _flops(file["parameters"], file["tokens"], len(file["runs"])) / file["seconds"]
+        _flops(file["parameters"], file["tokens"], len(file["runs"]))
+        / (file["seconds"] * file["config"]["model"]["hidden_size"])
         for file in known.values()
-        if file["machine"]["platform"] == platform and file["seconds"]
+        if file["machine"]["platform"] == platform and file["seconds"] and file["config"]["sweep"]["stop_at"] is None
     ]
     if measured:
         rate, origin = sorted(measured)[len(measured) // 2], "reached so far"
@@ -167,13 +174,13 @@ def _list(study: Study[Any], groups: list[Group], known: dict[str, dict[str, Any
         flops = _flops(parameters, tokens, runs)
         file = _find(group, known)
         done = _is_done(group, known)
-        seconds = file["seconds"] if file and done else flops / rate
+        seconds = file["seconds"] if file and done else flops / (rate * sweep.hidden_size)
         total += 0.0 if done else seconds
         state = "done" if done else "settings have changed: runs again" if file else "to do"
         table.add_row(
             group.cell,
             group.arm if len(sweep.weight_decays) == 1 else f"{group.arm}, decay {group.weight_decay:g}",
-            f"{len(sweep.learning_rates)} rates x {len(sweep.seeds)} seeds",
+            f"{len(sweep.learning_rates)} rate(s) x {len(sweep.seeds)} seeds",
             str(sweep.steps),
             f"{parameters:,}",
             f"{flops / 1e12:.1f}",
@@ -181,7 +188,11 @@ def _list(study: Study[Any], groups: list[Group], known: dict[str, dict[str, Any
             state,
         )
     console.print(table)
-    console.print(f"About {total / 60:.0f} minutes to do, at {rate / 1e9:.1f} GFLOP/s ({origin}).", highlight=False)
+    early = ", less where runs stop early" if any(group.sweep.stop_at is not None for group in groups) else ""
+    console.print(
+        f"About {total / 60:.0f} minutes to do{early}, at {rate / 1e9:.2g} GFLOP/s for each channel ({origin}).",
+        highlight=False,
+    )
 
 
 def _flops(parameters: int, tokens: int, runs: int) -> float:

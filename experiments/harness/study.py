@@ -28,6 +28,8 @@ class Sweep:
     Attributes:
         arms, cells: names of those that run; None is all.
         learning_rates, weight_decays, seeds: every combination is a run.
+        rates_together: all learning rates train side by side; else one after the other, which is faster where runs stop
+            early and some rates are slow.
         steps: optimizer steps of a run.
         batch_size: sequences of a step.
         train_examples: size of a fixed training set, gone through in epochs; None draws new sequences at every step.
@@ -46,6 +48,7 @@ class Sweep:
     learning_rates: tuple[float, ...]
     weight_decays: tuple[float, ...] = (0.0,)
     seeds: tuple[int, ...] = (0, 1, 2)
+    rates_together: bool = True
     steps: int
     batch_size: int
     train_examples: int | None = None
@@ -148,15 +151,17 @@ class Group:
     @property
     def name(self) -> str:
         """Of its file of results, without the ending."""
-        decay = f".wd{self.weight_decay:g}" if len(self.sweep.weight_decays) > 1 else ""
-        return re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{self.cell}.{self.arm}{decay}").strip("_")
+        sweep = self.sweep
+        rate = "" if sweep.rates_together else f".lr{sweep.learning_rates[0]:g}"
+        decay = f".wd{self.weight_decay:g}" if len(sweep.weight_decays) > 1 else ""
+        return re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{self.cell}.{self.arm}{rate}{decay}").strip("_")
 
     def table(self) -> dict[str, Any]:
         """All that its results depend on, as JSON-able data."""
         table = to_dict(self)
         for name in ("study", "scale", "cell", "arm"):
             del table[name]
-        for name in ("arms", "cells", "weight_decays", "checkpoint_minutes"):
+        for name in ("arms", "cells", "weight_decays", "rates_together", "checkpoint_minutes"):
             del table["sweep"][name]
         for name, task in [("task", self.task), *self.tests.items()]:
             place = table if name == "task" else table["tests"]
@@ -204,12 +209,18 @@ def make_groups(
             tests=cell.tests,
             decoder=cell.decoder,
             weight_decay=weight_decay,
-            sweep=arm.sweep,
+            sweep=arm.sweep.but(learning_rates=rates),
         )
         for cell in chosen_cells
         for arm in chosen_arms
         for weight_decay in arm.sweep.weight_decays
+        for rates in _side_by_side(arm.sweep)
     ]
+
+
+def _side_by_side(sweep: Sweep) -> list[tuple[float, ...]]:
+    """The learning rates that train together."""
+    return [sweep.learning_rates] if sweep.rates_together else [(rate,) for rate in sweep.learning_rates]
 
 
 def _chosen[Named](what: str, names: tuple[str, ...] | None, known: Mapping[str, Named]) -> list[Named]:

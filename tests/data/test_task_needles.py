@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from promises import check_promises, close
 
+from delta_jax.config import to_dict
 from delta_jax.data import ByteTokenizer
 from delta_jax.data.tasks import Needles
 from delta_jax.data.tasks.examples import IGNORED
@@ -178,3 +179,14 @@ def test_refusals(options, named):
     with pytest.raises(ValueError) as error:
         Needles(**options)
     assert named in str(error.value)
+
+
+def test_a_file_of_results_names_the_documents_by_digest():
+    table = to_dict(Needles(haystack_bytes=500, haystack="text", documents=DOCUMENTS))
+    other = to_dict(Needles(haystack_bytes=500, haystack="text", documents=(*DOCUMENTS, "More.")))
+    assert table["documents"][0] == len("\n".join(DOCUMENTS).encode())
+    assert {name: value for name, value in table.items() if name != "documents"} == {
+        name: value for name, value in other.items() if name != "documents"
+    }
+    assert table["documents"] != other["documents"]
+    assert len(str(table)) < 1000

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -133,6 +134,11 @@ class Needles:
         targets = np.full((number, self.length), IGNORED, np.int32)
         targets[:, -len(digits) :] = np.where(digits, text[:, -len(digits) :], IGNORED)
         return Examples(text[:, :-1], targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields for a file of results, the documents as their size and SHA-256."""
+        table = {field.name: getattr(self, field.name) for field in fields(self)}
+        return table | {"documents": [len(self._text), hashlib.sha256(self._text).hexdigest()]}
 
     @property
     def _alphabets(self) -> list[str]:
