@@ -10,6 +10,7 @@ from delta_jax.data.tasks import Corpus
 from delta_jax.models import LanguageModel, ModelConfig, number_of_parameters
 from delta_jax.models.config import MixerSpec
 from delta_jax.training import OptimizerConfig
+from experiments.comparisons import better, gla, mamba_2
 from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
 
 CELL = "held-out documents"
@@ -45,8 +46,8 @@ def arms(sweep: LanguageSweep) -> tuple[Arm, ...]:
         GATED_2: (mixer("gated_delta_net_2", sweep),),
         PRODUCT: (mixer("delta_product", sweep, num_householder=2, expand_v=1.0),),
         KLA: (mixer("kaczmarz_linear_attention", sweep, expand_v=1.0),),
-        GLA: (mixer("gated_linear_attention", sweep, expand_v=1.0),),
-        MAMBA: (mixer("mamba_2", sweep, num_heads=1, num_v_heads=sweep.num_heads, expand_v=1.0),),
+        GLA: (gla(sweep, expand_v=1.0),),
+        MAMBA: (mamba_2(sweep, expand_v=1.0),),
         TRANSFORMER: (attention,),
         WINDOWED: (gated, mixer("attention", sweep, window=sweep.window)),
         KIMI: (*[kimi] * min(3, sweep.num_layers - 1), mixer("attention", sweep, rope_fraction=0.0)),
@@ -83,15 +84,9 @@ def cells(sweep: LanguageSweep) -> tuple[Cell, ...]:
     return (Cell(name=CELL, task=task, tests={CELL: task}),)
 
 
-def better(first: str, second: str) -> Callable[[Results], Verdict]:
-    """Whether every seed of one predicts better than every seed of another; no verdict where they overlap."""
-
-    def judge(results: Results) -> Verdict:
-        one, other = (results.best(CELL, name, CELL, "bits") for name in (first, second))
-        apart = one.high < other.low or other.high < one.low
-        return Verdict(f"bits per byte: {one} against {other}", one.mean < other.mean if apart else None)
-
-    return judge
+def fewer_bits(first: str, second: str) -> Callable[[Results], Verdict]:
+    """Whether one predicts better than another."""
+    return better(CELL, first, second, metric="bits", words="bits per byte: ")
 
 
 def level(results: Results) -> Verdict:
@@ -138,9 +133,10 @@ STUDY = Study(
     "per byte, the fewer the better. All models have the same number of parameters (the width of their SwiGLU layers makes "
     "up for the mixers), see the same windows in the same order, and have the same state where there is one: heads x head "
     "size squared in every layer. The papers train 340 million and 1.3 billion parameters on 15 and 100 billion tokens of "
-    "web text; a few hundred thousand bytes on two cores say what is learnt first, not what is learnt in the end, "
-    "and nothing about contexts longer than a window. Attention has rotary positions and no convolution, but in KDA's "
-    "hybrid, where it has neither; that one has three layers of KDA for each of attention, where there are as many.",
+    "web text; a few hundred thousand bytes on two cores say what is learnt first, not what is learnt in the end, and "
+    "nothing about contexts longer than a window. GLA has the convolution that the family has; attention has rotary "
+    "positions and no convolution, but in KDA's hybrid, where it has neither; that one has three layers of KDA for each of "
+    "attention, where there are as many.",
     metric="bits",
     show=("bits",),
     scales={
@@ -169,22 +165,22 @@ STUDY = Study(
         Claim(
             text="Language models: Gated DeltaNet predicts better than DeltaNet",
             paper="Wikitext perplexity 16.42 against 17.71 (1.3B)",
-            judge=better(GATED, DELTA),
+            judge=fewer_bits(GATED, DELTA),
         ),
         Claim(
             text="Language models: DeltaNet predicts better than GLA",
             paper="16.87 against 17.22 (1.3B, the DeltaNet paper)",
-            judge=better(DELTA, GLA),
+            judge=fewer_bits(DELTA, GLA),
         ),
         Claim(
             text="Language models: Gated DeltaNet predicts better than Mamba-2",
             paper="16.42 against 16.56 (1.3B)",
-            judge=better(GATED, MAMBA),
+            judge=fewer_bits(GATED, MAMBA),
         ),
         Claim(
             text="Language models: Gated DeltaNet predicts better than Transformer++",
             paper="16.42 against 18.53 (1.3B)",
-            judge=better(GATED, TRANSFORMER),
+            judge=fewer_bits(GATED, TRANSFORMER),
         ),
         Claim(
             text="Language models: DeltaNet is on a par with Transformer++ (within 1 %)",
@@ -194,7 +190,7 @@ STUDY = Study(
         Claim(
             text="Language models: layers of sliding window attention help",
             paper="DeltaNet 16.87, with them 16.56 (1.3B)",
-            judge=better(WINDOWED, GATED),
+            judge=fewer_bits(WINDOWED, GATED),
         ),
     ),
     published={

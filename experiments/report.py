@@ -9,7 +9,19 @@ from experiments.harness.page import claim_rows, markdown_table, section
 from experiments.harness.runner import RESULTS
 from experiments.harness.verdicts import Study
 
-EXPERIMENTS = ("parity", "swaps", "delta_product", "mqar", "mad", "kimi_synthetic", "needles", "language_models")
+EXPERIMENTS = (
+    "parity",
+    "modular_arithmetic",
+    "swaps",
+    "delta_product",
+    "mqar",
+    "mad",
+    "kimi_synthetic",
+    "needles",
+    "regbench",
+    "selectivbench",
+    "language_models",
+)
 
 INTRODUCTION = """# The papers' tables
 

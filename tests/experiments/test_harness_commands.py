@@ -76,7 +76,7 @@ def test_an_unknown_option(arguments: list[str], capsys: pytest.CaptureFixture[s
 def test_the_list_names_what_would_run_and_its_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     main(STUDY, ["--list", "--scale", "gpu", "--output", "results", "seeds=[0, 1, 2]"])
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if "2 rates x 3 seeds" in line]
+    lines = [line for line in out.splitlines() if "2 rate(s) x 3 seeds" in line]
     assert [("short" in line, "rotary" in line) for line in lines] == [
         (a, b) for a in (True, False) for b in (True, False)
     ]
@@ -84,6 +84,6 @@ def test_the_list_names_what_would_run_and_its_cost(capsys: pytest.CaptureFixtur
     flops = 6 * parameters * 400 * 16 * 8 * 6
     assert all(f"{parameters:,}" in line and "400" in line and "to do" in line for line in lines)
     assert all(word in out for word in ("minutes", "TFLOP", "assumed"))
-    seconds = 1.5 * 4 * flops / runner.ASSUMED_RATES["cpu"]
+    seconds = 1.5 * 4 * flops / (16 * runner.ASSUMED_RATES["cpu"])
     assert f"About {seconds / 60:.0f} minutes to do" in out
     assert not (tmp_path / "results").exists()

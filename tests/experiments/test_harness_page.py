@@ -102,3 +102,19 @@ def test_what_is_read_out_of_results(root: Path) -> None:
     ):
         with pytest.raises(KeyError):
             impossible()
+
+
+def test_learning_rates_one_after_the_other_are_read_like_those_side_by_side(root: Path, tmp_path: Path) -> None:
+    together = Results(read(root / "tiny" / "cpu")).best("short", "rotary", "8", "token")
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    sweep = STUDY.scales["cpu"].but(
+        learning_rates=(1e-3, 3e-3), rates_together=False, arms=("rotary",), cells=("short",)
+    )
+    groups = STUDY.groups("cpu", sweep)
+    for order, group in enumerate(groups):
+        (rate,) = group.sweep.learning_rates
+        runs = {key: value for key, value in RUNS.items() if key[0] == rate}
+        write(folder / f"{group.name}.json", group, order, _outcome(group, runs), "command")
+    assert len(list(folder.iterdir())) == len(groups) == 2
+    assert Results(read(folder)).best("short", "rotary", "8", "token") == together
