@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments import speedup
 from experiments.harness.page import claim_rows, markdown_table, section
 from experiments.harness.runner import RESULTS
 from experiments.harness.verdicts import Study
@@ -37,18 +38,19 @@ cast the whole model to bfloat16.
 
 
 def studies() -> list[Study[Any]]:
-    """All experiments, in the order of the page."""
+    """All experiments that train, in the order of the page."""
     return [importlib.import_module(f"experiments.{name}").STUDY for name in EXPERIMENTS]
 
 
 def main(root: Path = RESULTS) -> None:
     """Writes the page beside the folder of the results, and the figures into it."""
-    rows = [row for study in studies() for row in claim_rows(study, root)]
+    rows = [row for study in studies() for row in claim_rows(study, root)] + [*speedup.STUDY.claim_rows(root)]
     parts = [
         INTRODUCTION,
         "## Claims",
         markdown_table(["claim", "paper", "ours", "scale", "verdict"], rows, align="---"),
         *(section(study, root) for study in studies()),
+        speedup.STUDY.section(root),
     ]
     page = root.parent / "results.md"
     page.write_text("\n\n".join(part.strip() for part in parts) + "\n")

@@ -29,9 +29,9 @@ from delta_jax.layers import l2_normalize
 from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
 from delta_jax.ops import delta_rule
 from experiments.harness import Verdict
-from experiments.harness.page import _word, markdown_table
+from experiments.harness.page import markdown_table
 from experiments.harness.results import PACKAGES, check_writable, read
-from experiments.harness.runner import _default_folder, _parse
+from experiments.harness.runner import default_folder, parse
 
 RECURRENT, CHUNKWISE = "recurrent", "xla"
 
@@ -124,7 +124,7 @@ class SpeedUp:
                 scale: judge(_medians(files)) for scale in self.scales if (files := read(self._folder(root, scale)))
             }
             for scale, verdict in judged.items():
-                yield [text, paper, verdict.ours, scale, _word(verdict)]
+                yield [text, paper, verdict.ours, scale, verdict.word]
             if not judged:
                 yield [text, paper, "not run", "", "cannot tell"]
 
@@ -196,11 +196,11 @@ STUDY = SpeedUp(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times what is not there yet; exits with status 2 and one sentence where the user asks for what is not there."""
-    options = _parse(STUDY, arguments)  # type: ignore[arg-type]
+    options = parse(STUDY, arguments)
     console = Console()
     try:
         timing = load_config(Timing, to_dict(STUDY.scales[options.scale]), options.overrides)
-        folder = Path(options.output) if options.output else _default_folder(STUDY, options)  # type: ignore[arg-type]
+        folder = Path(options.output) if options.output else default_folder(STUDY, options)
         known = {file["head_size"] for file in read(folder) if file["config"] == to_dict(timing)}
         if options.list:
             _list(timing, known, console)

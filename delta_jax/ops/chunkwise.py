@@ -15,8 +15,8 @@ rest, so memory is that of the inputs plus a small constant times T. Without an 
 Where a token has n writes, i and j of A, B and R are the n C writes of the chunk, those of P's queries its C tokens, and
 G the decays of the tokens: nothing that belongs to a token is repeated for its writes.
 
-Under `vmap` the mapped axis joins the batch: the arrays inside have six axes and more, and XLA's CPU backend aborts the process on
-products of eight (jaxlib 0.12.0.1).
+Under `vmap` the mapped axis joins the batch: the arrays inside have six axes and more, and XLA's CPU backend aborts the
+process on products of eight (jaxlib 0.12.0.1).
 
 Source: arXiv 2406.06484 section 3.2 and arXiv 2412.06464 section 3.3, for an erase key of its own, gates per channel and
 several writes a token.

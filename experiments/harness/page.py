@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.harness.results import Results, Summary, read
-from experiments.harness.verdicts import Study, Verdict
+from experiments.harness.verdicts import Study
 
 __all__ = ["claim_rows", "markdown_table", "section"]
 
@@ -40,7 +40,7 @@ def claim_rows(study: Study[Any], root: Path) -> Iterator[list[str]]:
                 continue
             judged += 1
             few = "" if results.seeds >= FEW_SEEDS else f" ({results.seeds} seed{'s' * (results.seeds > 1)})"
-            yield [claim.text, claim.paper, verdict.ours, scale + few, _word(verdict)]
+            yield [claim.text, claim.paper, verdict.ours, scale + few, verdict.word]
         if not judged:
             yield [claim.text, claim.paper, "not run", "", "cannot tell"]
 
@@ -68,10 +68,6 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: st
     """A table; `align` is how all columns but the first are."""
     lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _word(verdict: Verdict) -> str:
-    return {True: "holds", False: "**does not hold**", None: "cannot tell"}[verdict.holds]
 
 
 def _setting(results: Results) -> str:

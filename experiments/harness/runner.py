@@ -4,9 +4,9 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,7 +18,7 @@ from experiments.harness.study import Group
 from experiments.harness.training import Interrupted, parameters_of, train_group
 from experiments.harness.verdicts import Study
 
-__all__ = ["main", "results_folder"]
+__all__ = ["default_folder", "main", "parse", "results_folder"]
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SCRATCH = Path("runs") / "experiments"
@@ -27,15 +27,28 @@ ASSUMED_RATES = {"cpu": 8e7, "gpu": 2e11}
 a Hopper GPU."""
 
 
+class Described(Protocol):
+    """What the command line needs of an experiment."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def scales(self) -> Mapping[str, Any]: ...
+
+
 def main(study: Study[Any], arguments: Sequence[str] | None = None) -> None:
     """Runs a study; exits with status 2 and one sentence where the user asks for what is not there."""
-    options = _parse(study, arguments)
+    options = parse(study, arguments)
     console = Console()
     try:
         declared = study.scales[options.scale]
         sweep = load_config(type(declared), to_dict(declared), options.overrides)
         groups = study.groups(options.scale, sweep)
-        folder = Path(options.output) if options.output else _default_folder(study, options)
+        folder = Path(options.output) if options.output else default_folder(study, options)
         known = {_key(file): file for file in read(folder)} if folder.is_dir() else {}
         if options.list:
             _list(study, groups, known, console)
@@ -56,7 +69,8 @@ def results_folder(study: str, scale: str) -> Path:
     return RESULTS / study / scale
 
 
-def _parse(study: Study[Any], arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(study: Described, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of an experiment."""
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{study.name}",
         description=f"{study.title}. Source: {study.source}",
@@ -74,7 +88,8 @@ def _parse(study: Study[Any], arguments: Sequence[str] | None) -> argparse.Names
     return parser.parse_intermixed_args(arguments)
 
 
-def _default_folder(study: Study[Any], options: argparse.Namespace) -> Path:
+def default_folder(study: Described, options: argparse.Namespace) -> Path:
+    """Where results go that no `--output` is given for: changed scales never meet the declared ones."""
     if not options.overrides:
         return results_folder(study.name, options.scale)
     return SCRATCH / study.name / options.scale

@@ -6,6 +6,7 @@ or whose loss is no longer finite, keeps its parameters from then on, exactly as
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,9 @@ TEST_TOKENS = 32768
 """Tokens that one evaluation batch of one run holds at most."""
 
 CURVE_POINTS = 64
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""For what runs once: on a CPU random numbers for all parameters take 14 s to compile, and one without optimisations."""
 
 _RUNS = TrainState(step=None, parameters=0, optimizer=0)  # type: ignore[arg-type]
 """Which arrays of a state have an axis of runs: all but the step."""
@@ -207,7 +211,7 @@ class _Model:
             _, parameters = split_model(self._new(seed))
             return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rates, *leaf.shape)), parameters)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=QUICK)
         def whole(seeds: Array) -> TrainState:
             parameters = jax.vmap(make)(jax.vmap(jax.random.key)(seeds))
             init = jax.vmap(jax.vmap(self._optimizer.init))
@@ -225,7 +229,7 @@ class _Model:
     def _loss(self, parameters: Any, batch: Asked) -> Float[Array, ""]:
         asked = batch.targets != IGNORED
         nats = token_nats(self._logits(parameters, batch), jnp.maximum(batch.targets, 0))
-        return jnp.sum(nats * asked) / jnp.maximum(jnp.sum(asked), 1).astype(jnp.float32)
+        return jnp.sum(nats, where=asked) / jnp.maximum(jnp.sum(asked), 1).astype(jnp.float32)
 
     def _one_step(self, state: TrainState, batch: Asked, rate: Array, active: Array) -> tuple[TrainState, Array]:
         loss, gradients = jax.value_and_grad(self._loss)(state.parameters, batch)

@@ -21,6 +21,11 @@ class Verdict(NamedTuple):
     ours: str
     holds: bool | None
 
+    @property
+    def word(self) -> str:
+        """As the page has it."""
+        return {True: "holds", False: "**does not hold**", None: "cannot tell"}[self.holds]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
