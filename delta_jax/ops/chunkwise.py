@@ -15,9 +15,6 @@ rest, so memory is that of the inputs plus a small constant times T. Without an 
 Where a token has n writes, i and j of A, B and R are the n C writes of the chunk, those of P's queries its C tokens, and
 G the decays of the tokens: nothing that belongs to a token is repeated for its writes.
 
-Under `vmap` the mapped axis joins the batch: the arrays inside have six axes and more, and XLA's CPU backend aborts the
-process on products of eight (jaxlib 0.12.0.1).
-
 Source: arXiv 2406.06484 section 3.2 and arXiv 2412.06464 section 3.3, for an erase key of its own, gates per channel and
 several writes a token.
 """
@@ -45,7 +42,6 @@ from delta_jax.ops.chunks import (
 )
 from delta_jax.ops.decay import boundary_gate_gradient, decayed_scores_backward, merged
 from delta_jax.ops.precision import accumulator_dtype, constant, einsum, masked, transposed, varying_like
-from pallas_kernels.batching import joins_batch
 
 # In writes. Measured on two CPU cores: the chunk with the least work for heads of 128 and for heads of at most 16, and the
 # group that stays in the cache.
@@ -106,19 +102,12 @@ def power_of_two(limit: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _chunkwise(inputs: Inputs, initial_state: Array, options: Options) -> tuple[Array, Array]:
-    return joins_batch(functools.partial(_run, options=options))(inputs, initial_state)[:2]
+    return _forward(inputs, initial_state, options)[0]
 
 
 def _forward(
     inputs: Inputs, initial_state: Array, options: Options
 ) -> tuple[tuple[Array, Array], tuple[Inputs, Array, Array]]:
-    o, state, states = joins_batch(functools.partial(_run, options=options))(inputs, initial_state)
-    return (o, state), (inputs, initial_state, checkpoint_name(states, "delta_rule_states"))
-
-
-def _run(inputs: Inputs, initial_state: Array, options: Options) -> tuple[Array, Array, Array]:
-    """Outputs, final state, and the state before every group `[batch, groups, heads, key, value]`."""
-
     def body(state: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
         factors = prepare(inputs, index, options)
         done = carry(factors, state, options)
@@ -129,23 +118,19 @@ def _run(inputs: Inputs, initial_state: Array, options: Options) -> tuple[Array,
     groups = inputs.v.shape[1] // (options.chunk * options.group)
     state = initial_state.astype(accumulator_dtype(inputs.v.dtype))
     state, (o, states) = jax.lax.scan(body, state, jnp.arange(groups))
-    return join(o), state, jnp.swapaxes(states, 0, 1)
+    return (join(o), state), (inputs, initial_state, checkpoint_name(states, "delta_rule_states"))
 
 
 def _backward(
     options: Options, residuals: tuple[Inputs, Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Inputs, Array]:
-    return joins_batch(functools.partial(_cotangents, options=options))(*residuals, *cotangents)
+    inputs, initial_state, states = residuals
+    d_o, d_state = cotangents
 
-
-def _cotangents(
-    inputs: Inputs, initial_state: Array, states: Array, d_o: Array, d_state: Array, options: Options
-) -> tuple[Inputs, Array]:
     def body(d_state: Array, group: tuple[Array, Array]) -> tuple[Array, Inputs]:
         return _group_backward(inputs, *group, d_o, d_state, options)
 
-    groups = jnp.arange(states.shape[1]), jnp.swapaxes(states, 0, 1)
-    d_state, d_inputs = jax.lax.scan(body, d_state, groups, reverse=True)
+    d_state, d_inputs = jax.lax.scan(body, d_state, (jnp.arange(states.shape[0]), states), reverse=True)
     d_inputs = jax.tree.map(lambda d, x: join(d).astype(x.dtype), d_inputs, inputs._replace(reset=None))
     return d_inputs, d_state.astype(initial_state.dtype)
 

@@ -114,8 +114,8 @@ def decayed_scores_backward(
         # The pairs of a block that cross a token: in its left half those whose key comes before the token, in its right
         # half those whose row does not.
         earlier = _earlier(block, keys.dtype)
-        d_left = einsum("st,...td->...sd", earlier, jnp.sum(key * d_key, -3))
-        d_right = einsum("st,...td->...sd", 1 - earlier, jnp.sum(row * d_row, -3))
+        d_left = _einsum("st,...td->...sd", earlier, jnp.sum(key * d_key, -3))
+        d_right = _einsum("st,...td->...sd", 1 - earlier, jnp.sum(row * d_row, -3))
         d_row, d_key = jnp.moveaxis(d_row, -3, -4), jnp.moveaxis(d_key, -3, -4)
         d_rows = d_rows + jnp.stack([jnp.zeros_like(d_row), d_row], -3).reshape(rows.shape)
         d_keys = d_keys + jnp.stack([d_key, jnp.zeros_like(d_key)], -3).reshape(keys.shape)
@@ -146,15 +146,28 @@ def merged(x: Float[Array, "*batch sets chunk dim"]) -> Float[Array, "*batch set
 
 
 def _product(rows: Array, keys: Array) -> Array:
-    scores = einsum("...ik,...jk->...ij", merged(rows), merged(keys))
+    scores = _einsum("...ik,...jk->...ij", merged(rows), merged(keys))
     return scores.reshape(*rows.shape[:-1], *keys.shape[-3:-1])
 
 
 def _product_backward(d_product: Array, rows: Array, keys: Array) -> tuple[Array, Array]:
     flat_rows, flat_keys = merged(rows), merged(keys)
     flat_d = d_product.reshape(*flat_rows.shape[:-1], -1)
-    d_rows = einsum("...ij,...jk->...ik", flat_d, flat_keys).reshape(rows.shape)
-    return d_rows, einsum("...ji,...ik->...jk", transposed(flat_d), flat_rows).reshape(keys.shape)
+    d_rows = _einsum("...ij,...jk->...ik", flat_d, flat_keys).reshape(rows.shape)
+    return d_rows, _einsum("...ji,...ik->...jk", transposed(flat_d), flat_rows).reshape(keys.shape)
+
+
+def _einsum(subscripts: str, *operands: Array) -> Array:
+    """`einsum` in which heads and blocks of a level, the last two of four axes, are one.
+
+    XLA's CPU backend aborts the process on products of eight axes (jaxlib 0.12.0.1), which two vmaps would make of six.
+    """
+    batch = operands[-1].shape[:-2]
+    if len(batch) < 4:
+        return einsum(subscripts, *operands)
+    flat = [x.reshape(*x.shape[:-4], -1, *x.shape[-2:]) if x.ndim > 5 else x for x in operands]
+    product = einsum(subscripts, *flat)
+    return product.reshape(*batch, *product.shape[-2:])
 
 
 def _blocks(size: int) -> list[int]:

@@ -49,6 +49,15 @@ def test_vmap_of_values_and_gradients(implementation, gate):
     assert_close(jax.vmap(function)(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want))
 
 
+def test_two_vmaps_of_gates_per_channel():
+    x = inputs(gate="gate_channel")
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a])[:, None], x)
+    gradient = jax.grad(functools.partial(loss, implementation="xla"))
+    want = [gradient(jax.tree.map(lambda a, n=n: a[n, 0], stacked)) for n in range(2)]
+    got = jax.vmap(jax.vmap(gradient))(stacked)
+    assert_close(got, jax.tree.map(lambda *a: jnp.stack(a)[:, None], *want))
+
+
 @pytest.mark.parametrize("implementation", ["recurrent", "xla"])
 def test_second_order_equals_finite_differences(implementation):
     with jax.enable_x64(True):
