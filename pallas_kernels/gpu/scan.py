@@ -129,6 +129,9 @@ def fetch_all(
         plgpu.barrier_wait(empty.at[slot])
         load(full.at[slot], *copies(step, slot))
 
+    for slot in range(stages):  # the interpreter of JAX 0.11 wants every arrival waited for
+        plgpu.barrier_wait(empty.at[slot])
+
 
 def copies_of(
     plan: Plan, inputs: Inputs, batch: Array, head: Array, block: Array, chunk: Array, ring: Chunk, slot: Array
