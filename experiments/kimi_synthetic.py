@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from delta_jax.data.tasks import MultiQueryRecall, Palindrome, Stacks, Task
 from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
+from experiments.harness.comparisons import mamba_2
 
 KDA, GATED, DELTA, MAMBA = "Kimi Delta Attention", "Gated DeltaNet", "DeltaNet", "Mamba-2"
 PALINDROME, RECALL, STACK = "palindrome", "recall", "stacks"
@@ -37,12 +38,11 @@ def name_of(task: str, length: int) -> str:
 
 def arms(sweep: KimiSweep) -> tuple[Arm, ...]:
     """Three delta rules, with a decay of every channel, of every head and none; and a decay without the delta rule."""
-    mamba = mixer("mamba_2", sweep.but(num_heads=1), expand_v=1.0)
     return (
         arm(KDA, sweep, mixer("kimi_delta_attention", sweep)),
         arm(GATED, sweep, mixer("gated_delta_net", sweep, expand_v=1.0)),
         arm(DELTA, sweep, mixer("delta_net", sweep, use_output_gate=True)),
-        arm(MAMBA, sweep, mamba),
+        arm(MAMBA, sweep, mamba_2(sweep, 1.0)),
     )
 
 

@@ -10,8 +10,8 @@ from delta_jax.data.tasks import Corpus
 from delta_jax.models import LanguageModel, ModelConfig, number_of_parameters
 from delta_jax.models.config import MixerSpec
 from delta_jax.training import OptimizerConfig
-from experiments.comparisons import better, gla, mamba_2
 from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
+from experiments.harness.comparisons import better, gla, mamba_2
 
 CELL = "held-out documents"
 DELTA, GATED, PRODUCT, KDA, GATED_2 = "DeltaNet", "Gated DeltaNet", "DeltaProduct, n_h = 2", "KDA", "Gated DeltaNet-2"

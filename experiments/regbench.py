@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from delta_jax.data.tasks import RegBench
 from delta_jax.training import OptimizerConfig
-from experiments.comparisons import better, gla, mamba_2
 from experiments.harness import Arm, Cell, Claim, Study, Sweep, arm, main, mixer
+from experiments.harness.comparisons import better, gla, mamba_2
 
 CELL = "next letter is legal"
 DELTA, DELTA_PLAIN = "DeltaNet with convolution", "DeltaNet without convolution"

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from delta_jax.data.tasks import SelectivBench
 from delta_jax.training import OptimizerConfig
-from experiments.comparisons import better, gla, mamba_2
 from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
+from experiments.harness.comparisons import better, gla, mamba_2
 
 COMPLEXITY, MEMORY, DISTRACTORS = "complexity", "memory", "distractors"
 DELTA, GATED, PRODUCT, GLA, MAMBA = "DeltaNet", "Gated DeltaNet", "DeltaProduct, n_h = 4", "GLA", "Mamba-2"

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from delta_jax.models.config import MixerSpec
-from experiments.harness import Results, Sweep, Verdict, mixer
-from experiments.harness.study import LOWER_IS_BETTER
+from experiments.harness.results import Results
+from experiments.harness.study import LOWER_IS_BETTER, Sweep, mixer
+from experiments.harness.verdicts import Verdict
 
 __all__ = ["better", "gla", "mamba_2"]
 
