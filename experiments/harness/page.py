@@ -1,6 +1,5 @@
 """The page: every claim with the paper's number, ours and a verdict, then every table with its figure."""
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.harness.results import Results, Summary, read
+from experiments.harness.study import file_name
 from experiments.harness.verdicts import Study
 
 __all__ = ["claim_rows", "markdown_table", "section"]
@@ -58,7 +58,7 @@ def section(study: Study[Any], root: Path) -> str:
         parts += [f"**{scale}**: {_setting(results)}", markdown_table(*_table(study, results))]
         if study.plot:
             for cell in results.cells:
-                picture = folder / (re.sub(r"[^A-Za-z0-9.+-]+", "_", cell) + ".png")
+                picture = folder / f"{file_name(cell)}.png"
                 if _draw(study, results, cell, picture):
                     parts.append(f"![{study.title}, {cell}]({picture.relative_to(root.parent)})")
     return "\n\n".join(parts)

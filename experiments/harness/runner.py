@@ -18,9 +18,9 @@ from experiments.harness.study import Group
 from experiments.harness.training import Interrupted, parameters_of, train_group
 from experiments.harness.verdicts import Study
 
-__all__ = ["default_folder", "main", "parse", "results_folder"]
+__all__ = ["default_folder", "main", "parse"]
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"  # of scales as they are declared
 SCRATCH = Path("runs") / "experiments"
 ASSUMED_RATES = {"cpu": 8e7, "gpu": 2e11}
 """FLOP/s for each channel of the hidden size, where nothing is recorded: what narrow models reach on a core, and a guess for
@@ -64,11 +64,6 @@ def main(study: Study[Any], arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def results_folder(study: str, scale: str) -> Path:
-    """Where the results of an unchanged scale are kept."""
-    return RESULTS / study / scale
-
-
 def parse(study: Described, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line of an experiment."""
     parser = argparse.ArgumentParser(
@@ -91,7 +86,7 @@ def parse(study: Described, arguments: Sequence[str] | None) -> argparse.Namespa
 def default_folder(study: Described, options: argparse.Namespace) -> Path:
     """Where results go that no `--output` is given for: changed scales never meet the declared ones."""
     if not options.overrides:
-        return results_folder(study.name, options.scale)
+        return RESULTS / study.name / options.scale
     return SCRATCH / study.name / options.scale
 
 
@@ -120,7 +115,7 @@ def _run(
     left = [(order, group) for order, group in enumerate(groups) if not _is_done(group, known)]
     console.print(f"{study.title}: {len(groups)} groups of runs, {len(groups) - len(left)} done before.")
     for order, group in left:
-        work = SCRATCH / "work" / f"{study.name}-{digest(group)}"
+        work = SCRATCH / "unfinished" / f"{study.name}-{digest(group)}"
         path = folder / f"{group.name}.json"
         with locked(work) as mine:
             if not mine:

@@ -13,7 +13,7 @@ from delta_jax.layers import MIXERS
 from delta_jax.models.config import MixerSpec, ModelConfig
 from delta_jax.training import OptimizerConfig
 
-__all__ = ["Arm", "Cell", "Group", "Sweep", "arm", "mixer"]
+__all__ = ["Arm", "Cell", "Group", "Sweep", "arm", "file_name", "mixer"]
 
 METRICS = ("token", "sequence", "macro", "loss", "bits")
 """What is kept of every test set: see `delta_jax.data.tasks.scores`; loss is nats and bits are bits per answer."""
@@ -154,7 +154,7 @@ class Group:
         sweep = self.sweep
         rate = "" if sweep.rates_together else f".lr{sweep.learning_rates[0]:g}"
         decay = f".wd{self.weight_decay:g}" if len(sweep.weight_decays) > 1 else ""
-        return re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{self.cell}.{self.arm}{rate}{decay}").strip("_")
+        return file_name(f"{self.cell}.{self.arm}{rate}{decay}")
 
     def table(self) -> dict[str, Any]:
         """All that its results depend on, as JSON-able data."""
@@ -167,6 +167,11 @@ class Group:
             place = table if name == "task" else table["tests"]
             place[name] = {"task": type(task).__name__, **place[name]}
         return table
+
+
+def file_name(title: str) -> str:
+    """A title with what file names should not hold replaced."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", title).strip("_")
 
 
 def mixer(name: str, sweep: Sweep, **options: Any) -> MixerSpec:

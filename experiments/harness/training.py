@@ -260,7 +260,7 @@ class _Model:
                 )
                 targets.append(part.targets)
             else:
-                cost, odds = jax.device_get(self._probabilities(parameters, part))
+                odds, cost = jax.device_get(self._probabilities(parameters, part))
                 odds = odds.reshape(runs, *part.targets.shape, -1)
                 votes = [
                     voted(asked.answers[at : at + size], part.targets, one, asked.answers.max() + 1) for one in odds

@@ -42,7 +42,7 @@ def _results(folder: Path) -> dict[str, Any]:
 
 def _saved(folder: Path) -> int:
     """The step of the newest checkpoint of the group at work."""
-    names = (path.name for path in folder.glob("runs/experiments/work/*/checkpoints/*"))
+    names = (path.name for path in folder.glob("runs/experiments/unfinished/*/checkpoints/*"))
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 

@@ -1,10 +1,11 @@
 """Runs trained side by side are the runs trained alone, and those that end early or are lost stand still."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_study import STUDY, SWEEP
+from tiny_study import STUDY, SWEEP, Echo, EchoByVote
 
 from experiments.harness.study import Group
 from experiments.harness.training import train_group
@@ -71,3 +72,11 @@ def test_a_test_set_curve_has_every_position(together: Any) -> None:
     curve = together[FAST, 0]["tests"]["16"]["curve"]
     assert curve["position"] == list(range(1, 17))
     assert together[FAST, 0]["tests"]["16"]["token"] == pytest.approx(sum(curve["token"]) / 16, abs=1e-3)
+
+
+def test_a_vote_of_one_position_is_its_answer(tmp_path: Path) -> None:
+    tests = {"alone": Echo(), "by vote": EchoByVote()}
+    group = dataclasses.replace(_group(learning_rates=(FAST,), seeds=(0,), steps=5, evaluate_every=5), tests=tests)
+    (run,) = _train(group, tmp_path).values()
+    assert run["tests"]["by vote"] == run["tests"]["alone"]
+    assert 0 < run["tests"]["alone"]["token"] < 1

@@ -22,6 +22,15 @@ class Echo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EchoByVote(Echo):
+    """The same, where every answer is put to a vote of one position."""
+
+    def sample(self, rng: np.random.Generator, number: int, split: Split) -> Examples:
+        examples = super().sample(rng, number, split)
+        return examples._replace(answers=np.broadcast_to(np.arange(self.length), examples.targets.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TinySweep(Sweep):
     """With the name of a mixer to override."""
 
