@@ -85,11 +85,11 @@ def grid(results: Results) -> Verdict:
 
 
 CPU = WordSweep(
-    learning_rates=(3e-3, 1e-2),
-    steps=500,
+    learning_rates=(3e-3, 5e-3),
+    steps=1000,
     batch_size=64,
     test_examples=256,
-    evaluate_every=100,
+    evaluate_every=200,
     hidden_size=64,
     num_heads=4,
     mlp_size=64,

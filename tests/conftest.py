@@ -1,5 +1,8 @@
 """Every test runs with eight virtual CPU devices and without silent dtype or rank promotion."""
 
+import os
+from pathlib import Path
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")
@@ -9,3 +12,13 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most of a test's time is compilation, more than half of which optimisation: done where it is the op that is held to its
+# last bits, and for accelerators; not elsewhere, nor in the processes that those tests start.
+OPTIMISED = tuple(Path(__file__).parent / name for name in ("ops", "tpu", "gpu"))
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
+def pytest_runtest_setup(item):
+    quick = not any(item.path.is_relative_to(folder) for folder in OPTIMISED)
+    jax.config.update("jax_disable_most_optimizations", quick)

@@ -18,7 +18,6 @@ def _start(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen[str]:
     arguments = ("--output", "results", 'cells=["short"]', f"steps={STEPS}", "checkpoint_minutes=0", *arguments)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -43,9 +43,9 @@ def assert_close(got, want, limit=2e-6):
 def test_vmap_of_values_and_gradients(implementation, gate):
     shape = (2, 1, 1, 64, 64) if implementation == "pallas" else (2, 4, 4, 8, 8)
     x = inputs(gate=gate, shape=shape)
-    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a, a[::-1]]), x)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a[::-1]]), x)
     function = jax.value_and_grad(functools.partial(loss, implementation=implementation))
-    want = [function(jax.tree.map(lambda a, n=n: a[n], stacked)) for n in range(3)]
+    want = [function(jax.tree.map(lambda a, n=n: a[n], stacked)) for n in range(2)]
     assert_close(jax.vmap(function)(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want))
 
 
