@@ -55,10 +55,11 @@ def cells(sweep: WordSweep) -> tuple[Cell, ...]:
 
 
 def s3_solved(results: Results) -> Verdict:
-    """Two writes with negative eigenvalues, on four times the training length."""
+    """Two writes with negative eigenvalues, on four times the training length; some seeds alone are no verdict."""
     longest = results.tests("S3")[-1]
     found = results.best("S3", name_of(2, True), longest, "sequence")
-    return Verdict(f"whole sequences at {longest}: {found}", found.low >= 0.99)
+    holds = found.low >= 0.99 or (None if found.high >= 0.99 else False)
+    return Verdict(f"whole sequences at {longest}: {found}", holds)
 
 
 def s3_unsolved(results: Results) -> Verdict:
@@ -85,14 +86,14 @@ def grid(results: Results) -> Verdict:
 
 
 CPU = WordSweep(
-    learning_rates=(3e-3, 5e-3),
-    steps=1000,
-    batch_size=64,
+    learning_rates=(2e-3, 4e-3),
+    steps=800,
+    batch_size=32,
     test_examples=256,
-    evaluate_every=200,
+    evaluate_every=100,
     hidden_size=64,
     num_heads=4,
-    mlp_size=64,
+    mlp_size=0,
 )
 PAPER = WordSweep(
     learning_rates=(1e-3,),
@@ -117,7 +118,8 @@ STUDY = Study(
     source="Siems et al., DeltaProduct (arXiv 2502.10297), section 5.1",
     text="The product so far of random elements of a group, asked after every element. The paper trains 8 heads of 32 on "
     "128 elements in bfloat16 and stops on the accuracy at 512; here nothing stops early. That one write fails is a "
-    "claim about one layer: two layers can do cyclic and dihedral groups.",
+    "claim about one layer: two layers can do cyclic and dihedral groups. The scale cpu trains on 32 elements, without an "
+    "MLP: with one the training length is learnt as well and four times of it worse.",
     metric="token",
     show=("token", "sequence"),
     scales={

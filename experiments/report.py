@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments import speedup
 from experiments.harness.page import claim_rows, markdown_table, section
+from experiments.harness.results import read
 from experiments.harness.runner import RESULTS
 from experiments.harness.verdicts import Study
 
@@ -42,6 +43,21 @@ def studies() -> list[Study[Any]]:
     return [importlib.import_module(f"experiments.{name}").STUDY for name in EXPERIMENTS]
 
 
+def times(root: Path) -> str:
+    """How long all results of each scale took together."""
+    found = {}
+    for scale in ("cpu", "gpu", "paper"):
+        files = [file for name in (*EXPERIMENTS, speedup.STUDY.name) for file in read(root / name / scale)]
+        # Of what is timed only the wall is known; it runs alone.
+        found[scale] = [sum(file.get(name, file["seconds"]) for file in files) for name in ("seconds", "cpu_seconds")]
+    return "\n\n".join(
+        f"Everything at scale {scale}: {wall / 60:.0f} minutes of single commands, some of them side by side; of "
+        f"processors {cpu / 60:.0f}."
+        for scale, (wall, cpu) in found.items()
+        if wall
+    )
+
+
 def main(root: Path = RESULTS) -> None:
     """Writes the page beside the folder of the results, and the figures into it."""
     rows = [row for study in studies() for row in claim_rows(study, root)] + [*speedup.STUDY.claim_rows(root)]
@@ -49,6 +65,7 @@ def main(root: Path = RESULTS) -> None:
         INTRODUCTION,
         "## Claims",
         markdown_table(["claim", "paper", "ours", "scale", "verdict"], rows, align="---"),
+        times(root),
         *(section(study, root) for study in studies()),
         speedup.STUDY.section(root),
     ]
