@@ -1,5 +1,6 @@
 """The page: every claim with the paper's number, ours and a verdict, then every table with its figure."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,19 @@ from experiments.harness.verdicts import Study
 
 __all__ = ["claim_rows", "markdown_table", "section"]
 
-COLORS = ("#1f3f7a", "#b5542a", "#3c7a3f", "#7a3f74", "#8a7a1f", "#2a8a8a", "#555555", "#c07aa0", "#6a9ad0", "#a0a060")
+COLORS = (
+    "#1f3f7a",
+    "#b5542a",
+    "#3c7a3f",
+    "#7a3f74",
+    "#8a7a1f",
+    "#2a8a8a",
+    "#555555",
+    "#c07aa0",
+    "#6a9ad0",
+    "#a0a060",
+    "#d49a00",
+)
 SHOWN = {
     "token": "accuracy",
     "sequence": "whole sequences",
@@ -126,7 +139,9 @@ def _draw(study: Study[Any], results: Results, cell: str, path: Path) -> bool:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     drawn = False
-    for color, arm in zip(COLORS, (arm for arm in results.arms if results.of(cell, arm)), strict=False):
+    for color, arm in zip(
+        itertools.cycle(COLORS), (arm for arm in results.arms if results.of(cell, arm)), strict=False
+    ):
         runs = results.chosen(cell, arm)
         lines = [_line(study, results, cell, run) for run in runs]
         length = min(len(x) for x, _ in lines)
@@ -136,13 +151,12 @@ def _draw(study: Study[Any], results: Results, cell: str, path: Path) -> bool:
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
         axes.plot(x, values.mean(axis=0), color=color, label=f"{arm} ({runs[0]['learning_rate']:g})")
         drawn = True
+        if study.plot == "positions":
+            trained = runs[0]["tests"][results.tests(cell)[0]]["curve"]["position"][-1]
     if not drawn:
         return False
     if study.plot == "positions":
-        config = results.of(cell, results.arms[0])[0]["config"]
-        axes.axvline(
-            config["tests"][results.tests(cell)[0]].get("length", 0), color="#999999", linestyle=":", linewidth=1
-        )
+        axes.axvline(trained, color="#999999", linestyle=":", linewidth=1)
     axes.set_xlabel("position" if study.plot == "positions" else "optimizer step")
     axes.set_ylabel("accuracy" if study.plot == "positions" else SHOWN[study.metric])
     axes.set_title(f"{study.title}: {cell}", fontsize=10)
