@@ -164,12 +164,12 @@ def test_step_by_step_equals_the_whole(member, implementation):
 
 @each_member_and_case
 def test_outputs_never_depend_on_later_inputs_and_runs_repeat(member, implementation, chunk_size):
-    inputs, cotangents = problem(member, **alone(implementation))
+    inputs, cotangents = problem(member, **sizes(implementation))
     options = {"implementation": implementation, "chunk_size": chunk_size}
     first = evaluate(member, inputs, np.float32, cotangents, **options)
     again = evaluate(member, inputs, np.float32, cotangents, **options)
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    other, _ = problem(member, "large_keys", seed=1, **alone(implementation))
+    other, _ = problem(member, "large_keys", seed=1, **sizes(implementation))
     for t in (1, 20, 66):
         changed = {
             name: x if name == "initial_state" else np.concatenate([x[:, :t], other[name][:, t:]], 1)
