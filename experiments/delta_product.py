@@ -55,11 +55,10 @@ def cells(sweep: WordSweep) -> tuple[Cell, ...]:
 
 
 def s3_solved(results: Results) -> Verdict:
-    """Two writes with negative eigenvalues, on four times the training length; some seeds alone are no verdict."""
+    """Two writes with negative eigenvalues, on four times the training length."""
     longest = results.tests("S3")[-1]
     found = results.best("S3", name_of(2, True), longest, "sequence")
-    holds = found.low >= 0.99 or (None if found.high >= 0.99 else False)
-    return Verdict(f"whole sequences at {longest}: {found}", holds)
+    return Verdict(f"whole sequences at {longest}: {found}", found.low >= 0.99)
 
 
 def s3_unsolved(results: Results) -> Verdict:
@@ -119,7 +118,7 @@ STUDY = Study(
     text="The product so far of random elements of a group, asked after every element. The paper trains 8 heads of 32 on "
     "128 elements in bfloat16 and stops on the accuracy at 512; here nothing stops early. That one write fails is a "
     "claim about one layer: two layers can do cyclic and dihedral groups. The scale cpu trains on 32 elements, without an "
-    "MLP: with one the training length is learnt as well and four times of it worse.",
+    "MLP.",
     metric="token",
     show=("token", "sequence"),
     scales={

@@ -151,11 +151,10 @@ def _draw(study: Study[Any], results: Results, cell: str, path: Path) -> bool:
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
         axes.plot(x, values.mean(axis=0), color=color, label=f"{arm} ({runs[0]['learning_rate']:g})")
         drawn = True
-        if study.plot == "positions":
-            trained = runs[0]["tests"][results.tests(cell)[0]]["curve"]["position"][-1]
     if not drawn:
         return False
     if study.plot == "positions":
+        trained = runs[0]["tests"][results.tests(cell)[0]]["curve"]["position"][-1]
         axes.axvline(trained, color="#999999", linestyle=":", linewidth=1)
     axes.set_xlabel("position" if study.plot == "positions" else "optimizer step")
     axes.set_ylabel("accuracy" if study.plot == "positions" else SHOWN[study.metric])

@@ -123,11 +123,12 @@ def test_gradients_reach_every_parameter_of_every_layer():
 
 
 def test_remat_changes_memory_not_numbers():
+    jax.config.update("jax_disable_most_optimizations", False)  # the limits are those of the code that users run
     plain = jax.tree.leaves(gradient(make(pattern=("gated_delta_net",)), tokens()))
     for remat in ("dots", "block"):
         again = jax.tree.leaves(gradient(make(pattern=("gated_delta_net",), remat=remat), tokens()))
         for one, other in zip(again, plain, strict=True):
-            assert relative(one, other) < 1e-5
+            np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-4)
 
 
 def test_remat_saves_memory():
