@@ -14,11 +14,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Most of a test's time is compilation, more than half of which optimisation: done where it is the op that is held to its
-# last bits, and for accelerators; not elsewhere, nor in the processes that those tests start.
+# last bits, and for accelerators; not elsewhere, nor in the processes that those tests start, nor for interpreted kernels.
 OPTIMISED = tuple(Path(__file__).parent / name for name in ("ops", "tpu", "gpu"))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 def pytest_runtest_setup(item):
-    quick = not any(item.path.is_relative_to(folder) for folder in OPTIMISED)
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    interpreted = params.get("implementation") == "pallas" or item.path.name == "test_gpu_kernels.py"
+    quick = interpreted or not any(item.path.is_relative_to(folder) for folder in OPTIMISED)
     jax.config.update("jax_disable_most_optimizations", quick)

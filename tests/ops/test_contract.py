@@ -180,7 +180,7 @@ def test_outputs_never_depend_on_later_inputs_and_runs_repeat(member, implementa
         assert not np.array_equal(first["o"][:, t:], later["o"][:, t:])
 
 
-@pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 129, 300])
+@pytest.mark.parametrize("time", [1, 15, 16, 17, 300])
 def test_any_length(time):
     for member in ("gated_delta_net", "gated_delta_net_2"):
         inputs, cotangents = problem(member, time=time)
