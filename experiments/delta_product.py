@@ -85,13 +85,13 @@ def grid(results: Results) -> Verdict:
 
 
 CPU = WordSweep(
-    learning_rates=(2e-3, 4e-3),
-    steps=800,
-    batch_size=32,
+    learning_rates=(5e-4, 1e-3),
+    steps=600,
+    batch_size=64,
     test_examples=256,
     evaluate_every=100,
-    hidden_size=64,
-    num_heads=4,
+    hidden_size=128,
+    num_heads=8,
     mlp_size=0,
 )
 PAPER = WordSweep(
@@ -117,8 +117,8 @@ STUDY = Study(
     source="Siems et al., DeltaProduct (arXiv 2502.10297), section 5.1",
     text="The product so far of random elements of a group, asked after every element. The paper trains 8 heads of 32 on "
     "128 elements in bfloat16 and stops on the accuracy at 512; here nothing stops early. That one write fails is a "
-    "claim about one layer: two layers can do cyclic and dihedral groups. The scale cpu trains on 32 elements, without an "
-    "MLP.",
+    "claim about one layer: two layers can do cyclic and dihedral groups. The scale cpu trains 8 heads of 16 on 32 "
+    "elements, without an MLP.",
     metric="token",
     show=("token", "sequence"),
     scales={
