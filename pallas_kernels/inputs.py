@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 LOG2_E = 1.4426950408889634
-FORGETS = -160.0  # exp2 is zero in float32; a new segment is such a gate
+# exp2 of it is zero in float32, also with the gates above zero added that a segment which does not overflow can have; a new
+# segment is such a gate. A power of two, so that bfloat16 holds it.
+FORGETS = -1024.0
 
 
 class Inputs(NamedTuple):
@@ -22,7 +24,7 @@ class Inputs(NamedTuple):
 
 
 def base_two(g: Array) -> Array:
-    """Gates as base-2 logarithms, cut where exp2 of one is zero, so that sums of many stay finite."""
+    """Gates as base-2 logarithms, cut far below where exp2 of one is zero, so that sums of many stay finite."""
     return jnp.maximum(g.astype(jnp.float32) * LOG2_E, FORGETS)
 
 

@@ -18,7 +18,8 @@ from benchmarks.tpu_schedule.compiler import schedule  # sets the environment: b
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
-from delta_jax.ops.chunkwise import chunkwise  # isort: skip
+from delta_jax.ops import containment  # isort: skip
+from delta_jax.ops.implementation import XLA, Arrays, Implementation, Options, pallas  # isort: skip
 from pallas_kernels import tpu  # isort: skip
 from pallas_kernels.tpu import op  # isort: skip
 
@@ -51,10 +52,10 @@ CASES = (
     Case(name="gate per head, float32", gate="head", dtype="float32"),
 )
 EVERYWHERE, ALL_SHAPES = CASES[:4], ("v5e", "v6e")  # the other generations: one shape for every kind of gate
-XLA = {"v6e": ("gate per head",)}  # a minute of compiling
+BY_XLA = {"v6e": ("gate per head",)}  # a minute of compiling
 
 
-def programs(case: Case, rule: Callable[..., Any]) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+def programs(case: Case, implementation: Implementation) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     """The functions of a case with the shapes of their arguments: heads side by side, as a projection leaves them."""
     dtype, batch, heads = jnp.dtype(case.dtype), 1, case.heads
 
@@ -73,7 +74,9 @@ def programs(case: Case, rule: Callable[..., Any]) -> dict[str, tuple[Callable[.
         q, k, v = cut(q, case.key), cut(k, case.key), cut(v, case.value)
         if g is not None and case.gate == "channel":
             g = cut(g, case.key)
-        o, _ = rule(q, k, v, beta, g, None, None, None, scale=case.key**-0.5, chunk_size=None, erases=True)
+        options = Options(scale=case.key**-0.5, chunk_size=None, erases=True)
+        arrays = Arrays(q, k, v, beta, g, None, None, None)
+        o, _ = containment.run(implementation, options, arrays)
         return o.reshape(*o.shape[:2], -1)
 
     def forward_backward(d_o: jax.Array, *x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -111,10 +114,10 @@ def main() -> None:
     versions = {name: version(name) for name in ("delta_jax", "jax", "libtpu")}
     say = functools.partial(print, flush=True)
     for case in CASES if generation in ALL_SHAPES else EVERYWHERE:
-        jobs = [("pallas", name, *job) for name, job in programs(case, tpu.delta_rule).items()]
+        jobs = [("pallas", name, *job) for name, job in programs(case, pallas(tpu)).items()]
         jobs.append(("pallas", "step", *step_program(case)))
-        if case.name in XLA.get(generation, ()):
-            jobs.append(("xla", "forward", *programs(case, chunkwise)["forward"]))
+        if case.name in BY_XLA.get(generation, ()):
+            jobs.append(("xla", "forward", *programs(case, XLA)["forward"]))
         for implementation, direction, function, arguments in jobs:
             about = {"generation": generation, "case": asdict(case), "implementation": implementation}
             about |= {"direction": direction, "versions": versions}

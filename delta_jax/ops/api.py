@@ -4,17 +4,16 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from delta_jax.ops import recurrence
-from delta_jax.ops.chunkwise import chunkwise
+from delta_jax.ops import containment, recurrence
+from delta_jax.ops.implementation import XLA, Arrays, Options, pallas
 from delta_jax.ops.precision import accumulator_dtype
-from delta_jax.ops.recurrence import recurrent
 
 
 class Arguments(NamedTuple):
@@ -28,57 +27,13 @@ class Arguments(NamedTuple):
     segment_ids: Array | None
 
 
-_STATIC = ("scale", "chunk_size", "erases")
+_differentiable = jax.jit(containment.run, static_argnums=(0, 1))
 
 
-def _kernels() -> ModuleType:
-    """The kernels for the device that the code being traced is for."""
-    if platform() == "gpu":
-        from pallas_kernels import gpu
-
-        return gpu
-    from pallas_kernels import tpu
-
-    return tpu
-
-
-@functools.cache
-def _compiled(kernels: ModuleType) -> Callable[..., tuple[Array, Array]]:
-    return jax.jit(kernels.delta_rule, static_argnames=_STATIC)
-
-
-def _pallas(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-    initial_state: Array | None,
-    reset: Array | None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """The kernels take one write a token: a token of n becomes n, of which the first is gated and the last queried."""
-    run = _compiled(_kernels())
-    if k.ndim == q.ndim:
-        return run(q, k, v, beta, g, erase, initial_state, reset, **options)
-    writes = k.shape[2]
-
-    def spread(x: Array, place: int) -> Array:
-        widths = ((0, 0), (0, 0), (place, writes - 1 - place)) + ((0, 0),) * (x.ndim - 2)
-        return jnp.pad(x[:, :, None], widths).reshape(x.shape[0], -1, *x.shape[2:])
-
-    q = spread(q, writes - 1)
-    k, v, beta, erase = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (k, v, beta, erase))
-    g, reset = jax.tree.map(lambda x: spread(x, 0), (g, reset))
-    o, state = run(q, k, v, beta, g, erase, initial_state, reset, **options)
-    return o[:, writes - 1 :: writes], state
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "recurrent": jax.jit(recurrent, static_argnames=_STATIC),
-    "xla": jax.jit(chunkwise, static_argnames=_STATIC),
-    "pallas": _pallas,
+IMPLEMENTATIONS: dict[str, Callable[[Options, Arrays], tuple[Array, Array]]] = {
+    "recurrent": jax.jit(lambda options, arrays: recurrence.recurrent(*arrays, **options._asdict()), static_argnums=0),
+    "xla": functools.partial(_differentiable, XLA),
+    "pallas": lambda options, arrays: _differentiable(pallas(kernels()), options, arrays),
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -93,6 +48,17 @@ def hopper() -> bool:
     """Whether that device is a GPU of NVIDIA's Hopper generation."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return re.search(r"\bG?H(20|100|200|800)\b", device.device_kind) is not None
+
+
+def kernels() -> ModuleType:
+    """The kernels for the device that the code being traced is for."""
+    if platform() == "gpu":
+        from pallas_kernels import gpu
+
+        return gpu
+    from pallas_kernels import tpu
+
+    return tpu
 
 
 def implementations() -> dict[str, str | None]:
@@ -294,7 +260,7 @@ def _run_step(
     if implementation == "pallas":
         for write in recurrence.one_by_one(k, v, beta, erase):  # only the last of these outputs is a token's
             k_j, v_j, beta_j, erase_j = write
-            o, state = _kernels().delta_rule_step(state, q, k_j, v_j, beta_j, g, erase_j, scale)
+            o, state = kernels().delta_rule_step(state, q, k_j, v_j, beta_j, g, erase_j, scale)
             g = None
     else:
         o, state = recurrence.step(state, q, k, v, beta, g, erase, scale)
@@ -314,12 +280,17 @@ def _run(
     implementation = _choose(implementation, arguments.q, arguments.v)
     if chunk_size not in (None, 16, 32, 64, 128):
         raise ValueError(f"chunk_size must be 16, 32, 64 or 128, got {chunk_size!r}.")
-    *arrays, segment_ids = arguments
-    reset = None
+    segment_ids, reset = arguments.segment_ids, None
     if segment_ids is not None:
         reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     scale = arguments.k.shape[-1] ** -0.5 if scale is None else float(scale)
-    return IMPLEMENTATIONS[implementation](*arrays, reset, scale=scale, chunk_size=chunk_size, erases=erases)
+    return IMPLEMENTATIONS[implementation](Options(scale, chunk_size, erases), _arrays(arguments, reset))
+
+
+def _arrays(arguments: Arguments, reset: Array | None) -> Arrays:
+    given = arguments._asdict()
+    del given["segment_ids"]
+    return Arrays(**given, reset=reset)
 
 
 def _choose(wanted: str | None, q: Array, v: Array) -> str:
@@ -332,7 +303,7 @@ def _choose(wanted: str | None, q: Array, v: Array) -> str:
         return "xla"
     reason = _unavailable("pallas")
     if reason is None:
-        reason = _kernels().unsupported(q, v)
+        reason = kernels().unsupported(q, v)
     if reason is not None and wanted == "pallas":
         raise ValueError(f"implementation='pallas' cannot run here: {reason}.")
     return "xla" if reason else "pallas"

@@ -19,13 +19,12 @@ Source: arXiv 2406.06484 section 3.2 and arXiv 2412.06464 section 3.3, for an er
 several writes a token.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
 from delta_jax.ops.chunks import (
@@ -50,7 +49,7 @@ SMALL_HEADS_CHUNK = 16
 WRITES_PER_GROUP = 128
 
 
-def chunkwise(
+def forward(
     q: Float[Array, "batch time key_heads key"],
     k: Float[Array, "batch time *writes key_heads key"],
     v: Float[Array, "batch time *writes heads value"],
@@ -63,79 +62,108 @@ def chunkwise(
     scale: float,
     chunk_size: int | None,
     erases: bool,
-) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
-    """The chunkwise form over all tokens; arguments as in `delta_jax.ops.recurrence.recurrent`."""
-    batch, time = q.shape[:2]
-    heads, value = v.shape[-2:]
-    writes = k.shape[2] if k.ndim > q.ndim else 1
-    default = DEFAULT_CHUNK if k.shape[-1] > 16 else SMALL_HEADS_CHUNK
-    chunk = chunk_size or power_of_two(max(default // writes, 1))
-    chunks = -(-time // chunk)
-    groups = -(-chunks // power_of_two(WRITES_PER_GROUP // (chunk * writes)))
-    options = Options(scale, chunk, -(-chunks // groups), writes, erases)
-    padding = groups * options.group * chunk - time
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"], Array]:
+    """The chunkwise form over all tokens; arguments as in `delta_jax.ops.recurrence.recurrent`.
 
-    def sets(x: Array, *shape: int) -> Array:
-        """`x` as `[batch, time, sets, heads, dim]`, its tokens filled up to whole groups."""
-        x = x.reshape(batch, time, *shape)
-        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))) if padding else x
-
-    inputs = Inputs(
-        sets(q, 1, *q.shape[-2:]),
-        sets(k, writes, *k.shape[-2:]),
-        sets(v, writes, heads, value),
-        None if beta is None else sets(beta, writes, heads, 1),
-        None if g is None else sets(g, 1, heads, -1),
-        None if erase is None else sets(erase, writes, -1, k.shape[-1]),
-        None if reset is None else sets(reset, 1, 1, 1),
-    )
+    Returns:
+      The outputs, the final state, and for the backward the states before every group of chunks.
+    """
+    arrays = Inputs(q, k, v, beta, g, erase, reset)
+    options = _options(arrays, scale, chunk_size, erases)
+    inputs = _in_sets(arrays, options)
     if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, k.shape[-1], value), accumulator_dtype(v.dtype))
-    o, state = _chunkwise(inputs, varying_like(initial_state, *inputs), options)
-    return o[:, :time], state
+        initial_state = jnp.zeros((v.shape[0], v.shape[-2], k.shape[-1], v.shape[-1]), accumulator_dtype(v.dtype))
 
-
-def power_of_two(limit: int) -> int:
-    """The largest power of two up to `limit`, at least 1."""
-    return 1 << max(limit.bit_length() - 1, 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _chunkwise(inputs: Inputs, initial_state: Array, options: Options) -> tuple[Array, Array]:
-    return _forward(inputs, initial_state, options)[0]
-
-
-def _forward(
-    inputs: Inputs, initial_state: Array, options: Options
-) -> tuple[tuple[Array, Array], tuple[Inputs, Array, Array]]:
     def body(state: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
         factors = prepare(inputs, index, options)
         done = carry(factors, state, options)
         own = einsum("...ij,...jv->...iv", query_scores(factors), jnp.stack(done.writes))
         o = (jnp.stack(done.reads) + own)[..., None, :, :]
-        return done.end, (leave(o)[:, :, 0].astype(inputs.v.dtype), state)
+        return done.end, (leave(o)[:, :, 0].astype(v.dtype), state)
 
-    groups = inputs.v.shape[1] // (options.chunk * options.group)
-    state = initial_state.astype(accumulator_dtype(inputs.v.dtype))
-    state, (o, states) = jax.lax.scan(body, state, jnp.arange(groups))
-    return (join(o), state), (inputs, initial_state, checkpoint_name(states, "delta_rule_states"))
+    state = varying_like(initial_state.astype(accumulator_dtype(v.dtype)), *inputs)
+    state, (o, states) = jax.lax.scan(body, state, jnp.arange(_groups(inputs, options)))
+    return join(o)[:, : v.shape[1]], state, states
 
 
-def _backward(
-    options: Options, residuals: tuple[Inputs, Array, Array], cotangents: tuple[Array, Array]
-) -> tuple[Inputs, Array]:
-    inputs, initial_state, states = residuals
-    d_o, d_state = cotangents
+def backward(
+    q: Float[Array, "batch time key_heads key"],
+    k: Float[Array, "batch time *writes key_heads key"],
+    v: Float[Array, "batch time *writes heads value"],
+    beta: Float[Array, "batch time *writes heads"] | None,
+    g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None,
+    erase: Float[Array, "batch time *writes erase_heads key"] | None,
+    initial_state: Float[Array, "batch heads key value"] | None,
+    reset: Bool[Array, "batch time"] | None,
+    states: Float[Array, "groups batch heads key value"],
+    d_o: Float[Array, "batch time heads value"],
+    d_state: Float[Array, "batch heads key value"],
+    *,
+    scale: float,
+    chunk_size: int | None,
+    erases: bool,
+) -> tuple[Any, ...]:
+    """Cotangents of the first six arguments of `forward` and, always, of the initial state, in its results' dtype.
+
+    `states` is what `forward` keeps, `d_o` and `d_state` are the cotangents of its results.
+    """
+    del initial_state
+    arrays = Inputs(q, k, v, beta, g, erase, reset)
+    options = _options(arrays, scale, chunk_size, erases)
+    inputs = _in_sets(arrays, options)
+    padding = inputs.v.shape[1] - v.shape[1]
+    d_o = jnp.pad(d_o, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else d_o
 
     def body(d_state: Array, group: tuple[Array, Array]) -> tuple[Array, Inputs]:
         return _group_backward(inputs, *group, d_o, d_state, options)
 
     d_state, d_inputs = jax.lax.scan(body, d_state, (jnp.arange(states.shape[0]), states), reverse=True)
-    d_inputs = jax.tree.map(lambda d, x: join(d).astype(x.dtype), d_inputs, inputs._replace(reset=None))
-    return d_inputs, d_state.astype(initial_state.dtype)
+    *d_arrays, _ = jax.tree.map(
+        lambda d, x: join(d)[:, : v.shape[1]].reshape(x.shape).astype(x.dtype), d_inputs, arrays._replace(reset=None)
+    )
+    return *d_arrays, d_state
 
 
-_chunkwise.defvjp(_forward, _backward)
+def _options(arrays: Inputs, scale: float, chunk_size: int | None, erases: bool) -> Options:
+    """How many tokens a chunk has and how many chunks a group."""
+    q, k = arrays.q, arrays.k
+    writes = k.shape[2] if k.ndim > q.ndim else 1
+    default = DEFAULT_CHUNK if k.shape[-1] > 16 else SMALL_HEADS_CHUNK
+    chunk = chunk_size or power_of_two(max(default // writes, 1))
+    chunks = -(-q.shape[1] // chunk)
+    groups = -(-chunks // power_of_two(WRITES_PER_GROUP // (chunk * writes)))
+    return Options(scale, chunk, -(-chunks // groups), writes, erases)
+
+
+def _groups(inputs: Inputs, options: Options) -> int:
+    return inputs.v.shape[1] // (options.chunk * options.group)
+
+
+def _in_sets(arrays: Inputs, options: Options) -> Inputs:
+    """The op's arrays as `[batch, time, sets, heads, dim]`, their tokens filled up to whole groups."""
+    q, k, v, beta, g, erase, reset = arrays
+    batch, time = q.shape[:2]
+    heads, writes = v.shape[-2], options.writes
+    padding = -time % (options.group * options.chunk)
+
+    def sets(x: Array, *shape: int) -> Array:
+        x = x.reshape(batch, time, *shape)
+        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))) if padding else x
+
+    return Inputs(
+        sets(q, 1, *q.shape[-2:]),
+        sets(k, writes, *k.shape[-2:]),
+        sets(v, writes, heads, v.shape[-1]),
+        None if beta is None else sets(beta, writes, heads, 1),
+        None if g is None else sets(g, 1, heads, -1),
+        None if erase is None else sets(erase, writes, -1, k.shape[-1]),
+        None if reset is None else sets(reset, 1, 1, 1),
+    )
+
+
+def power_of_two(limit: int) -> int:
+    """The largest power of two up to `limit`, at least 1."""
+    return 1 << max(limit.bit_length() - 1, 0)
 
 
 def _group_backward(

@@ -11,9 +11,11 @@ from its start to a token, or from a token to its end. Three choices keep these 
 - The gradient of a gate is gathered from the factors whose range holds its token, all of which carry that gate's decay.
   The short form q dq + e de - k dk is a difference of large numbers and drowns the gradient of a strong gate.
 
-A segment boundary is a mask on the same factors.
+Gates are summed inside a segment only, and a factor over a range that leaves its segment is zero: its exponent is selected,
+so that no sum of other segments' gates, whatever they are, has to be finite.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -42,18 +44,21 @@ def chunk_decay(g: Float[Array, "*batch chunk channels"], reset: Bool[Array, "*#
     g = jnp.maximum(g, -limit)
     on_grid = jnp.round(g / grid) * grid
     lower = np.tril(np.ones((size, size), bool))
-    coarse, fine = (einsum("ij,...jd->...id", jnp.asarray(lower, g.dtype), x) for x in (on_grid, g - on_grid))
-
-    start = jnp.exp(coarse + fine)
-    end = jnp.exp((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
-    whole = start[..., -1:, :]
-    mask = constant(lower, g)
+    mask, subscripts = constant(lower, g), "ij,...jd->...id"
+    summed = jnp.asarray(lower, g.dtype)
     if reset is not None:
         segment = jnp.cumsum(reset, axis=-1)
         mask = mask & (segment[..., :, None] == segment[..., None, :])
-        start = start * (segment == 0)[..., None].astype(g.dtype)
-        end = end * (segment == segment[..., -1:])[..., None].astype(g.dtype)
-        whole = whole * (segment[..., -1:] == 0)[..., None].astype(g.dtype)
+        summed, subscripts = mask.astype(g.dtype), "...ij,...jd->...id"
+    coarse, fine = (einsum(subscripts, summed, x) for x in (on_grid, g - on_grid))
+
+    def factor(exponent: Array, inside: Callable[[Array], Array]) -> Array:
+        """exp of the exponents of tokens whose range lies inside a segment, zero for the others."""
+        return jnp.exp(exponent if reset is None else jnp.where(inside(segment)[..., None], exponent, -jnp.inf))
+
+    start = factor(coarse + fine, lambda s: s == 0)
+    end = factor((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine), lambda s: s == s[..., -1:])
+    whole = start[..., -1:, :]
     if channels == 1:
         rows, columns = (jnp.swapaxes(x, -1, -2) for x in (coarse, fine))
         pairs = jnp.exp(jnp.where(mask, (coarse - rows) + (fine - columns), -jnp.inf))
@@ -62,8 +67,15 @@ def chunk_decay(g: Float[Array, "*batch chunk channels"], reset: Bool[Array, "*#
     for block in _blocks(size):
         (left, right), (left_fine, right_fine) = _halves(coarse, block), _halves(fine, block)
         middle, middle_fine = left[..., -1:, :], left_fine[..., -1:, :]
-        to_middle = jnp.exp((middle - left) + (middle_fine - left_fine))
-        levels.append((to_middle, jnp.exp((right - middle) + (right_fine - middle_fine))))
+
+        def halves(s: Array, block: int = block) -> tuple[Array, Array]:
+            """Of the tokens of every block, those in the left half and in the right whose segment is that of the middle."""
+            left, right = _halves(s[..., None], block)
+            return (left == left[..., -1:, :])[..., 0], (right == left[..., -1:, :])[..., 0]
+
+        to_middle = factor((middle - left) + (middle_fine - left_fine), lambda s: halves(s)[0])
+        from_middle = factor((right - middle) + (right_fine - middle_fine), lambda s: halves(s)[1])
+        levels.append((to_middle, from_middle))
     return Decay(mask.astype(g.dtype), tuple(levels), start, end, whole)
 
 

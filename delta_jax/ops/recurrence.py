@@ -10,8 +10,10 @@ Attention, with several erases and writes between the decay and the query DeltaP
 Plain `jax.lax.scan`: differentiable in forward and reverse mode, to any order.
 """
 
+import functools
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,25 +78,123 @@ def recurrent(
     false nothing is erased. `chunk_size` plays no part.
     """
     del chunk_size
+    tokens, state = _by_token(q, k, v, beta, g, erase, initial_state, reset, erases)
+    state, o = jax.lax.scan(functools.partial(_token, scale), state, tokens)
+    return jnp.moveaxis(o, 0, 1), state
+
+
+def recurrent_with_select(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+    reset: Array | None,
+    *,
+    scale: float,
+    chunk_size: int | None,
+    erases: bool,
+) -> tuple[Array, Array]:
+    """`recurrent` for a gradient in reverse mode that gets past NaN and infinity.
+
+    The gradient of a token is zero where nothing of it counts, even if the token or the state before it is not finite,
+    so a loss over what comes before has its gradient. Memory grows with the cube root of time: states are computed again.
+    """
+    del chunk_size
+    tokens, state = _by_token(q, k, v, beta, g, erase, initial_state, reset, erases)
+    time = q.shape[1]
+    outer = math.ceil(time ** (1 / 3))
+    middle = math.ceil((time / outer) ** 0.5)
+    inner = -(-time // (outer * middle))
+    padding = outer * middle * inner - time  # tokens of zeros, which leave the state as it is
+
+    def parts(x: Array) -> Array:
+        x = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(outer, middle, inner, *x.shape[1:])
+
+    scan = functools.partial(jax.lax.scan, functools.partial(_selecting_token, scale))
+    for _ in range(2):
+        scan = functools.partial(jax.lax.scan, jax.checkpoint(scan, prevent_cse=False))
+    state, o = scan(state, jax.tree.map(parts, tokens))
+    return jnp.moveaxis(o.reshape(-1, *o.shape[3:])[:time], 0, 1), state
+
+
+class Tokens(NamedTuple):
+    """The arrays of one token, or of all with time first, keys repeated for every value head."""
+
+    q: Array
+    k: Array
+    v: Array
+    beta: Array | None
+    g: Array | None
+    erase: Array | None
+    reset: Array | None
+
+
+def _by_token(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+    reset: Array | None,
+    erases: bool,
+) -> tuple[Tokens, Array]:
+    """All tokens, and the state before the first."""
     batch, (heads, value_dim) = v.shape[0], v.shape[-2:]
     dtype = accumulator_dtype(v.dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, k.shape[-1], value_dim), dtype)
-
-    def body(
-        state: Array, token: tuple[tuple[Array, ...], tuple[Array | None, ...], Array | None]
-    ) -> tuple[Array, Array]:
-        (q, k, v), optional, starts = token
-        if starts is not None:
-            state = jnp.where(starts[:, None, None, None], 0, state)
-        beta, g, erase = (None if x is None else x.astype(dtype) for x in optional)
-        o, state = step(state, q.astype(dtype), k.astype(dtype), v.astype(dtype), beta, g, erase, scale)
-        return state, o.astype(v.dtype)
-
     q, k = repeat_heads(q, heads), repeat_heads(k, heads)
     if erases:
         erase = k if erase is None else repeat_heads(erase, heads)
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), ((q, k, v), (beta, g, erase), reset))
     state = varying_like(initial_state.astype(dtype), q, k, v, beta, g, erase, reset)
-    state, o = jax.lax.scan(body, state, tokens)
-    return jnp.moveaxis(o, 0, 1), state
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), Tokens(q, k, v, beta, g, erase, reset)), state
+
+
+def _token(scale: float, state: Array, token: Tokens) -> tuple[Array, Array]:
+    if token.reset is not None:
+        state = jnp.where(token.reset[:, None, None, None], 0, state)
+    q, k, v, beta, g, erase, _ = jax.tree.map(lambda x: x.astype(state.dtype), token._replace(reset=None))
+    o, state = step(state, q, k, v, beta, g, erase, scale)
+    return state, o.astype(token.v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _selecting_token(scale: float, state: Array, token: Tokens) -> tuple[Array, Array]:
+    return _token(scale, state, token)
+
+
+def _token_forward(scale: float, state: Array, token: Tokens) -> tuple[tuple[Array, Array], tuple[Array, Tokens]]:
+    return _token(scale, state, token), (state, token)
+
+
+def _token_backward(
+    scale: float, residuals: tuple[Array, Tokens], cotangents: tuple[Array, Array]
+) -> tuple[Array, Tokens]:
+    d_state, d_o = cotangents
+    counts = jnp.any(d_state != 0, (-2, -1)) | jnp.any(d_o != 0, -1)
+
+    def select(x: Any, after_heads: int) -> Any:
+        """Zero for the heads of which nothing counts; `after_heads` axes follow that of the heads."""
+        if x is None:
+            return x
+        writes = x.ndim - after_heads - 2
+        mask = counts.reshape(counts.shape[0], *(1,) * writes, counts.shape[1], *(1,) * after_heads)
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+    state, (q, k, v, beta, g, erase, reset) = residuals
+    of_gate = 0 if g is None else g.ndim - 2
+    given = Tokens(
+        select(q, 1), select(k, 1), select(v, 1), select(beta, 0), select(g, of_gate), select(erase, 1), None
+    )
+    _, pull = jax.vjp(lambda state, x: _token(scale, state, x._replace(reset=reset)), select(state, 2), given)
+    d_state, d_token = pull(cotangents)
+    return d_state, d_token
+
+
+_selecting_token.defvjp(_token_forward, _token_backward)

@@ -1,4 +1,4 @@
-"""The general delta rule on a Hopper GPU: the kernels behind `jax.custom_vjp`, and the layouts they want."""
+"""The general delta rule on a Hopper GPU: outputs and cotangents by the kernels, and the layouts they want."""
 
 import functools
 from typing import Literal
@@ -20,7 +20,7 @@ from pallas_kernels.gpu.scan import scan
 from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffix_sums, with_resets
 
 
-def delta_rule(
+def forward(
     q: Array,
     k: Array,
     v: Array,
@@ -31,20 +31,63 @@ def delta_rule(
     reset: Array | None,
     *,
     scale: float,
-    chunk_size: int | None,
     erases: bool,
-) -> tuple[Array, Array]:
-    """The delta rule over all tokens, `[batch, time, heads, value]`, and the final state `[batch, heads, key, value]`.
+    keep: bool,
+) -> tuple[Array, Array, None]:
+    """Outputs over all tokens, `[batch, time, heads, value]`, and final states, `[batch, heads, key, value]`.
 
-    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Chunks have
-    64 tokens whatever `chunk_size` says. Differentiable once, in reverse mode, in every floating-point argument.
+    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Nothing is
+    kept for `backward`, whatever `keep` says.
     """
-    del chunk_size
-    batch, time, heads, value = v.shape
-    pieces = pieces_of(batch * heads, -(-time // CHUNK), k.shape[3], value, exact=False)
-    inputs = padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), -time % (CHUNK * pieces))
-    o, state = _delta_rule(inputs, initial_state, scale, erases)
-    return o[:, :time], state
+    del keep
+    inputs = _inputs(Inputs(q, k, v, beta, g, erase), reset)
+
+    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array]:
+        plan = plan_of(inputs, scale, erases)
+        tokens = tokens_of(inputs, plan)
+        done = prepare(plan, tokens, for_backward=False)
+        starts, _ = starts_of_pieces(plan, tokens, done, _float32(initial_state))
+        results = scan(plan, tokens, done, starts, want="outputs")
+        return results.o, results.state[:, :, -1]
+
+    o, state = joins_batch(run)(inputs, initial_state)
+    return o[:, : v.shape[1]], state, None
+
+
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+    reset: Array | None,
+    kept: None,
+    d_o: Array,
+    d_state: Array,
+    *,
+    scale: float,
+    erases: bool,
+) -> tuple[Array | None, ...]:
+    """Cotangents of the first six arguments of `forward`, and always, in float32, of the initial state.
+
+    They follow from the cotangents of its results. Once: this has no gradient itself.
+    """
+    del kept
+    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), Inputs(q, k, v, beta, g, erase))
+    d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - v.shape[1]), (0, 0), (0, 0)))
+    find = joins_batch(functools.partial(_cotangents, scale, erases))
+    d_inputs, d_state = find(inputs, initial_state, d_o, d_state)
+    (d_arrays,) = pull(d_inputs)
+    return *d_arrays, d_state
+
+
+def _inputs(arrays: Inputs, reset: Array | None) -> Inputs:
+    """The op's arrays as the kernels take them: resets in the gates, whole pieces of chunks of 64 tokens."""
+    batch, time, heads, value = arrays.v.shape
+    pieces = pieces_of(batch * heads, -(-time // CHUNK), arrays.k.shape[3], value, exact=False)
+    return padded(arrays._replace(g=with_resets(arrays.g, reset, arrays.v)), -time % (CHUNK * pieces))
 
 
 def plan_of(inputs: Inputs, scale: float, erases: bool) -> Plan:
@@ -68,34 +111,10 @@ def plan_of(inputs: Inputs, scale: float, erases: bool) -> Plan:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _delta_rule(inputs: Inputs, initial_state: Array | None, scale: float, erases: bool) -> tuple[Array, Array]:
-    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array]:
-        plan = plan_of(inputs, scale, erases)
-        tokens = tokens_of(inputs, plan)
-        done = prepare(plan, tokens, for_backward=False)
-        starts, _ = starts_of_pieces(plan, tokens, done, _float32(initial_state))
-        results = scan(plan, tokens, done, starts, want="outputs")
-        return results.o, results.state[:, :, -1]
-
-    return joins_batch(run)(inputs, initial_state)
-
-
-def _forward(
-    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool
-) -> tuple[tuple[Array, Array], tuple[Inputs, Array | None]]:
-    return _delta_rule(inputs, initial_state, scale, erases), (inputs, initial_state)
-
-
-def _backward(
-    scale: float, erases: bool, residuals: tuple[Inputs, Array | None], cotangents: tuple[Array, Array]
-) -> tuple[Inputs, Array | None]:
-    return joins_batch(functools.partial(_cotangents, scale, erases))(*residuals, *cotangents)
-
-
 def _cotangents(
     scale: float, erases: bool, inputs: Inputs, initial_state: Array | None, d_o: Array, d_state: Array
-) -> tuple[Inputs, Array | None]:
+) -> tuple[Inputs, Array]:
+    """Cotangents of the inputs and, in float32, of the initial state."""
     plan = plan_of(inputs, scale, erases)
     tokens = tokens_of(inputs, plan)
     done = prepare(plan, tokens, for_backward=True)
@@ -133,10 +152,7 @@ def _cotangents(
         whole = (found.whole * done.whole).transpose(0, 2, 1, 3)[:, :, None]
         d_g = found.d_gates.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, plan.key) + whole
         d_inputs = d_inputs._replace(g=d_g.reshape(inputs.g.shape).astype(inputs.g.dtype))
-    return d_inputs, None if initial_state is None else back.d_state[:, :, 0].astype(initial_state.dtype)
-
-
-_delta_rule.defvjp(_forward, _backward)
+    return d_inputs, back.d_state[:, :, 0]
 
 
 def _float32(state: Array | None) -> Array | None:

@@ -1,4 +1,4 @@
-"""The general delta rule on a TPU: the kernels behind `jax.custom_vjp`, and the layouts they want."""
+"""The general delta rule on a TPU: outputs and cotangents by the kernels, and the layouts they want."""
 
 import functools
 from collections.abc import Callable
@@ -7,18 +7,19 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.batching import joins_batch
 from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffix_sums, with_resets
-from pallas_kernels.tpu.backward import backward, backward_bytes
-from pallas_kernels.tpu.forward import Kept, forward, forward_bytes
+from pallas_kernels.tpu.backward import backward as backward_kernel
+from pallas_kernels.tpu.backward import backward_bytes
+from pallas_kernels.tpu.forward import Kept, forward_bytes
+from pallas_kernels.tpu.forward import forward as forward_kernel
 from pallas_kernels.tpu.plan import MAX_GROUP, MAX_HEADS, Plan, head_counts, vmem_bytes
 from pallas_kernels.tpu.products import TILE
 from pallas_kernels.tpu.tile import Tokens
 
 
-def delta_rule(
+def forward(
     q: Array,
     k: Array,
     v: Array,
@@ -29,15 +30,57 @@ def delta_rule(
     reset: Array | None,
     *,
     scale: float,
-    chunk_size: int | None,
     erases: bool,
-) -> tuple[Array, Array]:
-    """The delta rule over all tokens, `[batch, time, heads, value]`, and the final state `[batch, heads, key, value]`.
+    keep: bool,
+) -> tuple[Array, Array, Kept | None]:
+    """Outputs over all tokens, `[batch, time, heads, value]`, final states, `[batch, heads, key, value]`, and what is kept.
 
-    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Tiles have
-    128 tokens whatever `chunk_size` says. Differentiable once, in reverse mode, in every floating-point argument.
+    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Without
+    `keep` nothing is kept for `backward`.
     """
-    del chunk_size
+    inputs = _inputs(Inputs(q, k, v, beta, g, erase), reset)
+
+    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
+        plan = plan_of(inputs, scale, erases, forward_bytes)
+        state = None if initial_state is None else initial_state.astype(jnp.float32)
+        o, state, kept = forward_kernel(plan, tokens_of(inputs, plan), state, keep)
+        return o.reshape(inputs.v.shape), state, kept
+
+    o, state, kept = joins_batch(run)(inputs, initial_state)
+    return o[:, : v.shape[1]], state, kept
+
+
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+    reset: Array | None,
+    kept: Kept,
+    d_o: Array,
+    d_state: Array,
+    *,
+    scale: float,
+    erases: bool,
+) -> tuple[Array | None, ...]:
+    """Cotangents of the first six arguments of `forward`, and always, in float32, of the initial state.
+
+    They follow from what `forward` kept, and the cotangents of its results. Once: this has no gradient itself.
+    """
+    del initial_state
+    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), Inputs(q, k, v, beta, g, erase))
+    d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - v.shape[1]), (0, 0), (0, 0)))
+    d_inputs, d_state = joins_batch(functools.partial(_cotangents, scale, erases))(inputs, kept, d_o, d_state)
+    (d_arrays,) = pull(d_inputs)
+    return *d_arrays, d_state
+
+
+def _inputs(arrays: Inputs, reset: Array | None) -> Inputs:
+    """The op's arrays as the kernels take them: few value heads a key head, resets in the gates, whole tiles of tokens."""
+    q, k, v, beta, g, erase = arrays
     per_key = v.shape[2] // k.shape[2]
     if per_key > MAX_HEADS:
         repeats = per_key // max(n for n in range(1, MAX_HEADS + 1) if per_key % n == 0)
@@ -46,9 +89,7 @@ def delta_rule(
             erase = jnp.repeat(erase, repeats, axis=2)
     tiles = -(-v.shape[1] // TILE)
     padding = -(-tiles // _groups(tiles)) * _groups(tiles) * TILE - v.shape[1]
-    inputs = padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), padding)
-    o, state = _delta_rule(inputs, initial_state, scale, erases)
-    return o[:, : v.shape[1]], state
+    return padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), padding)
 
 
 def _groups(tiles: int) -> int:
@@ -87,48 +128,18 @@ def _plan_of(inputs: Inputs, scale: float, erases: bool, here: int) -> Plan:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _delta_rule(inputs: Inputs, initial_state: Array | None, scale: float, erases: bool) -> tuple[Array, Array]:
-    return _run(inputs, initial_state, scale, erases, keep=False)[:2]
-
-
-def _run(
-    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool, keep: bool
-) -> tuple[Array, Array, Kept | None]:
-    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
-        plan = plan_of(inputs, scale, erases, forward_bytes)
-        state = None if initial_state is None else initial_state.astype(jnp.float32)
-        o, state, kept = forward(plan, tokens_of(inputs, plan), state, keep)
-        return o.reshape(inputs.v.shape), state, kept
-
-    return joins_batch(run)(inputs, initial_state)
-
-
-def _forward(
-    inputs: Inputs, initial_state: Array | None, scale: float, erases: bool
-) -> tuple[tuple[Array, Array], tuple[Inputs, Array | None, Kept]]:
-    o, state, kept = _run(inputs, initial_state, scale, erases, keep=True)
-    return (o, state), (inputs, initial_state, checkpoint_name(kept, "delta_rule_states"))
-
-
-def _backward(
-    scale: float, erases: bool, residuals: tuple[Inputs, Array | None, Kept], cotangents: tuple[Array, Array]
-) -> tuple[Inputs, Array | None]:
-    return joins_batch(functools.partial(_cotangents, scale, erases))(*residuals, *cotangents)
-
-
 def _cotangents(
     scale: float,
     erases: bool,
     inputs: Inputs,
-    initial_state: Array | None,
     kept: Kept,
     d_o: Array,
     d_state: Array,
-) -> tuple[Inputs, Array | None]:
+) -> tuple[Inputs, Array]:
+    """Cotangents of the inputs and, in float32, of the initial state."""
     plan = plan_of(inputs, scale, erases, backward_bytes)
     tokens = tokens_of(inputs, plan)
-    d_tokens, d_state = backward(plan, tokens, kept, d_o.reshape(tokens.v.shape), d_state)
+    d_tokens, d_state = backward_kernel(plan, tokens, kept, d_o.reshape(tokens.v.shape), d_state)
     flat = inputs._replace(beta=None, g=inputs.g if plan.gate == "channel" else None)
     d_flat = Inputs(d_tokens.q, d_tokens.k, d_tokens.v, None, d_tokens.g, d_tokens.erase)
     d_inputs = jax.tree.map(lambda d, x: d.reshape(x.shape).astype(x.dtype), d_flat, flat)
@@ -141,10 +152,7 @@ def _cotangents(
             .reshape(inputs.g.shape)
             .astype(inputs.g.dtype)
         )
-    return d_inputs, None if initial_state is None else d_state.astype(initial_state.dtype)
-
-
-_delta_rule.defvjp(_forward, _backward)
+    return d_inputs, d_state
 
 
 def tokens_of(inputs: Inputs, plan: Plan) -> Tokens:

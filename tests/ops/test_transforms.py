@@ -11,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 from members import draw, relative_error
 
 from delta_jax import delta_rule, linear_attention
-from delta_jax.ops.chunkwise import chunkwise
-from delta_jax.ops.recurrence import recurrent
 
 each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla", "pallas"])
 SIZES = {"pallas": {"shape": (1, 1, 1, 64, 64)}}  # what interpretation takes grows with the heads
@@ -161,10 +159,3 @@ def test_defaults(implementation):
     assert_close(delta_rule(**x, implementation=implementation), delta_rule(**ones, implementation=implementation))
     nothing = delta_rule(**x, erase=jnp.zeros_like(x["k"]), implementation=implementation)
     assert_close(linear_attention(**x, implementation=implementation), nothing)
-
-
-def test_internal_functions_share_one_signature():
-    x = inputs()
-    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, None)
-    options = {"scale": 1.0, "chunk_size": 16, "erases": True}
-    assert_close(chunkwise(*arguments, **options), recurrent(*arguments, **options))

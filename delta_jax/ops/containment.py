@@ -1,0 +1,81 @@
+"""The op and its gradient by any implementation, with what is not finite kept where it is.
+
+An output depends on the tokens of its segment up to its own, a cotangent on those of its segment from its own on. Products
+over all tokens of a chunk do not keep to that: they multiply what does not count by zero, and zero times NaN or infinity
+is NaN. But they hide nothing either. Whatever a token writes passes through the products that carry the state, where NaN
+and infinity stay what they are, so the final state says whether anything was not finite, and the cotangent of the
+initial state likewise for the way back. Where one of them does, the whole call is computed by the definition, token by
+token, in which what does not count is selected away. Otherwise that costs a look at one state.
+
+This is also the one place where the op is differentiated: implementations give outputs and cotangents.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from delta_jax.ops import recurrence
+from delta_jax.ops.implementation import Arrays, Implementation, Options
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run(implementation: Implementation, options: Options, arrays: Arrays) -> tuple[Array, Array]:
+    """Outputs and final state; differentiable in reverse mode."""
+    o, state, _ = implementation.forward(arrays, options, False)
+    return _outputs(arrays, options, o, state, _finite(state))
+
+
+def _forward(
+    implementation: Implementation, options: Options, arrays: Arrays
+) -> tuple[tuple[Array, Array], tuple[Arrays, Any, Array]]:
+    o, state, kept = implementation.forward(arrays, options, True)
+    finite = _finite(state)
+    return _outputs(arrays, options, o, state, finite), (arrays, checkpoint_name(kept, "delta_rule_states"), finite)
+
+
+def _backward(
+    implementation: Implementation,
+    options: Options,
+    residuals: tuple[Arrays, Any, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Arrays]:
+    arrays, kept, finite = residuals
+    found, d_initial = implementation.backward(arrays, kept, *cotangents, options)
+    if arrays.initial_state is not None:
+        found = found._replace(initial_state=d_initial.astype(arrays.initial_state.dtype))
+
+    def by_definition() -> Arrays:
+        def op(given: Arrays) -> tuple[Array, Array]:
+            return recurrence.recurrent_with_select(*given._replace(reset=arrays.reset), **options._asdict())
+
+        return jax.vjp(op, arrays._replace(reset=None))[1](cotangents)[0]
+
+    return (jax.lax.cond(finite & _finite(d_initial), lambda: found, by_definition),)
+
+
+run.defvjp(_forward, _backward)
+
+
+def _outputs(arrays: Arrays, options: Options, o: Array, state: Array, finite: Array) -> tuple[Array, Array]:
+    by_definition = functools.partial(recurrence.recurrent, *arrays, **options._asdict())
+    return jax.lax.cond(finite, lambda: (o, state), by_definition)
+
+
+@jax.custom_batching.custom_vmap
+def _all_finite(x: Array) -> Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+@_all_finite.def_vmap
+def _(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
+    """One answer for all that is mapped, so that a condition stays one and does not become the selection of two results."""
+    del size, batched
+    return _all_finite(x), False
+
+
+def _finite(state: Array) -> Array:
+    return _all_finite(jax.lax.stop_gradient(state))
