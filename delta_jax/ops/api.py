@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from delta_jax.ops import containment, recurrence
 from delta_jax.ops.implementation import XLA, Arrays, Options, pallas
+from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
 
 
@@ -250,13 +251,22 @@ def _run_step(
 ) -> tuple[Array, Array]:
     _check(arguments._asdict(), step=True, writes=writes)
     implementation = _choose(implementation, arguments.q, arguments.v)
+    scale = arguments.k.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    def run(*arrays: Array | None) -> tuple[Array, Array]:
+        return _step(Arguments(*arrays, None), scale, implementation, erases)
+
+    axes = _axes(step=True, writes=writes)
+    return by_parts(run, arguments[:-1], axes[:-1], (axes.v, axes.initial_state), kernels=implementation == "pallas")
+
+
+def _step(arguments: Arguments, scale: float, implementation: str, erases: bool) -> tuple[Array, Array]:
     output, dtype, heads = arguments.v.dtype, accumulator_dtype(arguments.v.dtype), arguments.v.shape[-2]
     q, k, v, beta, g, erase, state, _ = jax.tree.map(lambda x: x.astype(dtype), arguments)
     repeat = functools.partial(recurrence.repeat_heads, num_heads=heads)
     q, k = repeat(q), repeat(k)
     if erases:
         erase = k if erase is None else repeat(erase)
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     if implementation == "pallas":
         for write in recurrence.one_by_one(k, v, beta, erase):  # only the last of these outputs is a token's
             k_j, v_j, beta_j, erase_j = write
@@ -280,17 +290,38 @@ def _run(
     implementation = _choose(implementation, arguments.q, arguments.v)
     if chunk_size not in (None, 16, 32, 64, 128):
         raise ValueError(f"chunk_size must be 16, 32, 64 or 128, got {chunk_size!r}.")
-    segment_ids, reset = arguments.segment_ids, None
-    if segment_ids is not None:
-        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    scale = arguments.k.shape[-1] ** -0.5 if scale is None else float(scale)
-    return IMPLEMENTATIONS[implementation](Options(scale, chunk_size, erases), _arrays(arguments, reset))
+    options = Options(arguments.k.shape[-1] ** -0.5 if scale is None else float(scale), chunk_size, erases)
+
+    def run(*arrays: Array | None) -> tuple[Array, Array]:
+        *given, segment_ids = arrays
+        reset = None
+        if segment_ids is not None:
+            reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        return IMPLEMENTATIONS[implementation](options, Arrays(*given, reset))
+
+    axes = _axes(writes=writes)
+    return by_parts(run, arguments, axes, (axes.v, axes.initial_state), kernels=implementation == "pallas")
 
 
-def _arrays(arguments: Arguments, reset: Array | None) -> Arrays:
-    given = arguments._asdict()
-    del given["segment_ids"]
-    return Arrays(**given, reset=reset)
+class _Axes(NamedTuple):
+    """What the axes of the arguments are, for `by_parts`."""
+
+    q: Axes
+    k: Axes
+    v: Axes
+    beta: Axes
+    g: Axes
+    erase: Axes
+    initial_state: Axes
+    segment_ids: Axes
+
+
+def _axes(*, step: bool = False, writes: bool = False) -> _Axes:
+    time = ("batch",) if step else ("batch", None)
+    of_writes = (*time, None) if writes else time
+    heads = ("heads", None)
+    q, written, state = (*time, *heads), (*of_writes, *heads), ("batch", *heads, None)
+    return _Axes(q, written, written, written[:-1], q, written, state, time)
 
 
 def _choose(wanted: str | None, q: Array, v: Array) -> str:

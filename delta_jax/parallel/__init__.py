@@ -1,7 +1,7 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from delta_jax.parallel.op import by_heads, by_tokens, current_mesh, cut_batch, indivisible
+from delta_jax.parallel.op import by_compiler, by_heads, by_tokens, current_cut, cut_batch, indivisible
 from delta_jax.parallel.sharding import (
     RULES,
     batch_parts,
@@ -20,9 +20,10 @@ __all__ = [
     "MeshConfig",
     "batch_parts",
     "batch_sharding",
+    "by_compiler",
     "by_heads",
     "by_tokens",
-    "current_mesh",
+    "current_cut",
     "cut_batch",
     "indivisible",
     "make_mesh",

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from delta_jax.ops.partition import axes_of, explicit_mesh
 from delta_jax.parallel.mesh import AXES
 from delta_jax.parallel.sharding import BATCH
 
@@ -15,23 +17,72 @@ P = PartitionSpec
 HEADS = "tensor"
 
 
-def current_mesh() -> AbstractMesh | None:
-    """The mesh that is set where this is traced, if it is one of ``make_mesh`` over more than one device."""
+class Cut(NamedTuple):
+    """How sequences and heads lie on a mesh of more than one device, whose axes are left to the compiler.
+
+    Attributes:
+        mesh: the mesh.
+        batch: the axes over which sequences are cut.
+        heads: the axes over which heads are cut.
+    """
+
+    mesh: AbstractMesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+# Of the layer that is being traced, if the types of its arguments say how they are cut.
+_EXPLICIT: ContextVar[Cut | None] = ContextVar("explicit", default=None)
+
+
+def current_cut() -> Cut | None:
+    """How a layer that is traced here is cut: as its types say, or over a mesh of ``make_mesh`` that is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    automatic = set(mesh.axis_types) == {AxisType.Auto}
-    return mesh if mesh.axis_names == AXES and automatic and mesh.size > 1 else None
+    if set(mesh.axis_types) != {AxisType.Auto} or mesh.size == 1:
+        return None
+    return Cut(mesh, BATCH, (HEADS,)) if mesh.axis_names == AXES else _EXPLICIT.get()
+
+
+def by_compiler[Result](function: Callable[..., Result], arguments: tuple[Any, ...], results: Any) -> Result:
+    """``function(*arguments)``, cut by the compiler where types of the arguments speak of explicit mesh axes.
+
+    Inside a layer parameters and activations meet that may be cut in any way, for which explicit axes would want every
+    product's result to be told. So a layer is a function whose arguments and results have such types, inside of which there
+    are none.
+
+    Args:
+        function: of the arguments alone.
+        arguments: trees of arrays; the first axis of what is in the second holds sequences.
+        results: a tree of partition specs, or of its branches, like what the function returns.
+    """
+    leaves = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array)]
+    mesh = explicit_mesh(leaves)
+    if mesh is None:
+        return function(*arguments)
+    cut = Cut(mesh, axes_of(jax.tree.leaves(arguments[1])[0], 0), ())
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results, is_leaf=lambda x: isinstance(x, P))
+
+    def inside(*arguments: Any) -> Result:
+        token = _EXPLICIT.set(cut._replace(mesh=jax.sharding.get_abstract_mesh()))
+        try:
+            return function(*arguments)
+        finally:
+            _EXPLICIT.reset(token)
+
+    result: Result = jax.sharding.auto_axes(inside, axes=mesh.explicit_axes, out_sharding=shardings)(*arguments)
+    return result
 
 
 def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
-    """Cuts the batch over data and fsdp and leaves the other axes to the compiler; ``x`` itself without a mesh.
+    """Cuts the batch as the mesh says and leaves the other axes to the compiler; ``x`` itself without a mesh.
 
     Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch.
     """
-    mesh = current_mesh()
-    if mesh is None or x.shape[0] % _parts(mesh, BATCH):
+    cut = current_cut()
+    if cut is None or not cut.batch or x.shape[0] % _parts(cut.mesh, cut.batch):
         return x
     rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, P(BATCH, *rest))
+    return jax.lax.with_sharding_constraint(x, P(cut.batch, *rest))
 
 
 def indivisible(batch: int, heads: int) -> str | None:
@@ -41,10 +92,11 @@ def indivisible(batch: int, heads: int) -> str | None:
         batch: sequences.
         heads: the smallest number of heads of an argument of the op, those of the keys.
     """
-    mesh = current_mesh()
-    if mesh is None:
+    cut = current_cut()
+    if cut is None:
         return None
-    for number, what, axes in ((batch, "sequences", BATCH), (heads, "key heads", (HEADS,))):
+    mesh = cut.mesh
+    for number, what, axes in ((batch, "sequences", cut.batch), (heads, "key heads", cut.heads)):
         if number % _parts(mesh, axes):
             sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
             return f"the mesh cuts the {what} into {_parts(mesh, axes)} parts ({sizes}), which does not divide {number}"
@@ -78,25 +130,26 @@ def by_heads(
     Raises:
         ValueError: the batch or the key heads do not divide over the mesh.
     """
-    mesh = current_mesh()
-    if mesh is None:
+    cut = current_cut()
+    if cut is None:
         return rule(inputs, state, segment_ids)
     q = jax.tree.leaves(inputs)[0]
     reason = indivisible(q.shape[0], q.shape[2])
     if reason is not None:
         raise ValueError(f"q has shape {q.shape}, but {reason}.")
-    of_output, of_state = P(BATCH, None, HEADS), P(BATCH, HEADS)
+    batch, heads = cut.batch or None, cut.heads or None
+    of_output, of_state = P(batch, None, heads), P(batch, heads)
     if axes is None:
         axes = jax.tree.map(lambda _: 2, inputs)
     arguments = (inputs, state, segment_ids)
     specs = (
-        jax.tree.map(lambda axis: P(BATCH, *(None,) * (axis - 1), HEADS), axes),
+        jax.tree.map(lambda axis: P(batch, *(None,) * (axis - 1), heads), axes),
         None if state is None else of_state,
-        None if segment_ids is None else P(BATCH),
+        None if segment_ids is None else P(batch),
     )
     # Kernels do not say along which axes their results vary, which the check wants to know.
-    cut = jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=(of_output, of_state), check_vma=False)
-    result: tuple[Array, Array] = cut(*arguments)
+    by_parts = jax.shard_map(rule, mesh=cut.mesh, in_specs=specs, out_specs=(of_output, of_state), check_vma=False)
+    result: tuple[Array, Array] = by_parts(*arguments)
     return result
 
 
@@ -118,18 +171,19 @@ def by_tokens(
     Returns:
         The output [B, T, D] in the dtype of the first leaf, and the load [E] of all devices' tokens.
     """
-    mesh, first = current_mesh(), jax.tree.leaves(tokens)[0]
-    if mesh is None or first.shape[0] % _parts(mesh, BATCH):
+    cut, first = current_cut(), jax.tree.leaves(tokens)[0]
+    if cut is None or not cut.batch or first.shape[0] % _parts(cut.mesh, cut.batch):
         y, load = mix(tokens, gate, up, down)
         return y.astype(first.dtype), load
 
     def part(tokens: Any, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
         y, load = mix(tokens, gate, up, down)
-        return jax.lax.psum(y, HEADS).astype(first.dtype), jax.lax.psum(load, BATCH)
+        return jax.lax.psum(y, cut.heads).astype(first.dtype), jax.lax.psum(load, cut.batch)
 
-    specs = (jax.tree.map(lambda _: P(BATCH), tokens), P(None, None, HEADS), P(None, None, HEADS), P(None, HEADS))
-    cut = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(P(BATCH), P()))
-    result: tuple[Array, Array] = cut(tokens, gate, up, down)
+    batch, heads = cut.batch, cut.heads or None
+    specs = (jax.tree.map(lambda _: P(batch), tokens), P(None, None, heads), P(None, None, heads), P(None, heads))
+    by_parts = jax.shard_map(part, mesh=cut.mesh, in_specs=specs, out_specs=(P(batch), P()))
+    result: tuple[Array, Array] = by_parts(tokens, gate, up, down)
     return result
 
 
