@@ -71,9 +71,12 @@ def chunkwise(
     default = DEFAULT_CHUNK if k.shape[-1] > 16 else SMALL_HEADS_CHUNK
     chunk = chunk_size or power_of_two(max(default // writes, 1))
     chunks = -(-time // chunk)
-    groups = -(-chunks // power_of_two(WRITES_PER_GROUP // (chunk * writes)))
-    options = Options(scale, chunk, -(-chunks // groups), writes, erases)
-    padding = groups * options.group * chunk - time
+    group = power_of_two(WRITES_PER_GROUP // (chunk * writes))
+    groups = -(-chunks // group)
+    if isinstance(time, int):  # else a symbolic dimension of `jax.export`, while a group's chunks are unrolled
+        group = -(-chunks // groups)
+    options = Options(scale, chunk, group, writes, erases)
+    padding = groups * group * chunk - time
 
     def sets(x: Array, *shape: int) -> Array:
         """`x` as `[batch, time, sets, heads, dim]`, its tokens filled up to whole groups."""
