@@ -9,7 +9,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from delta_jax.layers.cached_attention import CachedAttention
-from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.layers.checks import (
+    require_dtypes,
+    require_flags,
+    require_positive_integers,
+    require_positive_integers_or_none,
+    require_positive_numbers,
+    require_rngs,
+)
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.ops.attention import Places, attend, rotate
 
@@ -70,13 +77,10 @@ class Attention(CachedAttention):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        require_positive_integers(
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            window=window,
-        )
+        require_positive_integers(hidden_size=hidden_size, num_heads=num_heads)
+        require_positive_integers_or_none(num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        require_dtypes(dtype=dtype, param_dtype=param_dtype)
+        require_rngs(rngs)
         require_positive_numbers(rope_theta=rope_theta, norm_eps=norm_eps, initializer_std=initializer_std)
         require_flags(use_qk_norm=use_qk_norm, zero_centered_norms=zero_centered_norms, use_output_gate=use_output_gate)
         if head_dim is None and hidden_size % num_heads:
@@ -111,6 +115,7 @@ class Attention(CachedAttention):
             self.g_proj = self.linear(hidden_size, size, rngs)
         self.o_proj = self.linear(size, hidden_size, rngs)
 
+    @property
     def token_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self.num_kv_heads, self.head_dim),) * 2
 
@@ -123,7 +128,7 @@ class Attention(CachedAttention):
         q, k = (rotate(y, position, theta=self.rope_theta, channels=self.rope_channels) for y in (q, k))
         return q, (k, v)
 
-    def mix(
+    def _mix(
         self,
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads channels"],

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from delta_jax.layers.token_mixer import TokenMixer, keep_rows
+from delta_jax.layers.checks import require_batch_size
+from delta_jax.layers.token_mixer import Mixed, TokenMixer, keep_rows
 from delta_jax.ops.attention import Places, places
 
 __all__ = ["AttentionCache", "CachedAttention"]
@@ -62,6 +63,7 @@ class CachedAttention(TokenMixer):
 
     window: int | None
 
+    @property
     def token_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of what is kept of a token."""
         raise NotImplementedError
@@ -72,7 +74,7 @@ class CachedAttention(TokenMixer):
         """The queries, and what is kept of each token."""
         raise NotImplementedError
 
-    def mix(
+    def _mix(
         self,
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads key"],
@@ -90,13 +92,14 @@ class CachedAttention(TokenMixer):
             length: tokens that a segment may have at most; needed without a window.
 
         Raises:
-            ValueError: length is missing or not a positive integer.
+            ValueError: batch_size, or a length that is needed, is not a positive integer.
         """
+        require_batch_size(batch_size)
         if self.window is None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
             raise ValueError(f"length must be a positive integer, since attention keeps every token, got {length!r}")
         slots = length if self.window is None else self.window
         return AttentionCache(
-            tuple(jnp.zeros((batch_size, slots, *shape), self.dtype) for shape in self.token_shapes()),
+            tuple(jnp.zeros((batch_size, slots, *shape), self.dtype) for shape in self.token_shapes),
             jnp.zeros((batch_size,), jnp.int32),
             jnp.zeros((batch_size,), jnp.int32),
         )
@@ -123,7 +126,7 @@ class CachedAttention(TokenMixer):
         x: Float[Array, "batch time hidden"],
         segment_ids: Int[Array, "batch time"] | None,
         cache: AttentionCache | None,
-    ) -> tuple[Float[Array, "batch time hidden"], AttentionCache]:
+    ) -> Mixed:
         """What calling the layer with return_cache=True does."""
         x = x.astype(self.dtype)
         batch, time = x.shape[:2]
@@ -131,20 +134,20 @@ class CachedAttention(TokenMixer):
         if segment_ids is not None:
             old = old.keep(segment_ids[:, 0] == old.segment_id)
         elif cache is not None:
-            self.check_room(old, time)
+            self.check_room(cache=old, tokens=time)
         ids = jnp.broadcast_to(old.segment_id[:, None], (batch, time)) if segment_ids is None else segment_ids
         here = places(ids, old.position)
         q, entries = self.project(x, here.position)
         new = old.write(entries, here, ids[:, -1].astype(jnp.int32))
         if cache is None:
-            return self.mix(x, q, entries, None if segment_ids is None else (here, here)), new
+            return Mixed(self._mix(x, q, entries, None if segment_ids is None else (here, here)), new)
         if time == 1:
-            y = self.mix(x, q, new.entries, (here, new.places()))
+            y = self._mix(x, q, new.entries, (here, new.places()))
         else:
             both = tuple(jnp.concatenate(pair, axis=1) for pair in zip(old.entries, entries, strict=True))
             there = Places(*(jnp.concatenate(pair, axis=1) for pair in zip(old.places(), here, strict=True)))
-            y = self.mix(x, q, both, (here, there))
+            y = self._mix(x, q, both, (here, there))
         if self.window is None:
             fits = here.position < new.entries[0].shape[1]
             y = jnp.where(fits[..., None], y, jnp.full((), jnp.nan, y.dtype))
-        return y, new
+        return Mixed(y, new)

@@ -5,8 +5,9 @@ from typing import ClassVar, Unpack
 from flax import nnx
 from jaxtyping import Array, Float
 
+from delta_jax.layers.checks import require_positive_integers
 from delta_jax.layers.gates import initial_log_rate, initial_step_bias, log_decay
-from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
+from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, Rule, RuleInputs
 from delta_jax.layers.norm import l2_normalize
 from delta_jax.ops import delta_product, delta_product_step
 
@@ -32,8 +33,7 @@ class DeltaProduct(Mixer):
     via Householder products", 2025 (arXiv 2502.10297) section 3.
     """
 
-    rule = staticmethod(delta_product)
-    rule_step = staticmethod(delta_product_step)
+    rule = Rule(delta_product, delta_product_step)
     decays: ClassVar[bool] = False
 
     def __init__(
@@ -49,8 +49,7 @@ class DeltaProduct(Mixer):
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
-        if num_householder is None:
-            raise ValueError("num_householder must be a positive integer, got None")
+        require_positive_integers(num_householder=num_householder)
         settings = MixerSettings(
             hidden_size=hidden_size,
             num_householder=num_householder,

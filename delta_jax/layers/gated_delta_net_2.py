@@ -78,5 +78,5 @@ class GatedDeltaNet2(Mixer):
         q, k = l2_normalize(q), l2_normalize(k)
         g = log_decay(self.f_proj(x).reshape(k.shape), self.A_log[...], self.dt_bias[...])
         erase = self.write_strength(self.b_proj(x)).reshape(k.shape).astype(k.dtype) * k
-        v = jax.nn.sigmoid(self.w_proj(x)).reshape(v.shape) * v
+        v = jax.nn.sigmoid(self.w_proj(x)).reshape(v.shape).astype(v.dtype) * v
         return RuleInputs(q, k, v, g=repeat_heads(g, self.num_v_heads), erase=erase)

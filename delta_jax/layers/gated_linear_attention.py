@@ -7,7 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
+from delta_jax.layers.checks import (
+    require_positive_integers,
+    require_positive_integers_or_none,
+    require_positive_numbers,
+)
 from delta_jax.layers.linear_attention import LinearAttention
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer import MixerOptions, RuleInputs
@@ -47,7 +51,8 @@ class GatedLinearAttention(LinearAttention):
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
-        require_positive_integers(num_heads=num_heads, gate_rank=gate_rank)
+        require_positive_integers(hidden_size=hidden_size, num_heads=num_heads, gate_rank=gate_rank)
+        require_positive_integers_or_none(head_dim=head_dim)
         require_positive_numbers(gate_normalizer=gate_normalizer)
         if head_dim is None:
             if hidden_size % (2 * num_heads):

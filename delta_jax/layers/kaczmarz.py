@@ -1,10 +1,10 @@
 """Kaczmarz Linear Attention: step sizes for keys that keep their length."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from delta_jax.layers.gated_delta_net import GatedDeltaNet
 from delta_jax.layers.mixer import RuleInputs
+from delta_jax.layers.norm import inverse_length
 from delta_jax.ops.recurrence import repeat_heads
 
 __all__ = ["KaczmarzLinearAttention"]
@@ -33,6 +33,5 @@ class KaczmarzLinearAttention(GatedDeltaNet):
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time v_heads value"],
     ) -> RuleInputs:
-        length = jnp.sqrt(jnp.sum(jnp.square(k.astype(jnp.float32)), -1, keepdims=True) + 1e-6)
-        v = (v.astype(jnp.float32) / repeat_heads(length, self.num_v_heads)).astype(v.dtype)
-        return super().rule_inputs(x, q, k, v)
+        power, rest = (repeat_heads(factor, self.num_v_heads) for factor in inverse_length(k, 1e-6))
+        return super().rule_inputs(x, q, k, (v.astype(rest.dtype) * power * rest).astype(v.dtype))

@@ -1,5 +1,6 @@
 """Kimi Delta Attention: the delta rule with a decay per channel."""
 
+import math
 from typing import Unpack
 
 import jax.numpy as jnp
@@ -63,7 +64,8 @@ class KimiDeltaAttention(Mixer):
             output_gate_low_rank=True,
             **options,
         )
-        if gate_lower_bound is not None and not (isinstance(gate_lower_bound, int | float) and gate_lower_bound < 0):
+        number = isinstance(gate_lower_bound, int | float)
+        if gate_lower_bound is not None and not (number and -math.inf < gate_lower_bound < 0):
             raise ValueError(f"gate_lower_bound must be a negative number or None, got {gate_lower_bound!r}")
         super().__init__(settings, rngs=rngs)
         self.gate_lower_bound = gate_lower_bound

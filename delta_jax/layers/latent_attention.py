@@ -6,7 +6,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from delta_jax.layers.cached_attention import CachedAttention
-from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
+from delta_jax.layers.checks import (
+    require_dtypes,
+    require_positive_integers,
+    require_positive_numbers,
+    require_rngs,
+)
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.ops.attention import Places, attend
 
@@ -67,6 +72,8 @@ class LatentAttention(CachedAttention):
             shared_key_dim=shared_key_dim,
             value_dim=value_dim,
         )
+        require_dtypes(dtype=dtype, param_dtype=param_dtype)
+        require_rngs(rngs)
         require_positive_numbers(norm_eps=norm_eps, initializer_std=initializer_std)
         if value_dim > key_dim + shared_key_dim:
             raise ValueError(
@@ -89,6 +96,7 @@ class LatentAttention(CachedAttention):
         self.kv_b_proj = self.linear(latent_size, num_heads * (key_dim + value_dim), rngs)
         self.o_proj = self.linear(num_heads * value_dim, hidden_size, rngs)
 
+    @property
     def token_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self.latent_size + self.shared_key_dim,),)
 
@@ -99,7 +107,7 @@ class LatentAttention(CachedAttention):
         q = self.q_proj(x).reshape(*x.shape[:2], self.num_heads, -1)
         return q, (jnp.concatenate([self.kv_norm(latent), shared], axis=-1),)
 
-    def mix(
+    def _mix(
         self,
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads key"],

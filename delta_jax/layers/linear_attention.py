@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
+from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, Rule, RuleInputs
 from delta_jax.layers.norm import l2_normalize
 from delta_jax.ops import linear_attention, linear_attention_step
 
@@ -36,8 +36,7 @@ class LinearAttention(Mixer):
     Source: Katharopoulos, Vyas, Pappas and Fleuret, "Transformers are RNNs", 2020 (arXiv 2006.16236) section 3.
     """
 
-    rule = staticmethod(linear_attention)
-    rule_step = staticmethod(linear_attention_step)
+    rule = Rule(linear_attention, linear_attention_step)
 
     def __init__(
         self,

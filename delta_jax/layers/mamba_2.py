@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from delta_jax.layers.gates import initial_log_rate, initial_step_bias
-from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
+from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, Rule, RuleInputs
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.ops import linear_attention, linear_attention_step
 
@@ -38,8 +38,7 @@ class Mamba2(Mixer):
     Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv 2405.21060) section 7.
     """
 
-    rule = staticmethod(linear_attention)
-    rule_step = staticmethod(linear_attention_step)
+    rule = Rule(linear_attention, linear_attention_step)
     scale = 1.0
 
     def __init__(
@@ -94,5 +93,5 @@ class Mamba2(Mixer):
     ) -> Float[Array, "batch time channels"]:
         o = (o + self.D[...].astype(o.dtype)[None, None, :, None] * v).reshape(*x.shape[:2], -1)
         if self.use_output_gate:
-            o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_norm(o)
+            o = o * jax.nn.silu(self.g_proj(x)).astype(o.dtype)
+        return self.o_norm(o).astype(self.dtype)

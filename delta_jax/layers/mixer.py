@@ -8,7 +8,6 @@ A member is a subclass that adds its own parameters and says in `rule_inputs` ho
 from x. Its op is the delta rule unless it names another.
 """
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -16,17 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from delta_jax.layers.checks import require_batch_size, require_rngs
 from delta_jax.layers.convolution import ShortConvolution
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer_cache import MixerCache
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.layers.options import MixerOptions, MixerSettings
-from delta_jax.layers.rule import RuleInputs, apply_rule
-from delta_jax.layers.token_mixer import TokenMixer
+from delta_jax.layers.rule import Rule, RuleInputs, apply_rule
+from delta_jax.layers.token_mixer import Mixed, TokenMixer
 from delta_jax.ops import delta_rule, delta_rule_step
 from delta_jax.ops.attention import places, rotate
 
-__all__ = ["Mixer", "MixerCache", "MixerOptions", "MixerSettings", "RuleInputs"]
+__all__ = ["Mixer", "MixerCache", "MixerOptions", "MixerSettings", "Rule", "RuleInputs"]
 
 
 class Mixer(TokenMixer):
@@ -37,18 +37,19 @@ class Mixer(TokenMixer):
         rngs: where the initial parameters come from.
 
     Attributes:
-        rule, rule_step: the op, and one token of it.
+        rule: the op, and one token of it.
         scale: of the op.
         rope_theta: base of a rotary embedding of q and k; None is none.
     """
 
-    rule: ClassVar[Callable[..., tuple[Array, Array]]] = staticmethod(delta_rule)
-    rule_step: ClassVar[Callable[..., tuple[Array, Array]]] = staticmethod(delta_rule_step)
+    rule: ClassVar[Rule] = Rule(delta_rule, delta_rule_step)
     scale: ClassVar[float | None] = None
     rope_theta: ClassVar[float | None] = None
 
     def __init__(self, settings: MixerSettings, *, rngs: nnx.Rngs):
+        require_rngs(rngs)
         self.settings = settings
+        self.hidden_size = settings.hidden_size
         self.num_heads, self.num_v_heads = settings.num_heads, settings.v_heads
         self.key_dim, self.value_dim = settings.key_dim, settings.value_dim
         self.use_output_gate = settings.use_output_gate
@@ -95,8 +96,8 @@ class Mixer(TokenMixer):
         v: Float[Array, "batch time *writes v_heads value"],
         o: Float[Array, "batch time v_heads value"],
     ) -> Float[Array, "batch time v_heads value"]:
-        """The op's output o, normalised and gated."""
-        o = self.o_norm(o)
+        """The op's output o, normalised and gated; for a layer in float16 v and o are float32."""
+        o = self.o_norm(o).astype(self.dtype)
         if not self.use_output_gate:
             return o
         activation = jax.nn.silu if self.settings.output_gate_activation == "silu" else jax.nn.sigmoid
@@ -104,6 +105,7 @@ class Mixer(TokenMixer):
 
     def init_cache(self, batch_size: int, *, length: int | None = None) -> MixerCache:
         """The cache of `batch_size` sequences that have not begun; its size does not depend on their length."""
+        require_batch_size(batch_size)
         tail = self.settings.conv_size - 1
         sizes = self.settings.stream_sizes if self.settings.use_short_conv else ()
         return MixerCache(
@@ -118,7 +120,7 @@ class Mixer(TokenMixer):
         x: Float[Array, "batch time hidden"],
         segment_ids: Int[Array, "batch time"] | None,
         cache: MixerCache | None,
-    ) -> tuple[Float[Array, "batch time hidden"], MixerCache]:
+    ) -> Mixed:
         """What calling the layer with return_cache=True does."""
         x = x.astype(self.dtype)
         old = self.init_cache(x.shape[0]) if cache is None else cache
@@ -129,11 +131,12 @@ class Mixer(TokenMixer):
             old = old.keep(ids[:, 0] == old.segment_id)
         position = places(ids, old.position).position
         q, k, v, tails = self._project(x, segment_ids, old)
+        if self.dtype == jnp.float16:  # whose largest number a sum over tokens passes before the norm brings it back
+            q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
         if self.rope_theta is not None:
             q, k = (rotate(y, position, theta=self.rope_theta, channels=self.key_dim) for y in (q, k))
         o, state = apply_rule(
             self.rule,
-            self.rule_step,
             self.rule_inputs(x, q, k, v),
             None if cache is None else old.state,
             segment_ids,
@@ -142,7 +145,7 @@ class Mixer(TokenMixer):
             implementation=self.settings.implementation,
         )
         y = self.o_proj(self.output(x, v, o).reshape(*x.shape[:2], -1))
-        return y, MixerCache(tails, state, ids[:, -1], position[:, -1] + 1)
+        return Mixed(y, MixerCache(tails, state, ids[:, -1], position[:, -1] + 1))
 
     def _project(
         self, x: Float[Array, "batch time hidden"], segment_ids: Int[Array, "batch time"] | None, cache: MixerCache

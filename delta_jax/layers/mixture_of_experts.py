@@ -8,8 +8,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.layers.checks import (
+    require_counts,
+    require_dtypes,
+    require_flags,
+    require_positive_integers,
+    require_positive_numbers,
+    require_rngs,
+)
 from delta_jax.layers.mlp import SwiGLU
+from delta_jax.ops.arguments import checked_array
 from delta_jax.parallel import by_tokens
 
 __all__ = ["ExpertBias", "MixtureOfExperts", "balanced_bias"]
@@ -70,8 +78,9 @@ class MixtureOfExperts(nnx.Module):
         require_flags(use_shared_gate=use_shared_gate)
         if per_token > number:
             raise ValueError(f"per_token must be at most number, the experts there are, got {per_token} of {number}")
-        if shared_size != 0:
-            require_positive_integers(shared_size=shared_size)
+        require_counts(shared_size=shared_size)
+        require_dtypes(dtype=dtype, param_dtype=param_dtype)
+        require_rngs(rngs)
         if use_shared_gate and not shared_size:
             raise ValueError("use_shared_gate needs a shared expert, but shared_size is 0")
         if router not in SCORES:
@@ -79,7 +88,7 @@ class MixtureOfExperts(nnx.Module):
         normal = nnx.initializers.normal(initializer_std)
         kinds: dict[str, Any] = {"use_bias": False, "kernel_init": normal, "param_dtype": param_dtype, "rngs": rngs}
         self.number, self.per_token, self.scale = number, per_token, scale
-        self.router_scores = SCORES[router]
+        self.router_scores = router
         self.dtype = jnp.dtype(dtype)
         self.router = nnx.Linear(hidden_size, number, dtype=jnp.float32, precision="highest", **kinds)
         self.expert_bias = ExpertBias(jnp.zeros((number,), jnp.float32))
@@ -104,7 +113,8 @@ class MixtureOfExperts(nnx.Module):
         self, x: Float[Array, "batch time hidden"]
     ) -> tuple[Float[Array, "batch time hidden"], Int[Array, " number"]]:
         """Maps x [B, T, hidden_size] to the same shape; also returns the load, how many tokens each expert got."""
-        x = x.astype(self.dtype)
+        axes = {"batch": None, "time": None, "hidden_size": self.router.in_features}
+        x = checked_array("x", x, axes).astype(self.dtype)
         kernels = tuple(self.experts[name][...].astype(self.dtype) for name in ("gate_proj", "up_proj", "down_proj"))
         y, load = by_tokens(_experts, (x, *self.route(x)), *kernels)
         if hasattr(self, "shared"):
@@ -116,7 +126,7 @@ class MixtureOfExperts(nnx.Module):
         self, x: Float[Array, "batch time hidden"]
     ) -> tuple[Int[Array, "batch time per_token"], Float[Array, "batch time per_token"]]:
         """The experts chosen for every token, and their float32 weights."""
-        scores = self.router_scores(self.router(x.astype(jnp.float32)))
+        scores = SCORES[self.router_scores](self.router(x.astype(jnp.float32)))
         _, chosen = jax.lax.top_k(scores + self.expert_bias[...][None, None], self.per_token)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         return chosen, self.scale * weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)

@@ -6,11 +6,22 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from delta_jax.layers.checks import (
+    require_dtypes,
+    require_positive_integers,
+    require_positive_numbers,
+    require_rngs,
+)
+from delta_jax.ops.arguments import checked_array
+
 __all__ = ["SwiGLU"]
 
 
 class SwiGLU(nnx.Module):
     """`y = down(silu(gate(x)) * up(x))`, without biases.
+
+    Raises:
+        ValueError: an option is impossible.
 
     Source: Shazeer, "GLU variants improve Transformer", 2020, equation 6.
     """
@@ -25,6 +36,11 @@ class SwiGLU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        require_positive_integers(hidden_size=hidden_size, mlp_size=mlp_size)
+        require_positive_numbers(initializer_std=initializer_std)
+        require_dtypes(dtype=dtype, param_dtype=param_dtype)
+        require_rngs(rngs)
+
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(
                 inputs,
@@ -41,5 +57,6 @@ class SwiGLU(nnx.Module):
         self.down_proj = linear(mlp_size, hidden_size)
 
     def __call__(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading hidden"]:
-        """Maps x [..., hidden_size] to the same shape."""
+        """Maps x [..., hidden_size] to the same shape; another size or kind of x is a ValueError."""
+        x = checked_array("x", x, {"...": None, "hidden_size": self.gate_proj.in_features})
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,4 +1,7 @@
-"""Normalisation, always computed in float32."""
+"""Normalisation, computed in float32 at least, for entries of any size."""
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +9,28 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-__all__ = ["RMSNorm", "l2_normalize"]
+from delta_jax.layers.checks import require_dtypes, require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.ops.arguments import checked_array
+from delta_jax.ops.precision import accumulator_dtype
+
+__all__ = ["RMSNorm", "inverse_length", "l2_normalize"]
+
+SMALLEST = 1e-35  # the root of the smallest eps that counts, which float32 still holds with all its bits
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation of the last axis: `y = x / sqrt(mean(x^2) + eps) * scale`.
 
     The zero-centred form learns `offset = scale - 1`, so that weight decay pulls the scale towards 1, not to 0.
+
+    Args:
+        size: of the last axis.
+        eps: a positive number.
+        zero_centered: the form.
+        param_dtype: of the scale or offset.
+
+    Raises:
+        ValueError: an option is impossible.
 
     Source: Zhang and Sennrich, "Root mean square layer normalization", 2019, equation 4; zero-centred as in Gemma
     and Qwen3-Next.
@@ -21,6 +39,10 @@ class RMSNorm(nnx.Module):
     def __init__(
         self, size: int, *, eps: float = 1e-5, zero_centered: bool = False, param_dtype: DTypeLike = jnp.float32
     ):
+        require_positive_integers(size=size)
+        require_positive_numbers(eps=eps)
+        require_flags(zero_centered=zero_centered)
+        require_dtypes(param_dtype=param_dtype)
         self.eps = eps
         self.zero_centered = zero_centered
         if zero_centered:
@@ -29,15 +51,47 @@ class RMSNorm(nnx.Module):
             self.scale = nnx.Param(jnp.ones((size,), param_dtype))
 
     def __call__(self, x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:
-        """Normalises x over its last axis and returns it in its own dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        learned = (self.offset if self.zero_centered else self.scale)[...].astype(jnp.float32)
+        """Normalises x over its last axis and returns it in its own dtype.
+
+        Raises:
+            ValueError: x is of another size or not floating-point.
+        """
+        learned = (self.offset if self.zero_centered else self.scale)[...]
+        x = checked_array("x", x, {"...": None, "size": learned.shape[-1]})
+        power, rest = inverse_length(x, self.eps, jnp.mean)
+        wide = x.astype(rest.dtype) * power * rest
+        learned = learned.astype(rest.dtype)
         scale = 1.0 + learned if self.zero_centered else learned
         return (wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def l2_normalize(x: Float[Array, "*leading size"], eps: float = 1e-6) -> Float[Array, "*leading size"]:
-    """Divides x by its length over the last axis: `y = x / sqrt(sum(x^2) + eps)`, in the dtype of x."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    """Divides x by its length over the last axis: `y = x / sqrt(sum(x^2) + eps)`, in the dtype of x.
+
+    Right for entries of any size, those whose squares float32 cannot hold too.
+
+    Raises:
+        ValueError: x has no axis or is not floating-point, or eps is not a positive number.
+    """
+    require_positive_numbers(eps=eps)
+    x = checked_array("x", x, {"...": None, "size": None})
+    power, rest = inverse_length(x, eps)
+    return (x.astype(rest.dtype) * power * rest).astype(x.dtype)
+
+
+def inverse_length(
+    x: Float[Array, "*leading size"], eps: float, reduce: Callable[..., Array] = jnp.sum
+) -> tuple[Float[Array, "*leading 1"], Float[Array, "*leading 1"]]:
+    """Two factors whose product is `1 / sqrt(reduce(x^2) + eps)`, in float32 (float64 for float64 x).
+
+    The first is a power of two that brings the largest entry, or the root of eps, between a half and one: the squares of
+    x times it neither overflow nor vanish, and where they did neither before, nothing is rounded in another way.
+    """
+    wide = x.astype(accumulator_dtype(x.dtype))
+    root = max(math.sqrt(eps), SMALLEST)
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True, initial=0.0).astype(wide.dtype)
+    _, exponent = jnp.frexp(jnp.maximum(largest, root))
+    limit = -int(jnp.finfo(wide.dtype).minexp)
+    power = jnp.ldexp(jnp.ones((), wide.dtype), jnp.clip(-exponent, -limit, limit))
+    squares = reduce(jnp.square(wide * power), axis=-1, keepdims=True)
+    return power, jax.lax.rsqrt(squares + jnp.square(root * power))

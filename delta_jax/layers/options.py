@@ -6,7 +6,14 @@ from typing import TypedDict
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from delta_jax.layers.checks import require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.layers.checks import (
+    require_dtypes,
+    require_flags,
+    require_positive_integers,
+    require_positive_integers_or_none,
+    require_positive_numbers,
+)
+from delta_jax.ops.arguments import require_chunk_size
 
 __all__ = ["MixerOptions", "MixerSettings"]
 
@@ -76,9 +83,19 @@ class MixerSettings:
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        names = ("hidden_size", "num_heads", "conv_size", "head_dim", "num_v_heads", "chunk_size", "num_householder")
-        require_positive_integers(**{name: getattr(self, name) for name in names})
-        flags = ("use_output_gate", "allow_negative_eigenvalues", "use_short_conv")
+        require_positive_integers(hidden_size=self.hidden_size, num_heads=self.num_heads, conv_size=self.conv_size)
+        require_positive_integers_or_none(
+            head_dim=self.head_dim, num_v_heads=self.num_v_heads, num_householder=self.num_householder
+        )
+        require_chunk_size(self.chunk_size)
+        require_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
+        flags = (
+            "use_output_gate",
+            "allow_negative_eigenvalues",
+            "use_short_conv",
+            "output_gate_low_rank",
+            "conv_bias",
+        )
         require_flags(**{name: getattr(self, name) for name in flags})
         require_positive_numbers(expand_v=self.expand_v, norm_eps=self.norm_eps, initializer_std=self.initializer_std)
         if self.output_gate_activation not in GATE_ACTIVATIONS:

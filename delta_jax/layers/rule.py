@@ -9,7 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from delta_jax.parallel import by_heads, indivisible
 
-__all__ = ["RuleInputs", "apply_rule"]
+__all__ = ["Rule", "RuleInputs", "apply_rule"]
+
+
+class Rule(NamedTuple):
+    """An op over a whole sequence, and over one token of it."""
+
+    whole: Callable[..., tuple[Array, Array]]
+    step: Callable[..., tuple[Array, Array]]
 
 
 class RuleInputs(NamedTuple):
@@ -30,8 +37,7 @@ class RuleInputs(NamedTuple):
 
 
 def apply_rule(
-    rule: Callable[..., tuple[Array, Array]],
-    step: Callable[..., tuple[Array, Array]],
+    rule: Rule,
     inputs: RuleInputs,
     state: Float[Array, "batch v_heads key value"] | None,
     segment_ids: Int[Array, "batch time"] | None,
@@ -40,14 +46,14 @@ def apply_rule(
     chunk_size: int | None,
     implementation: str | None,
 ) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"]]:
-    """The output and the new state by `rule`, or by `step` for a single token that continues a state."""
+    """The output and the new state by the rule, by its step for a single token that continues a state."""
     if implementation is None and indivisible(inputs.q.shape[0], inputs.q.shape[2]):
         implementation = "xla"
     options: dict[str, Any] = {"scale": scale, "implementation": implementation}
     if state is not None and inputs.q.shape[1] == 1:
-        whole = partial(_one_token, step, options)
+        whole = partial(_one_token, rule.step, options)
     else:
-        whole = partial(_sequence, rule, options | {"chunk_size": chunk_size})
+        whole = partial(_sequence, rule.whole, options | {"chunk_size": chunk_size})
     if implementation in (None, "pallas"):  # XLA cuts over a mesh what it made itself, but not a kernel
         return by_heads(whole, inputs, state, segment_ids, axes=inputs.axes_of_heads())
     return whole(inputs, state, segment_ids)

@@ -1,13 +1,23 @@
 """What a model asks of a layer that mixes tokens, whatever it is made of."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["TokenMixer", "keep_rows"]
+from delta_jax.layers.checks import require_cache
+from delta_jax.ops.arguments import checked_array
+
+__all__ = ["Mixed", "TokenMixer", "keep_rows"]
+
+
+class Mixed(NamedTuple):
+    """What a layer returns with its cache: a pair, with the names that `nnx.tabulate` cannot print one without."""
+
+    y: Float[Array, "batch time hidden"]
+    cache: Any
 
 
 def keep_rows[Cache](cache: Cache, rows: Bool[Array, " batch"]) -> Cache:
@@ -20,12 +30,24 @@ def keep_rows[Cache](cache: Cache, rows: Bool[Array, " batch"]) -> Cache:
     return kept
 
 
+def checked_sequences(x: Any, segment_ids: Any, hidden_size: int) -> tuple[Array, Array | None]:
+    """x [B, T, hidden_size] and, if there are any, its segment ids [B, T] as arrays, or a ValueError that names one."""
+    x = checked_array("x", x, {"batch": None, "time": None, "hidden_size": hidden_size})
+    if 0 in x.shape:
+        raise ValueError(f"x must hold at least one token, got shape {x.shape}.")
+    if segment_ids is None:
+        return x, None
+    batch, time, _ = x.shape
+    return x, checked_array("segment_ids", segment_ids, {"batch": batch, "time": time}, "integers")
+
+
 class TokenMixer(nnx.Module):
     """A causal map of sequences with a cache, an immutable tree of arrays with the method `keep(rows)`.
 
     Subclasses define `init_cache` and `with_cache`.
     """
 
+    hidden_size: int
     initializer_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
@@ -36,6 +58,9 @@ class TokenMixer(nnx.Module):
         Args:
             batch_size: sequences.
             length: tokens that a sequence may have at most, for layers that keep every token; others ignore it.
+
+        Raises:
+            ValueError: batch_size, or a length that is needed, is not a positive integer.
         """
         raise NotImplementedError
 
@@ -44,7 +69,7 @@ class TokenMixer(nnx.Module):
 
     def with_cache(
         self, x: Float[Array, "batch time hidden"], segment_ids: Int[Array, "batch time"] | None, cache: Any
-    ) -> tuple[Float[Array, "batch time hidden"], Any]:
+    ) -> Mixed:
         """What calling the layer with return_cache=True does."""
         raise NotImplementedError
 
@@ -55,11 +80,11 @@ class TokenMixer(nnx.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Any = None,
         return_cache: bool = False,
-    ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Any]:
+    ) -> Float[Array, "batch time hidden"] | Mixed:
         """Mixes the tokens of every sequence causally.
 
         Args:
-            x: [B, T, hidden_size].
+            x: [B, T, hidden_size], floating-point; arrays of NumPy are taken, lists are not.
             segment_ids: [B, T] integers; nothing passes from one segment to the next. None continues the
                 segment of the cache (a new cache is in segment 0).
             cache: what a former call returned, or `init_cache`; None starts anew.
@@ -70,10 +95,14 @@ class TokenMixer(nnx.Module):
             y [B, T, hidden_size] in the layer's dtype, or (y, cache).
 
         Raises:
-            ValueError: the cache is known to have no room.
+            ValueError: x or segment_ids do not have that shape or kind, or the cache is another layer's, one of
+                another batch size, or known to have no room; the sentence names the argument.
         """
-        y, new_cache = self.with_cache(x, segment_ids, cache)
-        return (y, new_cache) if return_cache or cache is not None else y
+        x, segment_ids = checked_sequences(x, segment_ids, self.hidden_size)
+        if cache is not None:
+            require_cache(cache, x.shape[0], self.init_cache)
+        mixed = self.with_cache(x, segment_ids=segment_ids, cache=cache)
+        return mixed if return_cache or cache is not None else mixed.y
 
     def linear(self, inputs: int, outputs: int, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:
         """A projection in the layer's dtypes; a bias begins at zero."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
@@ -11,7 +11,12 @@ import jax
 from flax import nnx
 
 from delta_jax.layers import MIXERS, MixtureOfExperts, TokenMixer
-from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
+from delta_jax.layers.checks import (
+    require_counts,
+    require_flags,
+    require_positive_integers,
+    require_positive_numbers,
+)
 from delta_jax.layers.mixer import MixerOptions
 from delta_jax.models.stack import Run, cut_into_runs
 
@@ -44,8 +49,13 @@ class MixerSpec:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.mixer not in MIXERS:
+        if not isinstance(self.mixer, str) or self.mixer not in MIXERS:
             raise ValueError(f"mixer must be one of {', '.join(sorted(MIXERS))}, got {self.mixer!r}")
+        if not _are_pairs(self.options):
+            raise ValueError(
+                f"options of mixer {self.mixer!r} must be a tuple of (name, value) pairs that can be hashed, such as"
+                f" (('num_heads', 4),), got {self.options!r}"
+            )
         known = mixer_options(self.mixer)
         for name, _ in self.options:
             if name not in known:
@@ -75,6 +85,11 @@ class PlacedMixer(MixerSpec):
     """
 
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.layers, tuple) or not all(type(place) is int for place in self.layers):
+            raise ValueError(f"layers must be a tuple of integers, got {self.layers!r}")
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
@@ -116,8 +131,8 @@ class ExpertsConfig:
     balance_rate: float = 0.001
 
     def __post_init__(self) -> None:
-        if not self.balance_rate >= 0:
-            raise ValueError(f"balance_rate must not be negative, got {self.balance_rate}")
+        if self.balance_rate != 0 or isinstance(self.balance_rate, bool):
+            require_positive_numbers(balance_rate=self.balance_rate)
 
 
 class Layer(NamedTuple):
@@ -168,16 +183,11 @@ class ModelConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} must be a positive integer, got None")
-        require_positive_integers(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            mlp_size=self.mlp_size or None,
-        )
+        require_positive_integers(vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_layers=self.num_layers)
+        require_counts(mlp_size=0 if self.mlp_size is None else self.mlp_size, dense_layers=self.dense_layers)
+        require_flags(tie_embeddings=self.tie_embeddings, zero_centered_norms=self.zero_centered_norms)
         require_positive_numbers(norm_eps=self.norm_eps, initializer_std=self.initializer_std)
+        self._check_kinds()
         if not self.pattern:
             raise ValueError("pattern must hold at least one mixer")
         if self.num_layers < len(self.pattern):
@@ -198,6 +208,17 @@ class ModelConfig:
                 jax.eval_shape(lambda layer=layer: layer(rngs=nnx.Rngs(0)))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+
+    def _check_kinds(self) -> None:
+        for name, kind in {"pattern": MixerSpec, "placed": PlacedMixer}.items():
+            specs = getattr(self, name)
+            if not isinstance(specs, tuple):
+                raise ValueError(f"{name} must be a tuple of {kind.__name__}, got {specs!r}")
+            for spec in specs:
+                if type(spec) is not kind:
+                    raise ValueError(f"{name} must hold {kind.__name__}(mixer=...), got {spec!r}")
+        if self.experts is not None and not isinstance(self.experts, ExpertsConfig):
+            raise ValueError(f"experts must be an ExpertsConfig or None, got {self.experts!r}")
 
     def _check_choices(self) -> None:
         for name, allowed in {"remat": REMAT_POLICIES, "dtype": DTYPES, "param_dtype": DTYPES}.items():
@@ -268,6 +289,12 @@ class ModelConfig:
         if self.mlp_size is not None:
             return self.mlp_size
         return 256 * -(-(8 * self.hidden_size // 3) // 256)
+
+
+def _are_pairs(options: Any) -> bool:
+    if not isinstance(options, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in options):
+        return False
+    return all(isinstance(name, str) and isinstance(value, Hashable) for name, value in options)
 
 
 def mixer_options(mixer: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of pre-norm blocks run by one scan, norm, head."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from delta_jax.layers import AttentionCache, ExpertBias, MixerCache, MixtureOfExperts, RMSNorm, SwiGLU
+from delta_jax.layers.checks import require_cache, require_positive_integers, require_rngs
 from delta_jax.models.config import Layer, ModelConfig
 from delta_jax.models.stack import Run
+from delta_jax.ops.arguments import as_array, checked_array
 from delta_jax.parallel import cut_batch
 
 __all__ = ["Block", "LanguageModel", "Loads", "ModelCache", "number_of_parameters"]
@@ -21,6 +23,14 @@ type ModelCache = tuple[LayerCache, ...]
 
 type Loads = tuple[Int[Array, "repeats experts"] | None, ...]
 """How many tokens every expert got, for each of `LanguageModel.blocks`; None where there are no experts."""
+
+
+class BlockOutput(NamedTuple):
+    """The new residual stream, the mixer's new cache and the load of the experts, if there are any."""
+
+    x: Float[Array, "batch time hidden"]
+    cache: LayerCache
+    load: Int[Array, " experts"] | None
 
 
 class Block(nnx.Module):
@@ -38,16 +48,16 @@ class Block(nnx.Module):
         x: Float[Array, "batch time hidden"],
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "batch time hidden"], LayerCache, Int[Array, " experts"] | None]:
-        """Returns the new residual stream, the mixer's new cache and the load of the experts, if there are any."""
-        y, cache = self.mixer.with_cache(self.mixer_norm(x), segment_ids, cache)
+    ) -> BlockOutput:
+        """Adds what the mixer and the feed-forward layer say to the residual stream."""
+        y, cache = self.mixer.with_cache(self.mixer_norm(x), segment_ids=segment_ids, cache=cache)
         x = x + y
         if self.mlp is None:
-            return x, cache, None
+            return BlockOutput(x, cache, None)
         if isinstance(self.mlp, SwiGLU):
-            return x + self.mlp(self.mlp_norm(x)), cache, None
+            return BlockOutput(x + self.mlp(self.mlp_norm(x)), cache, None)
         y, load = self.mlp(self.mlp_norm(x))
-        return x + y, cache, load
+        return BlockOutput(x + y, cache, load)
 
 
 class LanguageModel(nnx.Module):
@@ -62,10 +72,13 @@ class LanguageModel(nnx.Module):
         rngs: where the initial parameters come from.
 
     Raises:
-        ValueError: a mixer's options are impossible.
+        ValueError: config is no `ModelConfig`, rngs are no `nnx.Rngs`, or a mixer's options are impossible.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if not isinstance(config, ModelConfig):
+            raise ValueError(f"config must be a ModelConfig, got {type(config).__name__}")
+        require_rngs(rngs)
         self.config = config
         param_dtype = jnp.dtype(config.param_dtype)
         normal = nnx.initializers.normal(config.initializer_std)
@@ -99,7 +112,7 @@ class LanguageModel(nnx.Module):
             length: tokens that a sequence may have at most; needed where there is attention without a window.
 
         Raises:
-            ValueError: length is needed and missing.
+            ValueError: batch_size is not a positive integer, or length is needed and missing.
         """
         caches = tuple(block.mixer.init_cache(batch_size, length=length) for block in self.blocks)
         repeats = tuple(run.repeats for run in self.config.runs for _ in run.block)
@@ -112,8 +125,9 @@ class LanguageModel(nnx.Module):
         """The cache with room for segments of `length` tokens.
 
         Raises:
-            ValueError: it has room for more already.
+            ValueError: length is not a positive integer, or the cache has room for more already.
         """
+        require_positive_integers(length=length)
         wanted = jax.eval_shape(lambda: self.init_cache(cache[0].segment_id.shape[1], length=length))
 
         def extend(x: Array, like: jax.ShapeDtypeStruct) -> Array:
@@ -146,8 +160,9 @@ class LanguageModel(nnx.Module):
             logits [B, T, vocab_size] in float32, or (logits, cache).
 
         Raises:
-            ValueError: the cache is known to be too small for the tokens (inside `jit` it is not known, and logits
-                beyond are NaN).
+            ValueError: tokens or segment_ids do not have that shape or kind, the cache is another model's or one of
+                another batch size, or it is known to be too small for the tokens (inside `jit` it is not known, and
+                logits beyond are NaN).
         """
         x, new_cache = self.features(tokens, segment_ids=segment_ids, cache=cache, return_cache=return_cache)
         logits = self.head(x)
@@ -180,11 +195,14 @@ class LanguageModel(nnx.Module):
         return_cache: bool = False,
     ) -> tuple[Float[Array, "batch time hidden"], ModelCache | None, Loads]:
         """`features`, and how many tokens every expert got."""
+        tokens, segment_ids = self._checked(tokens, segment_ids)
+        if cache is not None:
+            require_cache(cache, tokens.shape[0], self.init_cache)
         keep_cache = return_cache or cache is not None
         apply = _rematerialized(self.config.remat)
         if cache is not None and segment_ids is None:
             for block, block_cache in zip(self.blocks, cache, strict=True):
-                block.mixer.check_room(block_cache, tokens.shape[1])
+                block.mixer.check_room(cache=block_cache, tokens=tokens.shape[1])
 
         def repeat(x: Array, stack: tuple[tuple[Block, ...], ModelCache | None]) -> tuple[Array, tuple]:
             blocks, old = stack
@@ -206,6 +224,23 @@ class LanguageModel(nnx.Module):
             new_cache, loads, place = new_cache + run_cache, loads + run_loads, here.stop
         return self.final_norm(x), new_cache if keep_cache else None, loads
 
+    def _checked(self, tokens: Any, segment_ids: Any) -> tuple[Array, Array | None]:
+        """Tokens and segment ids as arrays, or a ValueError that names one that does not fit."""
+        tokens, vocabulary = as_array("tokens", tokens), self.config.vocab_size
+        ids = tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
+        weights = tokens.ndim == 3 and jnp.issubdtype(tokens.dtype, jnp.floating) and tokens.shape[2] <= vocabulary
+        if not ids and not weights:
+            raise ValueError(
+                f"tokens must be integers [batch, time], or weights [batch, time, n] over the first n of {vocabulary}"
+                f" tokens, got shape {tokens.shape} and dtype {tokens.dtype}."
+            )
+        if 0 in tokens.shape:
+            raise ValueError(f"tokens must hold at least one token, got shape {tokens.shape}.")
+        if segment_ids is None:
+            return tokens, None
+        axes = dict(zip(("batch", "time"), tokens.shape[:2], strict=True))
+        return tokens, checked_array("segment_ids", segment_ids, axes, "integers")
+
     def _embedded(self, tokens: Array) -> Array:
         if jnp.issubdtype(tokens.dtype, jnp.integer):
             return self.embed(tokens)
@@ -213,6 +248,7 @@ class LanguageModel(nnx.Module):
 
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:
         """The float32 logits of the features x."""
+        x = checked_array("x", x, {"...": None, "hidden_size": self.config.hidden_size})
         if not self.config.tie_embeddings:
             return self.lm_head(x)
         table = self.embed.embedding[...].astype(x.dtype)
@@ -257,10 +293,8 @@ def _stacks(config: ModelConfig, run: Run, key: PRNGKeyArray) -> list[Block]:
     ]
 
 
-def _apply_block(
-    block: Block, x: Array, segment_ids: Array | None, cache: LayerCache | None
-) -> tuple[Array, LayerCache, Array | None]:
-    return block(x, segment_ids, cache)
+def _apply_block(block: Block, x: Array, segment_ids: Array | None, cache: LayerCache | None) -> BlockOutput:
+    return block(x, segment_ids=segment_ids, cache=cache)
 
 
 def _rematerialized(remat: str) -> Callable[..., Any]:

@@ -2,9 +2,9 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from delta_jax.ops import containment, recurrence
+from delta_jax.ops.arguments import Arguments, arguments_of, forward_mode_explained, require_chunk_size, with_scale
 from delta_jax.ops.implementation import XLA, Arrays, Options, pallas
 from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
-
-
-class Arguments(NamedTuple):
-    q: Array
-    k: Array
-    v: Array
-    beta: Array | None
-    g: Array | None
-    erase: Array | None
-    initial_state: Array | None
-    segment_ids: Array | None
-
 
 _differentiable = jax.jit(containment.run, static_argnums=(0, 1))
 
@@ -36,7 +25,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Options, Arrays], tuple[Array, Array]]] = {
     "xla": functools.partial(_differentiable, XLA),
     "pallas": lambda options, arrays: _differentiable(pallas(kernels()), options, arrays),
 }
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def platform() -> str:
@@ -84,13 +72,18 @@ def delta_rule(
     *,
     initial_state: Float[Array, "batch heads key value"] | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
     """The general delta rule: every member of the family is a choice of these inputs.
 
         S_t = (I - beta_t k_t e_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
+
+    Differentiable in every array. Tangents pushed forward (jax.jvp, jax.jacfwd, jax.linearize) need
+    implementation="recurrent", for the others have a hand-written backward, which JAX will not push tangents through;
+    jax.hessian, and gradients of gradients, work with "xla" too. Any axis may be symbolic in `jax.export` but those of
+    heads, keys and values.
 
     Args:
       q: queries `[batch, time, key_heads, key]`; float32, bfloat16, float16, or float64 when x64 is enabled.
@@ -104,7 +97,8 @@ def delta_rule(
       erase: erase keys `[batch, time, key_heads or heads, key]`. Default `k`.
       initial_state: `[batch, heads, key, value]`; belongs to the first segment. Default zero.
       segment_ids: integers `[batch, time]` of packed sequences: the state is reset to zero where the id changes.
-      scale: multiplies the output. Default `key ** -0.5`.
+      scale: multiplies the output; a finite number, or an array of no axes, which may be traced or learned. Default
+        `key ** -0.5`.
       chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, for keys of at most 16
         channels 16: the fastest on a CPU. The Pallas kernels work on 128 (TPU) or 64 (GPU) tokens at a time whatever it
         says.
@@ -117,12 +111,14 @@ def delta_rule(
       (float64 for float64 inputs). Products accumulate in that dtype too.
 
     Raises:
-      ValueError: for a shape, head count or dtype that does not fit, naming the argument, and for an implementation
-        that cannot run here.
+      ValueError: for a shape, head count or dtype that does not fit, naming the argument; for lists and Python numbers in
+        place of arrays, whose dtype would be a guess (arrays of NumPy are taken); for an implementation that cannot run
+        here; and for tangents pushed forward through another than "recurrent", unless `jax.jit` is in between, where
+        JAX raises its own TypeError.
 
     Source: arXiv 2406.06484 section 3, arXiv 2412.06464 section 3, in their general asymmetric form.
     """
-    arguments = Arguments(q, k, v, beta, g, erase, initial_state, segment_ids)
+    arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids)
     return _run(arguments, scale, chunk_size, implementation)
 
 
@@ -136,7 +132,7 @@ def delta_product(
     *,
     initial_state: Float[Array, "batch heads key value"] | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
@@ -159,8 +155,8 @@ def delta_product(
 
     Source: arXiv 2502.10297 section 3, with its gate on the first write.
     """
-    arguments = Arguments(q, k, v, beta, g, erase, initial_state, segment_ids)
-    return _run(arguments, scale, chunk_size, implementation, writes=True)
+    arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids, writes=True)
+    return _run(arguments, scale, chunk_size, implementation)
 
 
 def linear_attention(
@@ -171,7 +167,7 @@ def linear_attention(
     *,
     initial_state: Float[Array, "batch heads key value"] | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
@@ -181,7 +177,7 @@ def linear_attention(
 
     Arguments, results and errors are those of `delta_rule`. Source: arXiv 2312.06635 section 4.
     """
-    arguments = Arguments(q, k, v, None, g, None, initial_state, segment_ids)
+    arguments = arguments_of(q, k, v, None, g, None, initial_state, segment_ids)
     return _run(arguments, scale, chunk_size, implementation, erases=False)
 
 
@@ -194,7 +190,7 @@ def delta_rule_step(
     erase_t: Float[Array, "batch erase_heads key"] | None = None,
     *,
     state: Float[Array, "batch heads key value"],
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
     """One token of `delta_rule`, for decoding: constant memory, the state read and written once.
@@ -202,7 +198,7 @@ def delta_rule_step(
     Args:
       q_t, k_t, v_t, beta_t, g_t, erase_t: as in `delta_rule`, without the time axis.
       state: `[batch, heads, key, value]`, the state before this token (float32, or float64 for float64 inputs).
-      scale: multiplies the output. Default `key ** -0.5`.
+      scale: as in `delta_rule`.
       implementation: as in `delta_rule`; "recurrent" and "xla" are the same for one token.
 
     Returns:
@@ -212,7 +208,8 @@ def delta_rule_step(
       ValueError: for a shape, head count or dtype that does not fit, naming the argument, and for an implementation
         that cannot run here.
     """
-    return _run_step(Arguments(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None), scale, implementation)
+    arguments = arguments_of(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True)
+    return _run_step(arguments, scale, implementation)
 
 
 def delta_product_step(
@@ -224,12 +221,12 @@ def delta_product_step(
     erase_t: Float[Array, "batch writes erase_heads key"] | None = None,
     *,
     state: Float[Array, "batch heads key value"],
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
     """One token of `delta_product`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`."""
-    arguments = Arguments(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None)
-    return _run_step(arguments, scale, implementation, writes=True)
+    arguments = arguments_of(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True, writes=True)
+    return _run_step(arguments, scale, implementation)
 
 
 def linear_attention_step(
@@ -239,29 +236,32 @@ def linear_attention_step(
     g_t: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None = None,
     *,
     state: Float[Array, "batch heads key value"],
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
     """One token of `linear_attention`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`."""
-    return _run_step(Arguments(q_t, k_t, v_t, None, g_t, None, state, None), scale, implementation, erases=False)
+    arguments = arguments_of(q_t, k_t, v_t, None, g_t, None, state, None, step=True)
+    return _run_step(arguments, scale, implementation, erases=False)
 
 
 def _run_step(
-    arguments: Arguments, scale: float | None, implementation: str | None, *, erases: bool = True, writes: bool = False
+    arguments: Arguments, scale: Any, implementation: str | None, *, erases: bool = True
 ) -> tuple[Array, Array]:
-    _check(arguments._asdict(), step=True, writes=writes)
     implementation = _choose(implementation, arguments.q, arguments.v)
-    scale = arguments.k.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale, q = with_scale(scale, arguments.q, arguments.k.shape[-1] ** -0.5)
 
-    def run(*arrays: Array | None) -> tuple[Array, Array]:
-        return _step(Arguments(*arrays, None), scale, implementation, erases)
+    def run(*arrays: Any) -> tuple[Array, Array]:
+        token = Arguments(*arrays, segment_ids=None)
+        return _step(token, arguments.v.dtype, scale, implementation, erases)
 
-    axes = _axes(step=True, writes=writes)
-    return by_parts(run, arguments[:-1], axes[:-1], (axes.v, axes.initial_state), kernels=implementation == "pallas")
+    axes, given = _axes(arguments, step=True), arguments._replace(q=q)
+    return by_parts(run, given[:-1], axes[:-1], (axes.v, axes.initial_state), kernels=implementation == "pallas")
 
 
-def _step(arguments: Arguments, scale: float, implementation: str, erases: bool) -> tuple[Array, Array]:
-    output, dtype, heads = arguments.v.dtype, accumulator_dtype(arguments.v.dtype), arguments.v.shape[-2]
+def _step(
+    arguments: Arguments, output: jnp.dtype, scale: float, implementation: str, erases: bool
+) -> tuple[Array, Array]:
+    dtype, heads = accumulator_dtype(output), arguments.v.shape[-2]
     q, k, v, beta, g, erase, state, _ = jax.tree.map(lambda x: x.astype(dtype), arguments)
     repeat = functools.partial(recurrence.repeat_heads, num_heads=heads)
     q, k = repeat(q), repeat(k)
@@ -279,28 +279,31 @@ def _step(arguments: Arguments, scale: float, implementation: str, erases: bool)
 
 def _run(
     arguments: Arguments,
-    scale: float | None,
+    scale: Any,
     chunk_size: int | None,
     implementation: str | None,
     *,
     erases: bool = True,
-    writes: bool = False,
 ) -> tuple[Array, Array]:
-    _check(arguments._asdict(), writes=writes)
     implementation = _choose(implementation, arguments.q, arguments.v)
-    if chunk_size not in (None, 16, 32, 64, 128):
-        raise ValueError(f"chunk_size must be 16, 32, 64 or 128, got {chunk_size!r}.")
-    options = Options(arguments.k.shape[-1] ** -0.5 if scale is None else float(scale), chunk_size, erases)
+    require_chunk_size(chunk_size)
+    scale, q = with_scale(scale, arguments.q, arguments.q.shape[-1] ** -0.5)
+    if implementation == "pallas":  # the others take queries of any precision
+        q = q.astype(arguments.q.dtype)
+    options = Options(scale, chunk_size, erases)
 
-    def run(*arrays: Array | None) -> tuple[Array, Array]:
+    def run(*arrays: Any) -> tuple[Array, Array]:
         *given, segment_ids = arrays
         reset = None
         if segment_ids is not None:
             reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        return IMPLEMENTATIONS[implementation](options, Arrays(*given, reset))
+        return IMPLEMENTATIONS[implementation](options, Arrays(*given, reset))  # type: ignore[call-arg]
 
-    axes = _axes(writes=writes)
-    return by_parts(run, arguments, axes, (axes.v, axes.initial_state), kernels=implementation == "pallas")
+    axes = _axes(arguments)
+    with forward_mode_explained():
+        return by_parts(
+            run, arguments._replace(q=q), axes, (axes.v, axes.initial_state), kernels=implementation == "pallas"
+        )
 
 
 class _Axes(NamedTuple):
@@ -316,9 +319,9 @@ class _Axes(NamedTuple):
     segment_ids: Axes
 
 
-def _axes(*, step: bool = False, writes: bool = False) -> _Axes:
+def _axes(arguments: Arguments, *, step: bool = False) -> _Axes:
     time = ("batch",) if step else ("batch", None)
-    of_writes = (*time, None) if writes else time
+    of_writes = (*time, None) if arguments.k.ndim > arguments.q.ndim else time
     heads = ("heads", None)
     q, written, state = (*time, *heads), (*of_writes, *heads), ("batch", *heads, None)
     return _Axes(q, written, written, written[:-1], q, written, state, time)
@@ -338,64 +341,3 @@ def _choose(wanted: str | None, q: Array, v: Array) -> str:
     if reason is not None and wanted == "pallas":
         raise ValueError(f"implementation='pallas' cannot run here: {reason}.")
     return "xla" if reason else "pallas"
-
-
-def _check(arguments: Mapping[str, Array | None], *, step: bool = False, writes: bool = False) -> None:
-    """Raises a ValueError that names the first argument that does not fit.
-
-    `step` is without the time axis, and with `writes` what is written has an axis of the token's writes.
-    """
-    given = {name: array for name, array in arguments.items() if array is not None}
-    lead = ("batch",) if step else ("batch", "time")
-    lead_of_writes = (*lead, "writes") if writes else lead
-
-    def shown(name: str) -> str:
-        return {"initial_state": "state"}.get(name, f"{name}_t") if step else name
-
-    def fail(name: str, wanted: str) -> NoReturn:
-        array = given[name]
-        raise ValueError(f"{shown(name)} must {wanted}, got shape {array.shape} and dtype {array.dtype}.")
-
-    q, k, v = given["q"], given["k"], given["v"]
-    axes_of = {
-        "q": (*lead, "key_heads", "key"),
-        "k": (*lead_of_writes, "key_heads", "key"),
-        "v": (*lead_of_writes, "heads", "value"),
-    }
-    for name, axes in axes_of.items():
-        if given[name].ndim != len(axes):
-            fail(name, f"have shape [{', '.join(axes)}]")
-        if str(given[name].dtype) not in _DTYPES:
-            fail(name, f"have one of the dtypes {', '.join(_DTYPES)}")
-    leading, (key_heads, key), (heads, value) = q.shape[:-2], q.shape[-2:], v.shape[-2:]
-    of_writes = (*leading, k.shape[len(lead)]) if writes else leading
-    if 0 in q.shape:
-        fail("q", "hold at least one token of one head")
-    if 0 in of_writes:
-        fail("k", "hold at least one write a token")
-    if k.shape != (*of_writes, key_heads, key):
-        between = f" and an axis of writes before the heads, {(*leading, 'writes', key_heads, key)}"
-        fail("k", f"have the shape of {shown('q')}, {q.shape}{between if writes else ''}")
-    if v.shape[:-2] != of_writes:
-        other = "k" if writes else "q"
-        fail("v", f"have the {' and '.join(lead_of_writes)} of {shown(other)}, {of_writes}")
-    if heads == 0 or heads % key_heads:
-        fail("v", f"have a number of heads that is a multiple of the {key_heads} key heads")
-    shapes: dict[str, list[tuple[int, ...]]] = {
-        "beta": [(*of_writes, heads)],
-        "g": [(*leading, heads), (*leading, heads, key)],
-        "erase": [(*of_writes, key_heads, key), (*of_writes, heads, key)],
-        "initial_state": [(leading[0], heads, key, value)],
-        "segment_ids": [leading],
-    }
-    for name, wanted in shapes.items():
-        if name in given and given[name].shape not in wanted:
-            fail(name, "have shape " + " or ".join(map(str, dict.fromkeys(wanted))))
-    for name in given.keys() & {"k", "v", "erase"}:
-        if given[name].dtype != q.dtype:
-            fail(name, f"have the dtype of {shown('q')}, {q.dtype}")
-    for name in given.keys() & {"beta", "g", "initial_state"}:
-        if given[name].dtype not in (q.dtype, accumulator_dtype(q.dtype)):
-            fail(name, f"have dtype {' or '.join(dict.fromkeys((str(q.dtype), str(accumulator_dtype(q.dtype)))))}")
-    if "segment_ids" in given and not jnp.issubdtype(given["segment_ids"].dtype, jnp.integer):
-        fail("segment_ids", "be integers")

@@ -131,8 +131,10 @@ def _options(arrays: Inputs, scale: float, chunk_size: int | None, erases: bool)
     default = DEFAULT_CHUNK if k.shape[-1] > 16 else SMALL_HEADS_CHUNK
     chunk = chunk_size or power_of_two(max(default // writes, 1))
     chunks = -(-q.shape[1] // chunk)
-    groups = -(-chunks // power_of_two(WRITES_PER_GROUP // (chunk * writes)))
-    return Options(scale, chunk, -(-chunks // groups), writes, erases)
+    group = power_of_two(WRITES_PER_GROUP // (chunk * writes))
+    if isinstance(chunks, int):  # else a symbolic dimension of `jax.export`, while a group's chunks are unrolled
+        group = -(-chunks // -(-chunks // group))
+    return Options(scale, chunk, group, writes, erases)
 
 
 def _groups(inputs: Inputs, options: Options) -> int:

@@ -105,6 +105,9 @@ def recurrent_with_select(
     del chunk_size
     tokens, state = _by_token(q, k, v, beta, g, erase, initial_state, reset, erases)
     time = q.shape[1]
+    if not isinstance(time, int):  # a symbolic dimension of `jax.export`
+        state, o = jax.lax.scan(functools.partial(_selecting_token, scale), state, tokens)
+        return jnp.moveaxis(o, 0, 1), state
     outer = math.ceil(time ** (1 / 3))
     middle = math.ceil((time / outer) ** 0.5)
     inner = -(-time // (outer * middle))
