@@ -251,7 +251,8 @@ def _run_step(
     scale, q = with_scale(scale, arguments.q, arguments.k.shape[-1] ** -0.5)
 
     def run(*arrays: Any) -> tuple[Array, Array]:
-        token = Arguments(*arrays, segment_ids=None)
+        q, k, v, beta, g, erase, state = arrays
+        token = Arguments(q, k, v, beta, g, erase, state, None)
         return _step(token, arguments.v.dtype, scale, implementation, erases)
 
     axes, given = _axes(arguments, step=True), arguments._replace(q=q)
