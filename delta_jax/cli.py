@@ -147,7 +147,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from delta_jax.data import bigram_bits_per_byte, validation_batches, validation_bytes
+    from delta_jax.data import bigram_bits_per_byte, validation_batches
     from delta_jax.evaluation import evaluate
     from delta_jax.training import restore_model
 
@@ -163,7 +163,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         batch_size=config.batch_size if arguments.batch_size is None else arguments.batch_size,
         sequence_length=config.sequence_length if arguments.sequence_length is None else arguments.sequence_length,
     )
-    result = evaluate(model, batches, bytes=validation_bytes(data))
+    result = evaluate(model, batches)
     rows = [
         ("corpus", data.path),
         ("loss", f"{result.loss:.4f} nats per token"),
