@@ -93,8 +93,9 @@ def test_evaluate_prints_what_the_library_measures(trained, capsys):
 
 def test_evaluate_on_another_corpus(trained, tmp_path, capsys):
     _, folder = trained
-    (tmp_path / "other.data").write_text("".join(json.dumps({"body": "x" * 50}) + "\n" for _ in range(10)))
+    (tmp_path / "other.data").write_text("".join(json.dumps({"body": f"{number}" * 50}) + "\n" for number in range(10)))
     arguments = ["--data", str(tmp_path / "other.data"), "--format", "jsonl", "--text-field", "body"]
+    arguments += ["--validation-fraction", "0.5"]
     assert main(["evaluate", folder, *arguments, "--batch-size", "1", "--sequence-length", "16"]) == 0
     assert re.search(r"bytes +100\n", capsys.readouterr().out)
 
