@@ -104,7 +104,7 @@ class JsonLines(_Files):
     def _read(self, number: int, place: int) -> str:
         with self.files[number].open("rb") as stream:
             stream.seek(int(self._lines[number][place, 0]))
-            line = stream.readline()
+            line = stream.readline().rstrip(b"\r\n")
         return text_of_json(line, self._field, self._where(number, place))
 
     def _where(self, number: int, place: int) -> str:
@@ -144,7 +144,9 @@ class ParquetRows(_Files):
         import pyarrow.parquet
 
         try:
-            with pyarrow.parquet.ParquetFile(self.files[number], metadata=self._metadata[number]) as table:
+            with pyarrow.parquet.ParquetFile(
+                self.files[number], metadata=self._metadata[number], page_checksum_verification=True
+            ) as table:
                 return table.read_row_group(group, columns=[self._field]).column(0)
         except (pyarrow.ArrowException, OSError) as error:
             return first_line(error)

@@ -66,7 +66,8 @@ def text_of_json(data: bytes, field: str, where: str) -> str:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"data.path: {where}: not a JSON object ({error.msg} at column {error.pos + 1}).", "not JSON"
+            f"data.path: {where}: not a JSON object ({error.msg.removesuffix(' at')} at column {error.pos + 1}).",
+            "not JSON",
         ) from None
     except (ValueError, RecursionError):  # a number of thousands of digits, or brackets in thousands of brackets
         raise DataError(f"data.path: {where}: not a JSON object that can be read.", "not JSON") from None

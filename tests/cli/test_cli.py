@@ -95,9 +95,10 @@ def test_evaluate_on_another_corpus(trained, tmp_path, capsys):
     _, folder = trained
     (tmp_path / "other.data").write_text("".join(json.dumps({"body": f"{number}" * 50}) + "\n" for number in range(10)))
     arguments = ["--data", str(tmp_path / "other.data"), "--format", "jsonl", "--text-field", "body"]
-    arguments += ["--validation-fraction", "0.5"]
-    assert main(["evaluate", folder, *arguments, "--batch-size", "1", "--sequence-length", "16"]) == 0
-    assert re.search(r"bytes +100\n", capsys.readouterr().out)
+    arguments += ["--batch-size", "1", "--sequence-length", "16"]
+    for more, held_out in (([], 3), (["--validation-fraction", "0.5"], 5)):
+        assert main(["evaluate", folder, *arguments, *more]) == 0
+        assert re.search(rf"bytes +{50 * held_out}\n", capsys.readouterr().out)
 
 
 def test_generate_continues_every_prompt_and_repeats_itself(trained, capsys):
