@@ -49,7 +49,8 @@ class Tokenizer(Protocol):
     def encode_with_bytes(self, text: str) -> tuple[Int32[np.ndarray, " tokens"], Int32[np.ndarray, " tokens"]]:
         """Token ids, and the bytes of text that each of them stands for.
 
-        A token stands for the text from the end of the tokens before it to its own end. So a character that several
+        A token stands for the text from the end of the tokens before it to its own end (both as the tokenizer tells
+        them, which where it drops characters inside a word it may do by a character too few). So a character that several
         tokens share is that of the first of them, and text that no token covers that of the next; what follows the
         last token is nobody's here, and the pipeline gives it to the document id that closes the document. The sum
         over a document is exact.

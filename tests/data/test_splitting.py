@@ -1,0 +1,118 @@
+"""A document is on one side for ever, however its corpus grows, is ordered, is stored or lies."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from delta_jax.data import DataConfig, DataError, split, train_batches, validation_batches
+from delta_jax.data.splitting import SplitCorpus, place_of
+
+
+def write(file, texts):
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def sides(path, **options):
+    config = DataConfig(**{"path": str(path), "validation_fraction": 0.2, "seed": 5} | options)
+    training, validation = ({part[index] for index in range(len(part))} for part in split(config))
+    assert not training & validation
+    return training, validation
+
+
+def texts_of(count, start=0):
+    return [f"the text of document {number}" for number in range(start, start + count)]
+
+
+def test_nothing_moves_when_a_corpus_grows_or_is_ordered_and_stored_otherwise(tmp_path):
+    old, new = texts_of(100), texts_of(60, 100)
+    training, validation = sides(write(tmp_path / "a.jsonl", old))
+    assert len(training) + len(validation) == 100
+    mixed = np.random.default_rng(0).permutation([*old, *new, *old[:30]]).tolist()  # some come twice
+    pyarrow.parquet.write_table(pyarrow.table({"text": mixed}), tmp_path / "b.parquet")
+    (tmp_path / "files").mkdir()
+    for number, text in enumerate(mixed):
+        (tmp_path / "files" / f"{number}.txt").write_text(text)
+    for path in (write(tmp_path / "c.jsonl", [*new, *old]), tmp_path / "b.parquet", tmp_path / "files"):
+        more_training, more_validation = sides(path)
+        assert training == more_training & set(old) and validation == more_validation & set(old)
+        assert len(more_training) + len(more_validation) == 160
+
+
+def test_the_share_is_the_one_asked_for_and_a_larger_one_only_adds(tmp_path):
+    places = np.array([place_of(text, seed) for seed in range(3) for text in texts_of(4000)])
+    for fraction in (0.01, 0.05, 0.5, 0.9):
+        assert abs((places < fraction).mean() - fraction) < 4 * math.sqrt(fraction * (1 - fraction) / len(places))
+    assert np.corrcoef(places.reshape(3, -1)).round(1).tolist() == np.eye(3).tolist()
+    assert place_of("a", 0) == 0.14114785119166218  # of today and of every machine
+    file = write(tmp_path / "a.jsonl", texts_of(100))
+    small, large = (sides(file, validation_fraction=fraction)[1] for fraction in (0.1, 0.3))
+    assert small < large and sides(file, seed=6)[1] != sides(file)[1]
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(0.0001, "validation"), (0.9999, "training")])
+def test_an_empty_side_is_one_sentence_that_says_what_would_do(tmp_path, fraction, side):
+    file = write(tmp_path / "a.jsonl", texts_of(7))
+    config = DataConfig(path=str(file), validation_fraction=fraction)
+    makers = [split]
+    if side == "training":
+        makers.append(lambda config: train_batches(config, batch_size=1, sequence_length=8))
+    else:
+        makers.append(lambda config: validation_batches(config, batch_size=1, sequence_length=8))
+    for make in makers:
+        with pytest.raises(
+            DataError, match=rf"none of the 7 in .*a\.jsonl' is for {side}; wanted at (least|most)"
+        ) as caught:
+            make(config)
+    wanted = float(str(caught.value).rstrip(".").split()[-1])
+    training, validation = sides(file, validation_fraction=wanted, seed=0)
+    assert len(training if side == "training" else validation) == 1
+    with pytest.raises(DataError, match=f"none of the 7 in .* is for {side}"):
+        sides(file, validation_fraction=wanted + (1e-4 if side == "training" else -1e-4), seed=0)
+
+
+def test_a_process_without_documents_of_a_side(tmp_path):
+    training, validation = sides(write(tmp_path / "a.jsonl", texts_of(10)), validation_fraction=0.5)
+    file = write(
+        tmp_path / "b.jsonl",
+        [text for pair in zip(sorted(training)[:3], sorted(validation)[:3], strict=True) for text in pair],
+    )
+    config = DataConfig(path=str(file), validation_fraction=0.5, seed=5)
+    train_batches(config, batch_size=1, sequence_length=8, process_index=0, process_count=2)
+    with pytest.raises(DataError, match=r"a process reads \d documents of .*, none of them for training\.$"):
+        train_batches(config, batch_size=1, sequence_length=8, process_index=1, process_count=2)
+
+
+def test_a_side_is_found_once_and_no_more_is_read_than_is_needed(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", texts_of(400))
+    config = DataConfig(path=str(file), validation_fraction=0.2, seed=5)
+    read = []
+    corpus = SplitCorpus(config)
+    whole = type(corpus._documents).__getitem__
+    monkeypatch.setattr(type(corpus._documents), "__getitem__", lambda self, i: (read.append(i), whole(self, i))[1])
+    first = next(SplitCorpus(config).texts("validation"))
+    assert len(read) < 40
+    held_out = list(corpus.texts("validation"))
+    read.clear()
+    assert list(SplitCorpus(config).texts("validation")) == held_out and held_out[0] == first
+    assert len(read) == len(held_out) + 1  # and the document that is tried when a corpus is opened
+    write(file, texts_of(401))
+    assert len(list(SplitCorpus(config).texts("validation"))) >= len(held_out)
+    assert len(read) > 400
+
+
+def test_validation_batches_come_in_the_same_order_before_and_after_all_sides_are_known(tmp_path):
+    config = DataConfig(path=str(write(tmp_path / "a.jsonl", texts_of(60))), validation_fraction=0.2)
+    batches = validation_batches(config, batch_size=2, sequence_length=16)
+    first = list(batches)
+    split(config)
+    np.testing.assert_equal(list(validation_batches(config, batch_size=2, sequence_length=16)), first)
+    targets = np.concatenate([batch["targets"][batch["mask"] > 0] for batch in first])
+    numbers = [
+        int(bytes(part).split()[-1]) for part in np.split(targets.astype(np.uint8), np.flatnonzero(targets == 256))[:-1]
+    ]
+    assert sorted(numbers) != numbers  # not the order of the file, whose beginning may be unlike the rest
