@@ -22,7 +22,8 @@ class DataConfig:
         validation_fraction: share of the documents (not of the bytes) held out for validation, in (0, 1). A hash of
             the seed and the document's text decides, so that a document never changes sides however the corpus
             grows or is ordered, and equal documents are on one side; of n documents this share is held out give
-            or take the root of n times it, and it is an error if that is none or all.
+            or take the root of n times it. Where that would be none the document whose hash is lowest is held out
+            (alone it may move, to training, when the corpus grows); where it would be all, that is an error.
         seed: decides the split and the order of the documents, in [0, 2^32).
         shuffle_rows: rows are drawn at random from a window of this many, so that the rows of one long
             document do not follow each other; 1 keeps the packing order. The window lives in memory.

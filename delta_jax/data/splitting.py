@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ _CODES: dict[Side, int] = {"training": 1, "validation": 2}
 
 
 def place_of(text: str, seed: int) -> float:
-    """The place of a document in [0, 1): those below `validation_fraction` are held out.
+    """The place of a document in [0, 1): those below `validation_fraction` are held out, and the lowest in any case.
 
     Uniform for different texts, and a function of text and seed alone.
     """
@@ -56,7 +57,10 @@ class SplitCorpus:
             )
         stamps = tuple(_stamp(file) for file in self._documents.files)
         what = (type(self._documents).__name__, config.text_field, config.seed, config.validation_fraction)
-        self._sides = _sides(stamps, what, len(self))
+        self._known = _known(stamps, what, len(self))
+        self._sides = self._known.sides
+        if self._known.share is None:
+            self._known.share = self._find_share()
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -67,18 +71,22 @@ class SplitCorpus:
         Raises:
             DataError: it cannot be read; also where bad documents are skipped.
         """
-        code, known = _CODES[side], self._sides[index]
-        if known not in (_UNKNOWN, _BAD, code):
+        if self._sides[index] not in (_UNKNOWN, _BAD, _CODES[side]):
             return None
+        text = self._read(index)
+        return text if self._sides[index] == _CODES[side] else None
+
+    def _read(self, index: int) -> str:
+        """The document, whose side is known from then on."""
         try:
             text = self._documents[index]
         except DataError:
             self._sides[index] = _BAD
             raise
-        if known != code:
-            held_out = place_of(text, self.config.seed) < self.config.validation_fraction
-            self._sides[index] = known = _CODES["validation" if held_out else "training"] if text else _EMPTY
-        return text if known == code else None
+        if self._sides[index] in (_UNKNOWN, _BAD):
+            held_out = place_of(text, self.config.seed) < (self._known.share or self.config.validation_fraction)
+            self._sides[index] = _CODES["validation" if held_out else "training"] if text else _EMPTY
+        return text
 
     def where(self, index: int) -> str:
         """The document's file and its line, row or record there."""
@@ -94,8 +102,11 @@ class SplitCorpus:
         What is known by now to be elsewhere is left out, and so are bad documents where they are skipped.
         """
         possible = np.isin(self._sides, (_UNKNOWN, _CODES[side], *([_BAD] if self.config.on_error == "stop" else [])))
-        order = np.random.default_rng(self.config.seed).permutation(len(self))
+        order = self._order()
         return order[possible[order]]
+
+    def _order(self) -> Int[np.ndarray, " documents"]:
+        return np.random.default_rng(self.config.seed).permutation(len(self))
 
     def texts(self, side: Side, indices: Iterable[int] | None = None) -> Iterator[tuple[int, str]]:
         """Number and text of the documents on a side, in the order of the indices, default that of `candidates`."""
@@ -113,24 +124,45 @@ class SplitCorpus:
         """Raises a DataError if there is no document on a side (among the indices)."""
         if next(self.texts(side, indices), None) is not None:
             return
-        config, of = self.config, f"the corpus at {self.config.path!r}"
+        of = f"the corpus at {self.config.path!r}"
         indices = range(len(self)) if indices is None else indices
         other: Side = "validation" if side == "training" else "training"
-        places = [place_of(text, config.seed) for _, text in self.texts(other, indices)]
+        places = [place_of(text, self.config.seed) for _, text in self.texts(other, indices)]
         if not places:
             raise DataError(f"data.path: {of} holds no document with text{self._why(indices)}.")
         if len(indices) < len(self):
             raise DataError(f"data.path: a process reads {len(indices)} documents of {of}, none of them for {side}.")
-        if side == "validation":
-            least = (math.floor(min(places) * 1e4) + 1) / 1e4
-            wanted = f"at least {least}" if least < 1 else "more documents"
-        else:
-            most = math.floor(max(places) * 1e4) / 1e4
-            wanted = f"at most {most}" if most > 0 else "more documents"
+        most = math.floor(max(places) * 1e4) / 1e4
+        wanted = f"at most {most}" if min(places) < most else "documents that differ"
         raise DataError(
             f"data.validation_fraction: a hash of its text puts each document on a side, and with "
-            f"{config.validation_fraction} none of the {len(places)} in {of} is for {side}; wanted {wanted}."
+            f"{self.config.validation_fraction} all {len(places)} in {of} are held out; wanted {wanted}."
         )
+
+    def _find_share(self) -> float:
+        """Below which place documents are held out: the fraction, but where that holds out none the least that does.
+
+        What was trained on is still never held out when the corpus grows: all that is added can only lower the lowest.
+        """
+        fraction, lowest = self.config.validation_fraction, 1.0
+        where: list[int] = []
+        for index in self._order():
+            try:
+                text = self._read(int(index))
+            except DataError:
+                if self.config.on_error == "stop":
+                    raise
+                continue
+            if not text:
+                continue
+            place = place_of(text, self.config.seed)
+            if place < fraction:
+                return fraction
+            if place <= lowest:
+                where = [*(where if place == lowest else []), int(index)]
+                lowest = place
+        self._sides[where] = _CODES["validation"]
+        return math.nextafter(lowest, 1.0)
 
     def _why(self, indices: Iterable[int]) -> str:
         kinds: Counter[str] = Counter()
@@ -154,7 +186,15 @@ def _stamp(file: Path) -> tuple[str, int, int]:
     return str(file), stat.st_mtime_ns, stat.st_size
 
 
+@dataclass
+class _Known:
+    """What is known of a corpus: the sides of the documents that were read, and below which place they are held out."""
+
+    sides: np.ndarray
+    share: float | None = None
+
+
 @functools.lru_cache(maxsize=8)
-def _sides(stamps: tuple[tuple[str, int, int], ...], what: tuple[object, ...], count: int) -> np.ndarray:
-    """What is known of the sides of a corpus's documents; it is filled in as they are read."""
-    return np.zeros(count, np.uint8)
+def _known(stamps: tuple[tuple[str, int, int], ...], what: tuple[object, ...], count: int) -> _Known:
+    """It is filled in as documents are read."""
+    return _Known(np.zeros(count, np.uint8))

@@ -196,14 +196,15 @@ def test_processes_share_the_documents(corpus):
 
 
 def test_a_broken_document_is_reported_from_inside_the_pipeline(tmp_path):
-    lines = [f'{{"text": "{number}"}}' for number in range(60)] + ['{"body": "b"}'] * 5
+    lines = [f'{{"text": "{number}"}}' for number in range(60)] + ['{"body": "b"}']
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    batches = train_batches(DataConfig(path=str(tmp_path / "bad.jsonl")), batch_size=1, sequence_length=8)
+    config = DataConfig(path=str(tmp_path / "bad.jsonl"), validation_fraction=0.5)
+    batches = train_batches(config, batch_size=1, sequence_length=8)
     for _ in range(2):
         with pytest.raises(DataError) as caught:
             take(batches, 30)
         assert re.fullmatch(
-            r"data\.text_field: \S+bad\.jsonl, line 6\d has no field 'text'; it has body\.", str(caught.value)
+            r"data\.text_field: \S+bad\.jsonl, line 61 has no field 'text'; it has body\.", str(caught.value)
         )
 
 

@@ -54,25 +54,39 @@ def test_the_share_is_the_one_asked_for_and_a_larger_one_only_adds(tmp_path):
     assert small < large and sides(file, seed=6)[1] != sides(file)[1]
 
 
-@pytest.mark.parametrize(("fraction", "side"), [(0.0001, "validation"), (0.9999, "training")])
-def test_an_empty_side_is_one_sentence_that_says_what_would_do(tmp_path, fraction, side):
+def test_of_a_small_corpus_the_lowest_is_held_out_and_growth_leaks_nothing(tmp_path):
+    trained = set()
+    for count in range(2, 120, 3):
+        file = write(tmp_path / "a.jsonl", texts_of(count))
+        training, validation = sides(file, validation_fraction=0.05)
+        below = {text for text in texts_of(count) if place_of(text, 5) < 0.05}
+        assert validation == (below or {min(texts_of(count), key=lambda text: place_of(text, 5))})
+        assert not trained & validation
+        trained |= training
+    assert below  # the corpus has outgrown the exception
+    write(file, [*texts_of(3), *texts_of(3)])
+    assert len(sides(file, validation_fraction=1e-9)[1]) == 1  # and its double with it
+    config = DataConfig(path=str(file), validation_fraction=1e-9, shuffle_rows=1)
+    held_out = split(config)[1][0].encode()
+    batches = train_batches(config, batch_size=1, sequence_length=64)
+    assert not any(held_out in bytes(next(batches)["targets"][0].astype(np.uint8)) for _ in range(9))
+
+
+def test_nothing_to_train_on_is_one_sentence_that_says_what_would_do(tmp_path):
     file = write(tmp_path / "a.jsonl", texts_of(7))
-    config = DataConfig(path=str(file), validation_fraction=fraction)
-    makers = [split]
-    if side == "training":
-        makers.append(lambda config: train_batches(config, batch_size=1, sequence_length=8))
-    else:
-        makers.append(lambda config: validation_batches(config, batch_size=1, sequence_length=8))
-    for make in makers:
+    config = DataConfig(path=str(file), validation_fraction=0.9999)
+    for make in (split, lambda config: train_batches(config, batch_size=1, sequence_length=8)):
         with pytest.raises(
-            DataError, match=rf"none of the 7 in .*a\.jsonl' is for {side}; wanted at (least|most)"
+            DataError, match=r"with 0\.9999 all 7 in .*a\.jsonl' are held out; wanted at most"
         ) as caught:
             make(config)
-    wanted = float(str(caught.value).rstrip(".").split()[-1])
-    training, validation = sides(file, validation_fraction=wanted, seed=0)
-    assert len(training if side == "training" else validation) == 1
-    with pytest.raises(DataError, match=f"none of the 7 in .* is for {side}"):
-        sides(file, validation_fraction=wanted + (1e-4 if side == "training" else -1e-4), seed=0)
+    wanted = float(str(caught.value).removesuffix(".").split()[-1])
+    assert len(sides(file, validation_fraction=wanted, seed=0)[0]) == 1
+    with pytest.raises(DataError, match=r"all 7 in .* are held out"):
+        sides(file, validation_fraction=wanted + 1e-4, seed=0)
+    write(file, ["the same"] * 7)
+    with pytest.raises(DataError, match=r"all 7 in .* are held out; wanted documents that differ"):
+        sides(file)
 
 
 def test_a_process_without_documents_of_a_side(tmp_path):
