@@ -20,6 +20,8 @@ from delta_jax.data.records import (
     text_of_value,
 )
 
+_PROBE = 8  # records that are looked at to tell whether they are JSON
+
 
 class _Files:
     """Documents of several files, one file after the other."""
@@ -163,19 +165,20 @@ class ParquetRows(_Files):
 
 
 class ArrayRecords(_Files):
-    """Each record is a document: a JSON object with the text field if the first one is, else UTF-8 text."""
+    """Each record is a document: a JSON object with the text field if one of the first few is, else UTF-8 text."""
 
     def __init__(self, files: Sequence[Path], field: str) -> None:
         self._field = field
         self._records: list[Any] = []
         super().__init__(files)
-        self._json = False
-        readable = [records for records in self._records if records]
-        if readable:
-            try:
-                self._json = is_json_object(readable[0][0])
-            except (RuntimeError, ValueError):
-                self._json = False  # the record raises when it is read
+        self._json = any(self._is_json(index) for index in range(min(len(self), _PROBE)))
+
+    def _is_json(self, index: int) -> bool:
+        number, place = self._place(index)
+        try:
+            return number not in self.faults and is_json_object(self._records[number][place])
+        except (RuntimeError, ValueError):
+            return False  # the record raises when it is read
 
     def _count(self, number: int) -> int:
         from array_record.python.array_record_data_source import ArrayRecordDataSource

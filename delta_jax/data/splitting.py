@@ -38,7 +38,7 @@ class SplitCorpus:
 
     A document is read when its side is first asked for, and its side is remembered as long as the files are
     unchanged: a stream reads no more of the corpus than it needs, and no evaluation but the first reads what is for
-    training.
+    training. A document that changes sides while the corpus is open is a fault.
 
     Args:
         config: the corpus.
@@ -83,9 +83,11 @@ class SplitCorpus:
         except DataError:
             self._sides[index] = _BAD
             raise
-        if self._sides[index] in (_UNKNOWN, _BAD):
-            held_out = place_of(text, self.config.seed) < (self._known.share or self.config.validation_fraction)
-            self._sides[index] = _CODES["validation" if held_out else "training"] if text else _EMPTY
+        held_out = place_of(text, self.config.seed) < (self._known.share or self.config.validation_fraction)
+        code = _CODES["validation" if held_out else "training"] if text else _EMPTY
+        if self._sides[index] not in (_UNKNOWN, _BAD, code):
+            raise DataError(f"data.path: {self.where(index)} is no longer the document that it was.", "changed")
+        self._sides[index] = code
         return text
 
     def where(self, index: int) -> str:

@@ -91,6 +91,13 @@ def test_evaluate_prints_what_the_library_measures(trained, capsys):
     assert shown["bytes"] == f"{result.bytes:,}"
 
 
+def test_a_document_that_is_no_text_is_named(config, tmp_path, capsys):
+    lines = [json.dumps({"text": f"good {number}"}) for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "half an emoji \\ud83d here"}', *lines]))
+    error = mistake(capsys, "train", config, f"data.path={tmp_path}/a.jsonl")
+    assert re.search(r"a\.jsonl, line 1: character 14 is U\+D83D", error)
+
+
 def test_evaluate_on_another_corpus(trained, tmp_path, capsys):
     _, folder = trained
     (tmp_path / "other.data").write_text("".join(json.dumps({"body": f"{number}" * 50}) + "\n" for number in range(10)))

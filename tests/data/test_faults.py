@@ -273,12 +273,30 @@ def test_a_cut_off_arrow_file_is_named(tmp_path):
         load_documents(config_of(tmp_path / "rows"))
 
 
+def test_records_are_json_though_the_first_is_cut_off(tmp_path):
+    records = [b'{"text": "cut o', *lines_of(GOOD[:5])]
+    skip = config_of(write_records(tmp_path / "a.array_record", records), on_error="skip")
+    assert every_text(skip) == GOOD[:5]
+    with pytest.raises(DataError, match=r"a\.array_record, record 0: not a JSON object"):
+        load_documents(config_of(tmp_path / "a.array_record"))
+
+
 def test_compressed_files_are_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     with pytest.raises(DataError, match=r"a\.jsonl\.gz is compressed; .*decompress it\.$"):
         load_documents(config_of(tmp_path))
     with pytest.raises(DataError, match=r"a\.jsonl\.gz, line 1: not UTF-8 text; it begins like gzip\.$|not a JSON"):
         load_documents(config_of(tmp_path / "a.jsonl.gz", format="jsonl"))
+
+
+def test_no_document_with_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
+    for make in (split, lambda config: validation_batches(config, batch_size=1, sequence_length=8)):
+        with pytest.raises(DataError, match=r"the corpus at .*a\.jsonl' holds no document with text\.$"):
+            make(config_of(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_bytes(b"  \n\t\r\n\xef\xbb\xbf")
+    with pytest.raises(DataError, match="is empty: it holds no document"):
+        split(config_of(tmp_path / "a.jsonl"))
 
 
 def test_nothing_but_faults(tmp_path):

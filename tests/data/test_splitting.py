@@ -119,6 +119,19 @@ def test_a_side_is_found_once_and_no_more_is_read_than_is_needed(tmp_path, monke
     assert len(read) > 400
 
 
+def test_a_document_that_changes_sides_while_the_corpus_is_open_is_a_fault(tmp_path):
+    training, validation = (sorted(side) for side in sides(write(tmp_path / "all.jsonl", texts_of(40))))
+    for number, text in enumerate([*training[:5], validation[0]]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    corpus = SplitCorpus(DataConfig(path=str(tmp_path / "*.txt"), validation_fraction=0.2, seed=5))
+    assert dict(corpus.texts("training")) == dict(enumerate(training[:5]))
+    (tmp_path / "3.txt").write_text(validation[1])
+    with pytest.raises(DataError, match=r"3\.txt is no longer the document that it was"):
+        list(corpus.texts("training"))
+    (tmp_path / "3.txt").write_text(training[7])
+    assert len(list(corpus.texts("training"))) == 5
+
+
 def test_validation_batches_come_in_the_same_order_before_and_after_all_sides_are_known(tmp_path):
     config = DataConfig(path=str(write(tmp_path / "a.jsonl", texts_of(60))), validation_fraction=0.2)
     batches = validation_batches(config, batch_size=2, sequence_length=16)
