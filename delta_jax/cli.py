@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="PATH", help="another corpus: stdlib, a file, a folder or a glob")
     evaluate.add_argument("--format", help="format of that corpus; default: told from its files")
     evaluate.add_argument("--text-field", metavar="NAME", help="field of that corpus that holds the text")
+    evaluate.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="X",
+        help="share of that corpus's documents; default: as in training",
+    )
     evaluate.add_argument("--batch-size", type=int, metavar="B", help="rows at a time; default: as in training")
     evaluate.add_argument("--sequence-length", type=int, metavar="T", help="tokens in a row; default: as in training")
     evaluate.set_defaults(run=_evaluate)
@@ -147,23 +153,27 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from delta_jax.data import bigram_bits_per_byte, validation_batches, validation_bytes
+    from delta_jax.data import bigram_bits_per_byte, validation_batches
     from delta_jax.evaluation import evaluate
     from delta_jax.training import restore_model
 
-    if arguments.data is None and (arguments.format or arguments.text_field):
-        raise ValueError("--format and --text-field describe another corpus: give --data as well.")
+    fraction = arguments.validation_fraction
+    if arguments.data is None and (arguments.format or arguments.text_field or fraction is not None):
+        raise ValueError(
+            "--format, --text-field and --validation-fraction describe another corpus: give --data as well."
+        )
     config, model = restore_model(arguments.folder)
     data = config.data
     if arguments.data is not None:
         data = dataclasses.replace(data, path=arguments.data, format=arguments.format or "auto")
         data = dataclasses.replace(data, text_field=arguments.text_field or data.text_field)
+        data = dataclasses.replace(data, validation_fraction=data.validation_fraction if fraction is None else fraction)
     batches = validation_batches(
         data,
         batch_size=config.batch_size if arguments.batch_size is None else arguments.batch_size,
         sequence_length=config.sequence_length if arguments.sequence_length is None else arguments.sequence_length,
     )
-    result = evaluate(model, batches, bytes=validation_bytes(data))
+    result = evaluate(model, batches)
     rows = [
         ("corpus", data.path),
         ("loss", f"{result.loss:.4f} nats per token"),

@@ -86,7 +86,7 @@ def _read(source: str | Path) -> dict[str, Any]:
             hint = _did_you_mean(str(source), preset_names())
             raise ValueError(f'unknown preset "{source}"{hint}; there are: {", ".join(preset_names())}')
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f'configuration file "{path}" is not valid TOML: {error}') from error
 

@@ -51,7 +51,7 @@ def main() -> None:
     # Measure before and after on every held-out document.
     def measure(model: LanguageModel) -> EvaluationResult:
         batches = validation_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
-        return evaluate(model, batches, bytes=size)
+        return evaluate(model, batches)
 
     _, trained = restore_model(config.output)
     before, after = measure(untrained), measure(trained)

@@ -41,6 +41,14 @@ def test_tables_become_nested_dataclasses() -> None:
     assert isinstance(config.leaves[1].rate, float)
 
 
+def test_a_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b'\xef\xbb\xbfname = "n"\r\n[inner]\r\nsize = 4\r\n')
+    assert load_config(Root, tmp_path / "run.toml") == Root(name="n", inner=Leaf(size=4))
+    (tmp_path / "run.toml").write_bytes('name = "n"'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r'run\.toml" is not valid TOML'):
+        load_config(Root, tmp_path / "run.toml")
+
+
 def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('name = "n"\n[[leaves]]\nsize = 2\n[inner]\nsize = 4\n')

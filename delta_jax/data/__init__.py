@@ -2,7 +2,9 @@
 
 from delta_jax.data.bigram import bigram_bits_per_byte
 from delta_jax.data.config import DataConfig
-from delta_jax.data.pipeline import Batch, split, train_batches, validation_batches, validation_bytes
+from delta_jax.data.fingerprint import differences, fingerprint
+from delta_jax.data.pipeline import Batch, TrainBatches, split, train_batches, validation_batches, validation_bytes
+from delta_jax.data.records import DataError
 from delta_jax.data.sources import Documents, load_documents
 from delta_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
@@ -10,10 +12,14 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "DataConfig",
+    "DataError",
     "Documents",
     "JsonTokenizer",
     "Tokenizer",
+    "TrainBatches",
     "bigram_bits_per_byte",
+    "differences",
+    "fingerprint",
     "load_documents",
     "load_tokenizer",
     "split",

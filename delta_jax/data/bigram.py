@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import grain
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from delta_jax.data.config import DataConfig
-from delta_jax.data.pipeline import split
+from delta_jax.data.splitting import Side, SplitCorpus
 
 _SYMBOLS = 257  # byte values and the document boundary
 _BOUNDARY = 256
@@ -33,21 +32,23 @@ def bigram_bits_per_byte(config: DataConfig, *, training_bytes: int = 100_000_00
         Bits per byte on the validation split.
 
     Raises:
-        ValueError: as `split`.
+        ValueError: the corpus cannot be read, or there is no document on a side.
     """
-    training, validation = split(config)
-    counts, _ = _pair_counts(training, training_bytes)
+    corpus = SplitCorpus(config)
+    corpus.require("training")
+    corpus.require("validation")
+    counts, _ = _pair_counts(corpus, "training", training_bytes)
     seen = counts.sum(axis=1, keepdims=True)
     alpha = max(_ALPHAS, key=lambda value: _left_out_log_likelihood(counts, seen, float(value)))
     bits: Float64[np.ndarray, "a b"] = -np.log2((counts + alpha) / (seen + _SYMBOLS * alpha))
-    tested, length = _pair_counts(validation)
+    tested, length = _pair_counts(corpus, "validation")
     return float((tested * bits).sum() / length)
 
 
-def _pair_counts(documents: grain.MapDataset[str], limit: int | None = None) -> tuple[Int64[np.ndarray, "a b"], int]:
+def _pair_counts(corpus: SplitCorpus, side: Side, limit: int | None = None) -> tuple[Int64[np.ndarray, "a b"], int]:
     """Counts of adjacent symbols and the number of bytes."""
     counts, total = np.zeros(_SYMBOLS**2, np.int64), 0
-    for symbols in _joined(documents[index].encode() for index in range(len(documents))):
+    for symbols in _joined(text.encode() for _, text in corpus.texts(side)):
         counts += np.bincount(symbols[:-1] * _SYMBOLS + symbols[1:], minlength=_SYMBOLS**2)
         total += int((symbols != _BOUNDARY).sum())
         if limit is not None and total >= limit:

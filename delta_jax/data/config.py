@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ON_ERROR = ("stop", "skip")
 FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", "huggingface")
 
 
@@ -18,11 +19,16 @@ class DataConfig:
         format: one of `FORMATS`; "auto" tells it from the suffixes or from the folder's contents.
         text_field: the field or column that holds the text (JSONL, Parquet, Hugging Face, JSON ArrayRecords).
         tokenizer: "bytes", or the path of a tokenizer.json.
-        validation_fraction: share of the documents (not of the bytes) held out for validation, in (0, 1); at
-            least one document is held out and at least one is trained on.
+        validation_fraction: share of the documents (not of the bytes) held out for validation, in (0, 1). A hash of
+            the seed and the document's text decides, so that a document never changes sides however the corpus
+            grows or is ordered, and equal documents are on one side; of n documents this share is held out give
+            or take the root of n times it. Where that would be none the document whose hash is lowest is held out
+            (alone it may move, to training, when the corpus grows); where it would be all, that is an error.
         seed: decides the split and the order of the documents, in [0, 2^32).
         shuffle_rows: rows are drawn at random from a window of this many, so that the rows of one long
             document do not follow each other; 1 keeps the packing order. The window lives in memory.
+        on_error: what a document that cannot be read does, or a file: "stop" raises a `DataError`, "skip" leaves
+            it out and counts it. Documents without a character are left out in any case.
     """
 
     path: str = "stdlib"
@@ -32,8 +38,13 @@ class DataConfig:
     validation_fraction: float = 0.05
     seed: int = 0
     shuffle_rows: int = 2048
+    on_error: str = "stop"
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError('path must name a corpus; got "".')
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}; got {self.on_error!r}.")
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}.")
         if not 0.0 < self.validation_fraction < 1.0:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import atexit
 import functools
+import warnings
 import weakref
+from collections import Counter
+from typing import Any
 
 import grain
 import numpy as np
 
 from delta_jax.data.config import DataConfig
-from delta_jax.data.packing import PackRows
-from delta_jax.data.sources import Documents, load_documents
-from delta_jax.data.tokenizer import Tokenizer, load_tokenizer
+from delta_jax.data.packing import PackRows, Piece
+from delta_jax.data.records import DataError
+from delta_jax.data.splitting import Side, SplitCorpus
+from delta_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)  # documents tokenised ahead
+_SAMPLE = 1 << 18  # characters that are tokenised and turned back to see what is lost
 
 
 def train_batches(
@@ -26,7 +31,7 @@ def train_batches(
     sequence_length: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> TrainBatches:
     """Batches of the training split, without end, in a new order of documents every epoch.
 
     Every document stands between two document ids; see `PackRows` for how documents become rows. The stream
@@ -37,31 +42,39 @@ def train_batches(
         config: the corpus.
         batch_size: B, rows in a batch of this process.
         sequence_length: T, (input, target) pairs in a row.
-        process_index: of this process; it reads every process_count-th training document.
+        process_index: of this process; it reads every process_count-th document.
         process_count: processes that read the corpus together.
 
     Returns:
         An iterator over {"inputs": int32 [B, T], "targets": int32 [B, T], "segment_ids": int32 [B, T] from 1,
-        "mask": float32 [B, T], all 1 here}.
+        "mask": float32 [B, T], all 1 here, "bytes": int32 [B, T], bytes of text that each target stands for
+        (`Tokenizer.encode_with_bytes`)}. Its `skipped` are the documents left out so far.
 
     Raises:
-        ValueError: an impossible size, a corpus or tokenizer that cannot be read, fewer than two documents.
+        ValueError: an impossible size, a corpus or tokenizer that cannot be read, no document to train on. A fault of
+            a document raises a `DataError` when the stream comes to it, and again at every further call.
     """
     _check_sizes(batch_size, sequence_length)
     tokenizer = load_tokenizer(config.tokenizer)
-    training, _ = split(config)
-    if not 0 <= process_index < process_count <= len(training):
+    corpus = SplitCorpus(config)
+    if not 0 <= process_index < process_count <= len(corpus):
         raise ValueError(
             f"process_index {process_index} of process_count {process_count}: wanted 0 <= process_index < "
-            f"process_count <= training documents ({len(training)})."
+            f"process_count <= documents ({len(corpus)})."
         )
-    training = training[process_index::process_count]
-    documents = training.shuffle(seed=(config.seed + 1) % 2**32).repeat().map(functools.partial(_tokenise, tokenizer))
-    rows: grain.IterDataset[Batch] = PackRows(documents.to_iter_dataset(_READ), length=sequence_length)
+    mine = range(process_index, len(corpus), process_count)
+    corpus.require("training", mine)
+    _warn_of_lost_bytes(config)
+    indices = grain.MapDataset.range(mine.start, mine.stop, mine.step)
+    pieces = indices.shuffle(seed=(config.seed + 1) % 2**32).repeat()
+    pieces = pieces.map_with_index(functools.partial(_piece, corpus, tokenizer, "training", len(mine)))
+    skipped: dict[str, int] = {}
+    rows: grain.IterDataset[Batch] = PackRows(
+        pieces.to_iter_dataset(_READ), length=sequence_length, skipped=skipped, patience=2 * len(mine)
+    )
     if config.shuffle_rows > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=config.shuffle_rows, seed=config.seed)
-    batches = rows.batch(batch_size, drop_remainder=True)
-    iterator = _Prefetch(iter(batches), prefetch_buffer_size=4)
+    iterator = TrainBatches(iter(rows.batch(batch_size, drop_remainder=True)), skipped)
     atexit.register(_close, weakref.ref(iterator))
     return iterator
 
@@ -77,85 +90,164 @@ def validation_batches(config: DataConfig, *, batch_size: int, sequence_length: 
 
     Returns:
         A finite iterable (each `iter` starts over) over batches as in `train_batches`; the end of the last
-        batch is padded: segment id 0, mask 0.
+        batch is padded: segment id 0, mask 0. Bits per byte = sum of the targets' nats / (ln 2 * sum of "bytes").
 
     Raises:
         ValueError: as `train_batches`.
     """
     _check_sizes(batch_size, sequence_length)
     tokenizer = load_tokenizer(config.tokenizer)
-    _, validation = split(config)
-    documents = validation.map(functools.partial(_tokenise, tokenizer)).to_iter_dataset(_READ)
+    corpus = SplitCorpus(config)
+    corpus.require("validation")
+    _warn_of_lost_bytes(config)
+    pieces = grain.MapDataset.source(corpus.candidates("validation")).map_with_index(
+        functools.partial(_piece, corpus, tokenizer, "validation", len(corpus))
+    )
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return PackRows(documents, length=sequence_length).batch(batch_size, drop_remainder=False, batch_fn=pad)
+    rows = PackRows(pieces.to_iter_dataset(_READ), length=sequence_length)
+    return rows.batch(batch_size, drop_remainder=False, batch_fn=pad)
 
 
 def validation_bytes(config: DataConfig) -> int:
-    """UTF-8 bytes of the validation documents: what the targets of `validation_batches` stand for.
+    """UTF-8 bytes of the validation documents: the sum of "bytes" over `validation_batches`.
 
-    Bits per byte = sum of the targets' nats / (ln 2 * validation_bytes). The document id that closes each
-    document is among the targets and adds to the nats, and it stands for no byte.
+    The document id that closes each document is among the targets and adds to the nats, and it stands for no byte
+    but those at the end of the document that no token stands for.
     """
-    _, validation = split(config)
-    return sum(len(validation[index].encode()) for index in range(len(validation)))
+    return sum(len(text.encode()) for _, text in SplitCorpus(config).texts("validation"))
 
 
 def split(config: DataConfig) -> tuple[grain.MapDataset[str], grain.MapDataset[str]]:
-    """The documents for training and for validation, by a seeded permutation of the document index.
+    """The documents for training and for validation; reads the whole corpus once (see `SplitCorpus`).
 
     Returns:
-        The training texts and the validation texts, as random-access datasets.
+        The training texts and the validation texts, as random-access datasets in a random order.
 
     Raises:
-        ValueError: the corpus cannot be read, or it has fewer than two documents.
+        ValueError: the corpus cannot be read, or there is no document on a side.
     """
-    documents = load_documents(config)
-    count = len(documents)
-    if count < 2:
-        raise ValueError(
-            f"data.path: the corpus at {config.path!r} has one document; the split into "
-            "training and validation takes two."
-        )
-    held_out = min(max(round(config.validation_fraction * count), 1), count - 1)
-    validation = _Part(documents, config.seed, range(held_out))
-    training = _Part(documents, config.seed, range(held_out, count))
+    corpus = SplitCorpus(config)
+    corpus.require("training")
+    corpus.require("validation")
+    training, validation = (_Part(corpus, side) for side in ("training", "validation"))
     return grain.MapDataset.source(training), grain.MapDataset.source(validation)
 
 
 class _Part:
-    """Documents at some places of a seeded permutation.
+    """The documents on a side.
 
     A source, not a slice of a shuffled dataset: grain shuffles that anew every epoch, so that from
     the second epoch on such a slice would hold validation documents.
     """
 
-    def __init__(self, documents: Documents, seed: int, places: range) -> None:
-        self._documents, self._seed, self._places = documents, seed, places
+    def __init__(self, corpus: SplitCorpus, side: Side) -> None:
+        self._corpus, self._side = corpus, side
+        self._indices = [index for index, _ in corpus.texts(side)]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> str:
-        last = len(self._documents) - 1
-        return self._documents[
-            grain.experimental.index_shuffle(self._places[index], max_index=last, seed=self._seed, rounds=4)
-        ]
+        text = self._corpus.text(self._indices[index], self._side)
+        assert text is not None
+        return text
 
 
-def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    edge = np.array([tokenizer.document_id], np.int32)
-    return np.concatenate([edge, tokenizer.encode(text), edge])
+def _piece(corpus: SplitCorpus, tokenizer: Tokenizer, side: Side, first_epoch: int, number: int, index: Any) -> Piece:
+    """What a document is in a stream for one side; each that is left out is counted in the first epoch alone."""
+    skip, again = corpus.config.on_error == "skip", number >= first_epoch
+    if skip and again and corpus.is_bad(index):
+        return ""
+    try:
+        text = corpus.text(int(index), side)
+        return "" if text is None else _tokenise(tokenizer, text, corpus.where(int(index)))
+    except DataError as error:
+        if not skip:
+            raise
+        return "" if again else error.kind
 
 
-class _Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Batches made ahead in a thread; closing again does nothing, as at exit its modules may be gone."""
+def _tokenise(tokenizer: Tokenizer, text: str, where: str) -> np.ndarray:
+    ids, sizes = _encode(tokenizer, text, where)
+    tokens = np.zeros((2, len(ids) + 2), np.int32)
+    tokens[0, 0] = tokens[0, -1] = tokenizer.document_id
+    tokens[0, 1:-1], tokens[1, 1:-1] = ids, sizes
+    tokens[1, -1] = len(text.encode()) - sizes.sum()
+    return tokens
+
+
+def _encode(tokenizer: Tokenizer, text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return tokenizer.encode_with_bytes(text)
+    except ValueError as error:
+        raise DataError(f"{str(error).rstrip('.')} (in {where}).", "not encodable") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _warn_of_lost_bytes(config: DataConfig) -> None:
+    """Warns if a sample of the documents, encoded and decoded, is not all there."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    if isinstance(tokenizer, ByteTokenizer):
+        return
+    corpus, read, lost, characters = SplitCorpus(config), 0, 0, 0
+    for index, whole in corpus.texts("training"):
+        text = whole[: _SAMPLE - characters]
+        try:
+            ids, _ = _encode(tokenizer, text, corpus.where(index))
+        except DataError:
+            if config.on_error == "stop":
+                raise
+            continue
+        gone = Counter(text) - Counter(tokenizer.decode(ids))
+        lost += sum(count * len(character.encode()) for character, count in gone.items())
+        read, characters = read + len(text.encode()), characters + len(text)
+        if characters >= _SAMPLE:
+            break
+    if lost:
+        warnings.warn(
+            f"data.tokenizer: {config.tokenizer} loses {lost / read:.2%} of the bytes of the corpus at {config.path!r} "
+            f"({lost:,} of {read:,} in a sample do not come back when it is decoded); bits per byte count all bytes, and "
+            "what is lost is never predicted.",
+            stacklevel=3,
+        )
+
+
+class TrainBatches(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Batches made ahead in a thread; closing again does nothing, as at exit its modules may be gone.
+
+    Attributes:
+        skipped: kind of fault -> documents left out so far, each counted once; part of the state.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator[Batch], skipped: dict[str, int]) -> None:
+        super().__init__(batches, prefetch_buffer_size=4)
+        self._skipped = skipped
+        self._error: DataError | None = None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return dict(self._skipped)
+
+    def __next__(self) -> Batch:
+        if self._error is not None:
+            raise self._error
+        try:
+            batch: Batch = super().__next__()
+        except DataError as error:
+            self._error = error  # grain would go on behind the document
+            raise
+        return batch
+
+    def set_state(self, state: Any) -> None:
+        self._error = None
+        super().set_state(state)
 
     def close(self) -> None:
         if not self._closed:
             super().close()
 
 
-def _close(iterator: weakref.ref[_Prefetch]) -> None:
+def _close(iterator: weakref.ref[TrainBatches]) -> None:
     if (alive := iterator()) is not None:
         alive.close()
 

@@ -37,7 +37,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    model: nnx.Module | LogitsFunction, batches: Iterable[Mapping[str, np.ndarray]], *, bytes: int
+    model: nnx.Module | LogitsFunction, batches: Iterable[Mapping[str, np.ndarray]], *, bytes: int | None = None
 ) -> EvaluationResult:
     """Measures a model on every target of the batches whose mask is not 0.
 
@@ -46,35 +46,44 @@ def evaluate(
     Args:
         model: a language model, or a jittable function of the same signature: called with tokens int32 [B, T]
             and the keyword segment_ids int32 [B, T], it returns logits [B, T, vocab].
-        batches: dicts with "inputs", "targets", "segment_ids" (int32 [B, T]) and "mask" (float32 [B, T]), as
-            `delta_jax.data.validation_batches` yields.
-        bytes: bytes of text the targets stand for (`delta_jax.data.validation_bytes`).
+        batches: dicts with "inputs", "targets", "segment_ids" (int32 [B, T]), "mask" (float32 [B, T]) and "bytes"
+            (int32 [B, T], bytes of text each target stands for), as `delta_jax.data.validation_batches` yields.
+        bytes: bytes of text that all targets stand for together, for batches that do not say; by default the sum of
+            "bytes" over what the masks let through.
 
     Returns:
         The measures over all batches together.
 
     Raises:
-        ValueError: no target counted, or bytes is not positive.
+        ValueError: no target counted, bytes is not positive, or batches without "bytes" and nothing in its place.
     """
-    if bytes < 1:
+    if bytes is not None and bytes < 1:
         raise ValueError(f"bytes must be at least 1; got {bytes}.")
     # A function becomes a pytree without leaves, as a module is one with leaves: one jitted sum serves both,
     # and a second evaluation of the same model compiles nothing.
     callable_tree = model if isinstance(model, nnx.Module) else jax.tree_util.Partial(model)
     nats = tokens = 0.0
+    counted = 0
     for batch in batches:
-        row_nats, row_tokens = _row_sums(callable_tree, dict(batch))
+        if bytes is None:
+            if "bytes" not in batch:
+                raise ValueError('batches: they have no "bytes"; pass the bytes of text as bytes=.')
+            counted += int(np.sum(batch["bytes"], where=np.asarray(batch["mask"]) > 0))
+        row_nats, row_tokens = _row_sums(callable_tree, {name: batch[name] for name in batch if name != "bytes"})
         nats += float(np.asarray(row_nats, np.float64).sum())
         tokens += float(np.asarray(row_tokens, np.float64).sum())
     if tokens == 0:
         raise ValueError("batches: no target to evaluate on; every mask is 0 or there is no batch.")
+    text = counted if bytes is None else bytes
+    if text < 1:
+        raise ValueError("batches: the targets stand for no byte of text.")
     loss = nats / tokens
     return EvaluationResult(
         loss=loss,
-        bits_per_byte=bits_per_byte(nats, bytes),
+        bits_per_byte=bits_per_byte(nats, text),
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         tokens=round(tokens),
-        bytes=bytes,
+        bytes=text,
     )
 
 

@@ -15,26 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from delta_jax.config import to_dict
-from delta_jax.data import (
-    Batch,
-    Tokenizer,
-    load_tokenizer,
-    train_batches,
-    validation_batches,
-    validation_bytes,
-)
+from delta_jax.data import Batch, load_tokenizer, train_batches, validation_batches
 from delta_jax.models.loss import bits_per_byte
 from delta_jax.parallel import make_mesh, shard_batch
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.config import TrainConfig
-from delta_jax.training.metrics import (
-    EVALUATION,
-    TRAINING,
-    MetricsWriter,
-    bytes_per_token,
-    count_bytes,
-    read_metrics,
-)
+from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
 from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from delta_jax.training.plots import plot_curve
 from delta_jax.training.progress import ProgressDisplay
@@ -97,7 +83,7 @@ def train(
         NonFiniteLossError: the loss or the gradient is not finite; the newest checkpoint is from before.
     """
     output = _writable(config.output)
-    tokenizer = _fitting_tokenizer(config)
+    _check_tokenizer(config)
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -116,7 +102,7 @@ def train(
             MetricsWriter(output, start) as writer,
             ProgressDisplay(start, config.steps, enabled=progress) as display,
         ):
-            run = _Run(config, mesh, tokenizer, output, checkpoints, writer, display)
+            run = _Run(config, mesh, output, checkpoints, writer, display)
             if start:
                 display.say(f"continuing from checkpoint {start} in {output}")
             else:
@@ -140,21 +126,17 @@ class _Run:
         self,
         config: TrainConfig,
         mesh: Mesh,
-        tokenizer: Tokenizer,
         output: Path,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: ProgressDisplay,
     ):
-        self._config, self._mesh, self._tokenizer, self._output = config, mesh, tokenizer, output
+        self._config, self._mesh, self._output = config, mesh, output
         self._checkpoints, self._writer, self._display = checkpoints, writer, display
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         optimizer = make_optimizer(config.optimizer, config.steps)
         self._train_step = make_train_step(config.model, optimizer, schedule, mesh)
         self._evaluation_step = make_evaluation_step(config.model, mesh)
-        sample = itertools.islice(self._validation(), 4)
-        self._bytes_per_token = bytes_per_token(self._tokenizer, sample)
-        self._validation_bytes = validation_bytes(config.data) if config.evaluation_batches is None else 0
         self._clock: float | None = None
         self._tokens = 0.0
         self._tokens_per_second = 0.0
@@ -196,14 +178,12 @@ class _Run:
 
     def evaluate(self, state: TrainState) -> None:
         """Measure the loss on the validation split and write it down."""
-        limit = self._config.evaluation_batches
-        nats, tokens, text = 0.0, 0.0, self._validation_bytes if limit is None else 0
-        for batch in itertools.islice(self._validation(), limit):
-            on_device = shard_batch({name: array[None] for name, array in batch.items()}, self._mesh)
+        nats, tokens, text = 0.0, 0.0, 0
+        for batch in itertools.islice(self._validation(), self._config.evaluation_batches):
+            on_device = shard_batch({name: batch[name][None] for name in batch if name != "bytes"}, self._mesh)
             batch_nats, batch_tokens = self._evaluation_step(state.parameters, on_device)
             nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
-            if limit is not None:
-                text += count_bytes(self._tokenizer, batch)
+            text += int(batch["bytes"].sum())
         step, bits = int(state.step), bits_per_byte(nats, text)
         self._writer.write(EVALUATION, step, {"loss": nats / max(tokens, 1.0), "bits_per_byte": bits})
         self._display.say(f"step {step}: {bits:.3f} bits/byte on the validation split")
@@ -220,7 +200,8 @@ class _Run:
 
     def _micro_batches(self, batch: Batch) -> Batch:
         count = self._config.gradient_accumulation
-        return {name: array.reshape(count, -1, *array.shape[1:]) for name, array in batch.items()}
+        arrays = {name: batch[name] for name in batch if name != "bytes"}
+        return {name: array.reshape(count, -1, *array.shape[1:]) for name, array in arrays.items()}
 
     def _record(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -232,7 +213,7 @@ class _Run:
         else:
             self._tokens += values["tokens"]
             self._tokens_per_second = self._tokens / max(now - self._clock, 1e-9)
-        bits = bits_per_byte(values["loss"], self._bytes_per_token)
+        bits = bits_per_byte(values["loss"] * values["tokens"], int(batch["bytes"].sum()))
         if step % self._config.log_every == 0 or step == self._config.steps:
             entry = {**values, "bits_per_byte": bits, "tokens_per_second": self._tokens_per_second}
             self._writer.write(TRAINING, step, entry)
@@ -267,11 +248,10 @@ def _writable(path: str) -> Path:
     return folder
 
 
-def _fitting_tokenizer(config: TrainConfig) -> Tokenizer:
+def _check_tokenizer(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
             f"{tokenizer.vocab_size} ids"
         )
-    return tokenizer

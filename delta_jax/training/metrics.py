@@ -1,35 +1,18 @@
-"""Metrics as JSON lines and TensorBoard events, and the bytes that tokens stand for."""
+"""Metrics as JSON lines and TensorBoard events."""
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from delta_jax.data import ByteTokenizer, Tokenizer
-
 TRAINING = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
-
-
-def count_bytes(tokenizer: Tokenizer, batch: Mapping[str, np.ndarray]) -> int:
-    """UTF-8 bytes of text the unmasked targets of a batch stand for."""
-    ids = batch["targets"][batch["mask"] > 0]
-    if isinstance(tokenizer, ByteTokenizer):
-        return len(tokenizer.decode_bytes(ids))
-    return len(tokenizer.decode(ids).encode())
-
-
-def bytes_per_token(tokenizer: Tokenizer, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-    """Mean number of bytes a target stands for; the document id stands for none."""
-    counted = [(count_bytes(tokenizer, batch), float(batch["mask"].sum())) for batch in batches]
-    return sum(number for number, _ in counted) / max(sum(tokens for _, tokens in counted), 1.0)
 
 
 class MetricsWriter:

@@ -91,12 +91,21 @@ def test_evaluate_prints_what_the_library_measures(trained, capsys):
     assert shown["bytes"] == f"{result.bytes:,}"
 
 
+def test_a_document_that_is_no_text_is_named(config, tmp_path, capsys):
+    lines = [json.dumps({"text": f"good {number}"}) for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "half an emoji \\ud83d here"}', *lines]))
+    error = mistake(capsys, "train", config, f"data.path={tmp_path}/a.jsonl")
+    assert re.search(r"a\.jsonl, line 1: character 14 is U\+D83D", error)
+
+
 def test_evaluate_on_another_corpus(trained, tmp_path, capsys):
     _, folder = trained
-    (tmp_path / "other.data").write_text("".join(json.dumps({"body": "x" * 50}) + "\n" for _ in range(10)))
+    (tmp_path / "other.data").write_text("".join(json.dumps({"body": f"{number}" * 50}) + "\n" for number in range(10)))
     arguments = ["--data", str(tmp_path / "other.data"), "--format", "jsonl", "--text-field", "body"]
-    assert main(["evaluate", folder, *arguments, "--batch-size", "1", "--sequence-length", "16"]) == 0
-    assert re.search(r"bytes +100\n", capsys.readouterr().out)
+    arguments += ["--batch-size", "1", "--sequence-length", "16"]
+    for more, held_out in (([], 3), (["--validation-fraction", "0.5"], 5)):
+        assert main(["evaluate", folder, *arguments, *more]) == 0
+        assert re.search(rf"bytes +{50 * held_out}\n", capsys.readouterr().out)
 
 
 def test_generate_continues_every_prompt_and_repeats_itself(trained, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 from delta_jax.data import (
     ByteTokenizer,
     DataConfig,
+    DataError,
     load_documents,
     load_tokenizer,
     split,
@@ -19,6 +21,7 @@ from delta_jax.data import (
     validation_batches,
     validation_bytes,
 )
+from delta_jax.data.splitting import place_of
 
 
 @pytest.fixture
@@ -43,17 +46,11 @@ def take(iterator, count):
 
 def test_split_by_document_is_a_partition(corpus):
     training, validation = (texts(part) for part in split(corpus))
-    assert len(validation) == 6
+    assert len(validation) == 10 == sum(place_of(text, 3) < 0.2 for text in training + validation)
     assert sorted(training + validation) == sorted(texts(load_documents(corpus)))
     assert validation == texts(split(corpus)[1])
     other = DataConfig(path=corpus.path, validation_fraction=0.2, seed=4)
     assert sorted(validation) != sorted(texts(split(other)[1]))
-
-
-@pytest.mark.parametrize(("fraction", "held_out"), [(0.001, 1), (0.999, 30), (0.5, 16)])
-def test_both_parts_of_the_split_have_a_document(corpus, fraction, held_out):
-    training, validation = split(DataConfig(path=corpus.path, validation_fraction=fraction))
-    assert (len(training), len(validation)) == (31 - held_out, held_out)
 
 
 def test_one_document_cannot_be_split(tmp_path):
@@ -127,6 +124,7 @@ def test_batches_are_complete(corpus):
         "targets": ("int32", (3, 16)),
         "segment_ids": ("int32", (3, 16)),
         "mask": ("float32", (3, 16)),
+        "bytes": ("int32", (3, 16)),
     }
     assert batch["segment_ids"].min() == 1
     assert batch["mask"].min() == 1.0
@@ -198,10 +196,16 @@ def test_processes_share_the_documents(corpus):
 
 
 def test_a_broken_document_is_reported_from_inside_the_pipeline(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 5 + '{"body": "b"}\n' * 5)
-    batches = train_batches(DataConfig(path=str(tmp_path / "bad.jsonl")), batch_size=1, sequence_length=8)
-    with pytest.raises(ValueError, match="no field 'text'; it has body"):
-        take(batches, 30)
+    lines = [f'{{"text": "{number}"}}' for number in range(60)] + ['{"body": "b"}']
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    config = DataConfig(path=str(tmp_path / "bad.jsonl"), validation_fraction=0.5)
+    batches = train_batches(config, batch_size=1, sequence_length=8)
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            take(batches, 30)
+        assert re.fullmatch(
+            r"data\.text_field: \S+bad\.jsonl, line 61 has no field 'text'; it has body\.", str(caught.value)
+        )
 
 
 @pytest.mark.parametrize(
@@ -210,7 +214,7 @@ def test_a_broken_document_is_reported_from_inside_the_pipeline(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"sequence_length": 1}, "sequence_length must be at least 2; got 1"),
         ({"process_index": 2, "process_count": 2}, "process_index 2 of process_count 2"),
-        ({"process_count": 99}, r"training documents \(25\)"),
+        ({"process_count": 99}, r"documents \(31\)"),
     ],
 )
 def test_impossible_sizes(corpus, options, message):

@@ -158,7 +158,7 @@ def test_empty_corpora(tmp_path):
 
 def test_text_that_is_not_utf8_names_the_file(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text \(byte 3\)"):
+    with pytest.raises(ValueError, match=r"latin\.txt, line 1: not UTF-8 text\."):
         texts_of(tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"bad\.array_record is not a readable ArrayRecord"):
         texts_of(tmp_path / "bad.array_record")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line at byte 14: not a JSON object"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not a JSON object \(Expecting ',' delimiter"):
         texts_of(tmp_path / "bad.jsonl")
 
 
@@ -178,13 +178,13 @@ def test_missing_field_and_wrong_type_name_the_field(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", TEXTS, field="body")
     with pytest.raises(ValueError, match=r"data\.text_field: .*no field 'text'; it has id, body"):
         load_documents(DataConfig(path=str(file)))
-    with pytest.raises(ValueError, match=r"field 'id' holds int, not text"):
+    with pytest.raises(ValueError, match=r"field 'id' holds a number, not text"):
         load_documents(DataConfig(path=str(file), text_field="id"))
     parquet = write_parquet(tmp_path / "b.parquet", TEXTS)
     with pytest.raises(ValueError, match=r"no field 'body'; it has n, text"):
         load_documents(DataConfig(path=str(parquet), text_field="body"))
     null = write_parquet(tmp_path / "c.parquet", ["a", None])
-    with pytest.raises(ValueError, match=r"row group 0, row 1: field 'text' holds NoneType"):
+    with pytest.raises(ValueError, match=r"c\.parquet, row 1: field 'text' holds null"):
         texts_of(null)
 
 

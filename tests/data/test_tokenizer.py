@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from delta_jax.data import ByteTokenizer, load_tokenizer
 
@@ -49,3 +50,96 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"data\.tokenizer: .* is not a tokenizer\.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+SPECIAL = ["<|endoftext|>", "</s>", "<s>", "[SEP]", "<unk>"]
+HOSTILE = "a <|endoftext|> b</s> <s> [SEP][SEP] <unk> <|endoftext|>"
+
+
+def kinds():
+    """Name -> a tokenizer that has been trained with special tokens in its vocabulary, and whether it returns all text."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": SPECIAL, "show_progress": False}
+    split = pre_tokenizers.WhitespaceSplit()
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer, byte_level.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    yield "byte level", byte_level, trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, **options), True
+    whole_words = Tokenizer(models.BPE(ignore_merges=True))
+    whole_words.pre_tokenizer = split
+    yield "BPE of whole words", whole_words, trainers.BpeTrainer(vocab_size=120, **options), False
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = split
+    yield "words", words, trainers.WordLevelTrainer(**options), False
+    pieces = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    pieces.pre_tokenizer, pieces.decoder = split, decoders.WordPiece()
+    yield "WordPiece", pieces, trainers.WordPieceTrainer(vocab_size=200, **options), False
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    yield "Unigram", unigram, trainers.UnigramTrainer(vocab_size=80, unk_token="<unk>", **options), True
+
+
+@pytest.mark.parametrize("kind", list(kinds()), ids=lambda kind: kind[0])
+def test_text_that_reads_like_a_special_token_is_text(tmp_path, kind):
+    _, made, trainer, whole = kind
+    letters = " ".join("<|>/[]abcdefghijklmnopqrstuvwxyzSEP")
+    made.train_from_iterator([f"{HOSTILE} {letters} {letters.replace(' ', '')}"] * 3, trainer)
+    made.enable_truncation(4)
+    made.enable_padding(length=64)
+    made.save(str(tmp_path / "tokenizer.json"))
+    marked = b"\xef\xbb\xbf" + (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(marked)
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.document_id == made.token_to_id("<|endoftext|>") and tokenizer.vocab_size == 1 + max(
+        made.get_vocab().values()
+    )
+    ids = tokenizer.encode(HOSTILE)
+    never = {made.token_to_id(token) for token in SPECIAL} - {made.token_to_id("<unk>")}
+    assert not never & set(ids.tolist())
+    if whole:
+        assert tokenizer.decode([tokenizer.document_id, *ids, tokenizer.document_id]) == HOSTILE
+    long = "ab " * 100
+    ids, sizes = tokenizer.encode_with_bytes(long)
+    assert len(ids) >= 100 and sizes.sum() in (300, 299)  # the last space is no token's but for some
+    np.testing.assert_array_equal(ids, tokenizer.encode(long))
+
+
+def test_bytes_of_tokens_by_the_rule(tmp_path, write_tokenizer):
+    tokenizer = load_tokenizer(write_tokenizer("aa", ["</s>"]))  # all else is single bytes
+    ids, sizes = tokenizer.encode_with_bytes("\u00e9\u65e5a\U0001f600")
+    assert len(ids) == 2 + 3 + 1 + 4
+    assert sizes.tolist() == [2, 0, 3, 0, 0, 1, 4, 0, 0, 0]  # a character is its first token's
+    ids, sizes = ByteTokenizer().encode_with_bytes("\u00e9a")
+    assert sizes.tolist() == [1, 1, 1]
+    plain = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2}, []))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain.add_special_tokens(["</s>"])
+    plain.save(str(tmp_path / "plain.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "plain.json"))
+    ids, sizes = tokenizer.encode_with_bytes("\u65e5 a \u65e5\u65e5 b \u00e9")
+    assert (ids.tolist(), sizes.tolist()) == ([1, 2], [5, 9])  # and the last three are the closing document id's
+    assert [part.tolist() for part in tokenizer.encode_with_bytes("\u65e5")] == [[], []]
+    plain.normalizer = normalizers.NFKC()
+    plain.save(str(tmp_path / "plain.json"))
+    assert load_tokenizer(str(tmp_path / "plain.json")).encode_with_bytes("\uff41b")[1].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("name", ["bytes", "json"])
+def test_half_a_surrogate_pair_is_no_text(write_tokenizer, name):
+    tokenizer = load_tokenizer("bytes" if name == "bytes" else write_tokenizer(TEXT, ["</s>"]))
+    for encode in (tokenizer.encode, tokenizer.encode_with_bytes):
+        with pytest.raises(ValueError, match=r"^text: character 2 is U\+D83D, half of a surrogate pair"):
+            encode("ab\ud83d")
+
+
+def test_unknown_text_never_ends_a_document(tmp_path):
+    made = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    assert tokenizer.encode("a a").tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"data\.tokenizer: .*t\.json turns text into its special token </s>\.$"):
+        tokenizer.encode("a b")

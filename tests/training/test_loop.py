@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import run_table
 
 from delta_jax.config import load_config
+from delta_jax.data import train_batches
 from delta_jax.models.loss import token_nats
 from delta_jax.training import NonFiniteLossError, TrainConfig, TrainResult, restore_model, train
 
@@ -48,6 +49,14 @@ def test_a_run_writes_what_it_promises(short: TrainResult) -> None:
     assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "config.json").read_text())["steps"] == 12
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["12", "4", "8"]
+
+
+def test_bits_per_byte_of_a_step_are_those_of_its_own_bytes(short: TrainResult) -> None:
+    config = load_config(TrainConfig, json.loads((short.output / "config.json").read_text()))
+    batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
+    for entry, batch in zip(short.training, batches, strict=False):
+        text = int((batch["targets"] < 256).sum())
+        assert entry["bits_per_byte"] == pytest.approx(entry["loss"] * batch["mask"].sum() / np.log(2) / text)
 
 
 def test_tensorboard_holds_the_same_numbers(short: TrainResult) -> None:
