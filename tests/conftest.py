@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 # The runtime has as many threads as cores or devices, whichever are more. An interpreted GPU kernel blocks four: the program
@@ -24,3 +26,11 @@ def pytest_runtest_setup(item):
     interpreted = params.get("implementation") == "pallas" or item.path.name == "test_gpu_kernels.py"
     quick = interpreted or not any(item.path.is_relative_to(folder) for folder in OPTIMISED)
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture
+def as_users_call():
+    """Without the checks of every signature that the suite adds: bad input meets those of the library."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from delta_jax.layers.checks import require_batch_size
 from delta_jax.layers.token_mixer import Mixed, TokenMixer, keep_rows
+from delta_jax.ops.arguments import require_count
 from delta_jax.ops.attention import Places, places
 
 __all__ = ["AttentionCache", "CachedAttention"]
@@ -94,9 +94,9 @@ class CachedAttention(TokenMixer):
         Raises:
             ValueError: batch_size, or a length that is needed, is not a positive integer.
         """
-        require_batch_size(batch_size)
-        if self.window is None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-            raise ValueError(f"length must be a positive integer, since attention keeps every token, got {length!r}")
+        require_count("batch_size", batch_size)
+        if self.window is None:
+            require_count("length", length, ", since attention keeps every token")
         slots = length if self.window is None else self.window
         return AttentionCache(
             tuple(jnp.zeros((batch_size, slots, *shape), self.dtype) for shape in self.token_shapes),

@@ -11,7 +11,6 @@ from flax import nnx
 from delta_jax.ops.arguments import DTYPES
 
 __all__ = [
-    "require_batch_size",
     "require_cache",
     "require_counts",
     "require_dtypes",
@@ -71,12 +70,6 @@ def require_rngs(rngs: Any) -> None:
     """Raises a ValueError if these are not the streams of random numbers that initial parameters come from."""
     if not isinstance(rngs, nnx.Rngs):
         raise ValueError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
-
-
-def require_batch_size(batch_size: Any) -> None:
-    """Raises a ValueError if this is no number of sequences: a positive integer, or a symbolic dimension."""
-    if not jax.export.is_symbolic_dim(batch_size):
-        require_positive_integers(batch_size=batch_size)
 
 
 def require_cache(cache: Any, batch_size: Any, init_cache: Callable[..., Any]) -> None:

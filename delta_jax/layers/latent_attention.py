@@ -114,7 +114,7 @@ class LatentAttention(CachedAttention):
         entries: tuple[Array, ...],
         places: tuple[Places, Places] | None,
     ) -> Float[Array, "batch time hidden"]:
-        o = (self._attend_expanded if q.shape[1] > 1 else self._attend_latents)(q, entries[0], places)
+        o = (self._attend_latents if q.shape[1] == 1 else self._attend_expanded)(q, entries[0], places)
         return self.o_proj(o.reshape(*x.shape[:2], -1))
 
     def _attend_expanded(self, q: Array, entries: Array, places: tuple[Places, Places] | None) -> Array:

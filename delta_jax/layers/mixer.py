@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from delta_jax.layers.checks import require_batch_size, require_rngs
+from delta_jax.layers.checks import require_rngs
 from delta_jax.layers.convolution import ShortConvolution
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer_cache import MixerCache
@@ -24,6 +24,7 @@ from delta_jax.layers.options import MixerOptions, MixerSettings
 from delta_jax.layers.rule import Rule, RuleInputs, apply_rule
 from delta_jax.layers.token_mixer import Mixed, TokenMixer
 from delta_jax.ops import delta_rule, delta_rule_step
+from delta_jax.ops.arguments import require_count
 from delta_jax.ops.attention import places, rotate
 
 __all__ = ["Mixer", "MixerCache", "MixerOptions", "MixerSettings", "Rule", "RuleInputs"]
@@ -105,7 +106,7 @@ class Mixer(TokenMixer):
 
     def init_cache(self, batch_size: int, *, length: int | None = None) -> MixerCache:
         """The cache of `batch_size` sequences that have not begun; its size does not depend on their length."""
-        require_batch_size(batch_size)
+        require_count("batch_size", batch_size)
         tail = self.settings.conv_size - 1
         sizes = self.settings.stream_sizes if self.settings.use_short_conv else ()
         return MixerCache(

@@ -17,9 +17,11 @@ __all__ = [
     "Arguments",
     "arguments_of",
     "as_array",
+    "attention_arguments",
     "checked_array",
     "forward_mode_explained",
     "require_chunk_size",
+    "require_count",
     "with_scale",
 ]
 
@@ -182,6 +184,45 @@ def _check(arguments: Arguments, step: bool, writes: bool) -> None:
 
 def _listed(layouts: Sequence[Sequence[str]]) -> str:
     return " or ".join(f"[{', '.join(axes)}]" for axes in layouts)
+
+
+def attention_arguments(
+    q: Any, k: Any, v: Any, *, scale: Any, window: Any, places: Any
+) -> tuple[Array, Array, Array, float]:
+    """The arrays of `attend` once they are known to fit, and its scale; one that is an array has gone into q.
+
+    Raises:
+      ValueError: one does not fit; the sentence names the first such argument and what was wanted.
+    """
+    q = checked_array("q", q, dict.fromkeys(("batch", "time", "heads", "key")))
+    batch, time, heads, key = q.shape
+    k = checked_array("k", k, {"batch": batch, "keys": None, "kv_heads": None, "key": key})
+    v = checked_array("v", v, {"batch": batch, "keys": k.shape[1], "kv_heads": k.shape[2], "value": None})
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}.")
+    if 0 in (*q.shape, *k.shape) or heads % k.shape[2]:
+        raise ValueError(f"q must have a multiple of the {k.shape[2]} heads of k, and a token, got shape {q.shape}.")
+    if v.shape[3] > key:
+        raise ValueError(f"v must have at most the {key} channels of k, got shape {v.shape}.")
+    if window is not None:
+        require_count("window", window)
+    if places is None and k.shape[1] != time:
+        raise ValueError(f"places must be given where k has other tokens than q, got {k.shape[1]} and {time}.")
+    for whose, x, tokens in zip(("queries", "keys"), places or (), (time, k.shape[1]), strict=False):
+        for field, numbers_ in x._asdict().items():
+            checked_array(f"{field} of the {whose}' places", numbers_, {"batch": batch, "time": tokens}, "integers")
+    dtype = q.dtype
+    scale, q = with_scale(scale, q, key**-0.5)
+    return q.astype(dtype), k, v, scale
+
+
+def require_count(name: str, number: Any, why: str = "") -> None:
+    """Raises a ValueError if this is neither a positive integer nor a symbolic dimension of `jax.export`."""
+    if jax.export.is_symbolic_dim(number):
+        return
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} must be a positive integer{why}, got {number!r}.")
 
 
 def require_chunk_size(chunk_size: Any) -> None:

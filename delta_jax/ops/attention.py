@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from delta_jax.ops.arguments import attention_arguments, checked_array
+
 __all__ = ["Places", "attend", "places", "rotate", "visible"]
 
 
@@ -24,6 +26,9 @@ class Places(NamedTuple):
 
 def places(segment_ids: Int[Array, "batch time"], past: Int[Array, " batch"] | None = None) -> Places:
     """Counts runs and positions; the first run continues a segment of which `past` tokens [B] have been seen."""
+    segment_ids = checked_array("segment_ids", segment_ids, {"batch": None, "time": None}, "integers")
+    if past is not None:
+        past = checked_array("past", past, {"batch": segment_ids.shape[0]}, "integers")
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     run = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
@@ -45,8 +50,17 @@ def rotate(
     Channel i of the first half and channel i of the second half are turned together by the angle
     `position * theta^(-2i / channels)`, computed in float32.
 
+    Raises:
+        ValueError: an array or number does not fit; the sentence names it.
+
     Source: Su et al., "RoFormer", 2021, section 3.4.2, with the pairs of GPT-NeoX.
     """
+    x = checked_array("x", x, dict.fromkeys(("batch", "time", "heads", "channels")))
+    position = checked_array("position", position, {"batch": x.shape[0], "time": x.shape[1]}, "integers")
+    if not isinstance(channels, int) or channels % 2 or not 0 <= channels <= x.shape[3]:
+        raise ValueError(f"channels must be an even number of the {x.shape[3]} channels of x, got {channels!r}.")
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0:
+        raise ValueError(f"theta must be a positive number, got {theta!r}.")
     if channels == 0:
         return x
     frequency = theta ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
@@ -71,7 +85,7 @@ def attend(
     k: Float[Array, "batch keys kv_heads key"],
     v: Float[Array, "batch keys kv_heads value"],
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     window: int | None = None,
     places: tuple[Places, Places] | None = None,
     implementation: Any = None,
@@ -85,7 +99,7 @@ def attend(
     Args:
         q: [B, T, H, K].
         k, v: [B, S, Hkv, K] and [B, S, Hkv, V] with V <= K; H is a multiple of Hkv. The last T are the queries' own.
-        scale: of the products q k^T.
+        scale: of the products q k^T, a number or an array of no axes, which may be traced or learned.
         window: how many tokens a query sees, itself included; None is all.
         places: those of the queries and of the keys; None is one segment and S = T.
         implementation: None, "xla" or "cudnn"; the latter takes all queries at once.
@@ -93,9 +107,13 @@ def attend(
 
     Returns:
         [B, T, H, V].
+
+    Raises:
+        ValueError: an argument does not fit; the sentence names it.
     """
+    q, k, v, scale = attention_arguments(q, k, v, scale=scale, window=window, places=places)
     time, past = q.shape[1], k.shape[1] - q.shape[1]
-    size = max(block, -(-time // 16))
+    size = max(block, -(-time // 16)) if isinstance(time, int) else time  # a symbolic time is one block
     if time <= size or implementation == "cudnn":
         mask = None if places is None else visible(*places, window)
         return _attend(q, k, v, mask, scale=scale, window=window, implementation=implementation)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.precision import accumulator_dtype
 
 __all__ = ["short_convolution"]
@@ -36,20 +37,19 @@ def short_convolution(
         y [B, T, C] in the dtype of x (products are summed in float32 at least), and the new cache.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: an array has another shape or kind; the sentence names it and the axes that were wanted.
     """
-    if x.ndim != 3 or kernel.ndim != 2 or kernel.shape[1] != x.shape[2]:
-        raise ValueError(
-            f"kernel must be [width, channels] for x [batch, time, channels], got {kernel.shape}, {x.shape}"
-        )
+    x = checked_array("x", x, dict.fromkeys(("batch", "time", "channels")))
     batch, time, channels = x.shape
+    kernel = checked_array("kernel", kernel, {"width": None, "channels": channels})
     tail = kernel.shape[0] - 1
-    if segment_ids is not None and segment_ids.shape != (batch, time):
-        raise ValueError(f"segment_ids must have shape {(batch, time)}, got {segment_ids.shape}")
+    if tail < 0:
+        raise ValueError(f"kernel must be at least one token wide, got shape {kernel.shape}.")
+    if segment_ids is not None:
+        segment_ids = checked_array("segment_ids", segment_ids, {"batch": batch, "time": time}, "integers")
     if cache is None:
         cache = jnp.zeros((batch, tail, channels), x.dtype)
-    elif cache.shape != (batch, tail, channels):
-        raise ValueError(f"cache must have shape {(batch, tail, channels)}, got {cache.shape}")
+    cache = checked_array("cache", cache, {"batch": batch, "tail": tail, "channels": channels})
 
     accumulate = accumulator_dtype(x.dtype)
     inputs = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
@@ -69,5 +69,5 @@ def short_convolution(
 
 def _runs(segment_ids: Int[Array, "batch time"], tail: int) -> Int[Array, "batch tail_and_time"]:
     """Numbers the stretches of equal ids, so that an id that comes back later is another segment."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(changes.astype(jnp.int32), axis=1), ((0, 0), (tail + 1, 0)))
+    changes = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (tail + 1, 0)))
+    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)

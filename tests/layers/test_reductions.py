@@ -99,7 +99,7 @@ def test_kaczmarz_is_gated_delta_net_with_a_rescaled_value():
 
     gated.rule_inputs = rescaled
     x = jax.random.normal(jax.random.key(0), (2, 21, HIDDEN))
-    np.testing.assert_allclose(kaczmarz(x), gated(x), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(kaczmarz(x), gated(x), rtol=1e-5, atol=2e-6)
 
 
 def test_the_products_of_kaczmarz_stay_bounded_where_its_definition_does_not():

@@ -87,6 +87,42 @@ def test_forward_mode_of_the_recurrence():
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("push", [jax.jvp, lambda f, x, _: jax.jacfwd(f)(*x)])
+def test_forward_mode_of_the_others_is_refused_in_a_sentence(push):
+    x = inputs(time=5, shape=(1, 1, 1, 2, 2))
+    with pytest.raises(ValueError, match="implementation must be 'recurrent' for forward-mode differentiation"):
+        push(functools.partial(loss, implementation="xla"), (x,), (x,))
+
+
+def test_forward_over_reverse():
+    """The chunkwise form's hand-written backward is plain JAX, through which tangents pass."""
+    with jax.enable_x64(True):
+        x = inputs(jnp.float64, time=3, shape=(1, 1, 1, 2, 2))
+        results = [jax.hessian(lambda q, name=name: loss(x | {"q": q}, name))(x["q"]) for name in ("xla", "recurrent")]
+        assert_close(*results, 1e-12)
+
+
+@pytest.mark.usefixtures("as_users_call")  # signatures are checked for numbers
+@pytest.mark.parametrize("implementation", ["recurrent", "xla"])
+def test_axes_that_are_symbolic(implementation):
+    """One exported program for all batches and lengths, those of one group of chunks and of several."""
+    batch, time = jax.export.symbolic_shape("b, t")
+    x = inputs(shape=(1, 1, 2, 4, 4))
+    ids = jnp.zeros((1, 40), jnp.int32)
+    function = jax.jit(functools.partial(delta_rule, implementation=implementation))
+    symbolic = {
+        name: jax.ShapeDtypeStruct((batch, time, *a.shape[2:]), a.dtype)
+        for name, a in (x | {"segment_ids": ids}).items()
+    }
+    exported = jax.export.export(function)(**symbolic)
+    for size in (1, 2):
+        y = {
+            name: jnp.tile(a, (size, 5 * size - 4, *(1,) * (a.ndim - 2)))
+            for name, a in (x | {"segment_ids": ids}).items()
+        }
+        assert_close(exported.call(**y), function(**y))
+
+
 @pytest.mark.parametrize(
     "implementation", ["recurrent", "xla"]
 )  # interpreted kernels have effects, which remat refuses
