@@ -6,6 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from delta_jax.layers.contained import contained
+
 __all__ = ["SwiGLU"]
 
 
@@ -42,4 +44,5 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading hidden"]:
         """Maps x [..., hidden_size] to the same shape."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = contained(lambda x: jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), x, tokens=x.ndim - 1)
+        return contained(self.down_proj, hidden, tokens=x.ndim - 1)

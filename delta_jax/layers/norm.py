@@ -6,6 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from delta_jax.layers.contained import contained
+
 __all__ = ["RMSNorm", "l2_normalize"]
 
 
@@ -30,6 +32,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:
         """Normalises x over its last axis and returns it in its own dtype."""
+        return contained(self._normalise, x, tokens=x.ndim - 1)
+
+    def _normalise(self, x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         learned = (self.offset if self.zero_centered else self.scale)[...].astype(jnp.float32)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from delta_jax.ops.padding import to_front
+
 __all__ = ["TokenMixer", "keep_rows"]
 
 
@@ -39,13 +41,17 @@ class TokenMixer(nnx.Module):
         """
         raise NotImplementedError
 
-    def check_room(self, cache: Any, tokens: int) -> None:
+    def check_room(self, cache: Any, tokens: int | Int[Array, " batch"]) -> None:
         """Raises a ValueError if the cache, or one of a stack of caches, is known to have no room for more tokens."""
 
     def with_cache(
-        self, x: Float[Array, "batch time hidden"], segment_ids: Int[Array, "batch time"] | None, cache: Any
+        self,
+        x: Float[Array, "batch time hidden"],
+        segment_ids: Int[Array, "batch time"] | None,
+        cache: Any,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], Any]:
-        """What calling the layer with return_cache=True does."""
+        """What calling the layer with return_cache=True does; of each row only the first `lengths` tokens are there."""
         raise NotImplementedError
 
     def __call__(
@@ -53,6 +59,7 @@ class TokenMixer(nnx.Module):
         x: Float[Array, "batch time hidden"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time"] | None = None,
         cache: Any = None,
         return_cache: bool = False,
     ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Any]:
@@ -62,6 +69,9 @@ class TokenMixer(nnx.Module):
             x: [B, T, hidden_size].
             segment_ids: [B, T] integers; nothing passes from one segment to the next. None continues the
                 segment of the cache (a new cache is in segment 0).
+            mask: [B, T] bool, false where a token is padding, on either side or between; None is none. Outputs of real
+                tokens and the new cache are those of the rows without padding, whatever it holds; its own outputs are
+                zero. A row of padding alone leaves its cache as it is.
             cache: what a former call returned, or `init_cache`; None starts anew.
             return_cache: return the new cache as well, which is always done when a cache is given. Where every
                 token is kept and no cache is given, the new one has room for these T tokens and no more.
@@ -70,9 +80,15 @@ class TokenMixer(nnx.Module):
             y [B, T, hidden_size] in the layer's dtype, or (y, cache).
 
         Raises:
-            ValueError: the cache is known to have no room.
+            ValueError: the cache is known to have no room, or mask is not bool [B, T].
         """
-        y, new_cache = self.with_cache(x, segment_ids, cache)
+        if mask is None:
+            y, new_cache = self.with_cache(x, segment_ids, cache)
+        else:
+            front = to_front(mask, x.shape[:2])
+            ids = None if segment_ids is None else front.move(segment_ids)
+            y, new_cache = self.with_cache(front.move(x), ids, cache, front.lengths)
+            y = front.back(y)
         return (y, new_cache) if return_cache or cache is not None else y
 
     def linear(self, inputs: int, outputs: int, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:

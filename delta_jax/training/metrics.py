@@ -13,14 +13,15 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from delta_jax.data import ByteTokenizer, Tokenizer
+from delta_jax.models.loss import counted_targets
 
 TRAINING = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
 
 
 def count_bytes(tokenizer: Tokenizer, batch: Mapping[str, np.ndarray]) -> int:
-    """UTF-8 bytes of text the unmasked targets of a batch stand for."""
-    ids = batch["targets"][batch["mask"] > 0]
+    """UTF-8 bytes of text that the targets of a batch which count stand for."""
+    ids = batch["targets"][counted_targets(batch["targets"], batch["mask"])]
     if isinstance(tokenizer, ByteTokenizer):
         return len(tokenizer.decode_bytes(ids))
     return len(tokenizer.decode(ids).encode())
@@ -28,7 +29,10 @@ def count_bytes(tokenizer: Tokenizer, batch: Mapping[str, np.ndarray]) -> int:
 
 def bytes_per_token(tokenizer: Tokenizer, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
     """Mean number of bytes a target stands for; the document id stands for none."""
-    counted = [(count_bytes(tokenizer, batch), float(batch["mask"].sum())) for batch in batches]
+    counted = [
+        (count_bytes(tokenizer, batch), float(counted_targets(batch["targets"], batch["mask"]).sum()))
+        for batch in batches
+    ]
     return sum(number for number, _ in counted) / max(sum(tokens for _, tokens in counted), 1.0)
 
 
