@@ -91,7 +91,7 @@ def attend(
     Args:
         q: [B, T, H, K].
         k, v: [B, S, Hkv, K] and [B, S, Hkv, V] with V <= K; H is a multiple of Hkv. The last T are the queries' own.
-        scale: of the products q k^T.
+        scale: of the products q k^T, above zero.
         window: how many tokens a query sees, itself included; None is all.
         places: those of the queries and of the keys; None is one segment and S = T.
         implementation: None or "xla"; or "cudnn", that of `jax.nn.dot_product_attention`, which takes all queries at once.
@@ -135,14 +135,15 @@ def _attend(q: Array, k: Array, v: Array, seen: Array, *, scale: float) -> Array
     # Without a word on it, a product in the backward pass would have one factor in float32.
     precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if v.dtype == jnp.bfloat16 else None
     product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(v.dtype), precision=precision)
-    scores = scale * product("btngk,bsnk->bngts", q.reshape(*q.shape[:2], heads, groups, -1), k)
+    scores = product("btngk,bsnk->bngts", q.reshape(*q.shape[:2], heads, groups, -1), k)
     seen = seen[:, :, None]
     good = jnp.isfinite(scores) & jnp.moveaxis(good_k & good_v, 1, 2)[:, :, None, None]
     lost = jnp.any(seen & ~good, axis=-1) | ~_grouped(good_q, heads)
     kept = seen & ~lost[..., None]
-    # Both selections are needed: the first for the value, the second so that no cotangent enters an exponent.
+    # Scaled after the largest is taken away, which is then zero to the last bit: one of 1e30 has no rounding to spare. The
+    # first selection is for the value, the second so that no cotangent enters an exponent.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, where=kept, initial=-jnp.inf))
-    scores = jnp.where(kept, scores - jnp.where(jnp.isfinite(top), top, 0), -jnp.inf)
+    scores = jnp.where(kept, scale * (scores - jnp.where(jnp.isfinite(top), top, 0)), -jnp.inf)
     weights = jnp.where(kept, jnp.exp(scores), 0)
     total = jnp.sum(weights, axis=-1)[..., None]
     # Divided after the product: cotangents of the weights of unseen keys never meet the others.
