@@ -11,13 +11,13 @@ __all__ = ["bits_per_byte", "counted_targets", "token_nats"]
 
 
 def counted_targets(
-    targets: Int[Any, "batch time"], mask: Num[Any, "batch time"] | Bool[Any, "batch time"] | None = None
-) -> Bool[Any, "batch time"]:
+    targets: Int[Any, "*leading time"], mask: Num[Any, "*leading time"] | Bool[Any, "*leading time"] | None = None
+) -> Bool[Any, "*leading time"]:
     """Which targets count in a loss: those that are no negative number, such as -100, and where the mask is above zero.
 
     Args:
-        targets: [B, T] token ids, of numpy or jax.
-        mask: [B, T], bool or numbers; None is all.
+        targets: [..., T] token ids, of numpy or jax.
+        mask: [..., T], bool or numbers; None is all.
     """
     if mask is None:
         return targets >= 0
