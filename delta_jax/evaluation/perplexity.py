@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from delta_jax.models.loss import bits_per_byte, token_nats
+from delta_jax.models.loss import bits_per_byte, counted_targets, token_nats
 
 LogitsFunction = Callable[..., Float[Array, "batch time vocab"]]
 
@@ -39,7 +39,7 @@ class EvaluationResult:
 def evaluate(
     model: nnx.Module | LogitsFunction, batches: Iterable[Mapping[str, np.ndarray]], *, bytes: int | None = None
 ) -> EvaluationResult:
-    """Measures a model on every target of the batches whose mask is not 0.
+    """Measures a model on every target of the batches that counts: not negative, and with a mask above 0.
 
     Log likelihoods are float32 for each target and summed over a row; rows are summed in float64 on the host.
 
@@ -92,6 +92,6 @@ def _row_sums(
     model: LogitsFunction, batch: Mapping[str, Array]
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """Nats and counted targets of each row."""
-    nats = token_nats(model(batch["inputs"], segment_ids=batch["segment_ids"]), batch["targets"])
-    mask = batch["mask"]
-    return jnp.where(mask > 0, nats * mask, 0.0).sum(axis=-1), mask.sum(axis=-1)
+    counted = counted_targets(batch["targets"], batch["mask"])
+    nats = token_nats(model(batch["inputs"], segment_ids=batch["segment_ids"]), batch["targets"], counted)
+    return nats.sum(axis=-1), counted.sum(axis=-1, dtype=jnp.float32)

@@ -17,6 +17,7 @@ from delta_jax.layers.checks import (
     require_positive_numbers,
     require_rngs,
 )
+from delta_jax.layers.contained import contained
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.ops.attention import Places, attend, rotate
 
@@ -139,10 +140,11 @@ class Attention(CachedAttention):
         implementation = self.implementation if places is None else None
         scale = self.head_dim**-0.5
         o = attend(q, k, v, scale=scale, window=self.window, places=places, implementation=implementation)
-        o = o.reshape(*x.shape[:2], -1)
-        if self.use_output_gate:
-            o = o * jax.nn.sigmoid(self.g_proj(x))
-        return self.o_proj(o)
+
+        def output(x: Array, o: Array) -> Array:
+            return self.o_proj(o * jax.nn.sigmoid(self.g_proj(x)) if self.use_output_gate else o)
+
+        return contained(output, x, o.reshape(*x.shape[:2], -1))
 
 
 def _rotated(head_dim: int, fraction: float) -> int:

@@ -4,11 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from delta_jax.layers.contained import contained
 from delta_jax.layers.token_mixer import Mixed, TokenMixer, keep_rows
 from delta_jax.ops.arguments import require_count
 from delta_jax.ops.attention import Places, places
+from delta_jax.ops.padding import at_last, filled_ids, first_tokens, select_tokens
 
 __all__ = ["AttentionCache", "CachedAttention"]
 
@@ -39,11 +42,24 @@ class AttentionCache(NamedTuple):
         position = last - (last - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
         return Places(jnp.zeros_like(position), jnp.where(position < 0, NEVER, position))
 
-    def write(self, entries: tuple[Array, ...], at: Places, segment_id: Int[Array, " batch"]) -> "AttentionCache":
-        """The cache after a call: the last tokens of the last segment; those of any other are forgotten."""
-        slots, last = self.entries[0].shape[1], at.position[:, -1:]
-        old = self if entries[0].shape[1] == 1 else self.keep(at.run[:, -1] == 0)
-        kept = (at.run == at.run[:, -1:]) & (at.position > last - slots)
+    def write(
+        self,
+        entries: tuple[Array, ...],
+        at: Places,
+        segment_id: Int[Array, " batch"],
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> "AttentionCache":
+        """The cache after a call: the last tokens of the last segment; those of any other are forgotten.
+
+        Of each row only the first `lengths` tokens are there.
+        """
+        slots, time = self.entries[0].shape[1], entries[0].shape[1]
+        last = at_last(lengths, at.position, self.position - 1)[:, None]
+        run = at_last(lengths, at.run, jnp.zeros_like(self.position))[:, None]
+        old = self if time == 1 else self.keep(run[:, 0] == 0)
+        kept = (at.run == run) & (at.position > last - slots)
+        if lengths is not None:
+            kept = kept & first_tokens(lengths, time)
         slot = jnp.where(kept, at.position % slots, slots)
 
         def put(buffer: Array, slot: Array, values: Array) -> Array:
@@ -104,21 +120,23 @@ class CachedAttention(TokenMixer):
             jnp.zeros((batch_size,), jnp.int32),
         )
 
-    def check_room(self, cache: AttentionCache, tokens: int) -> None:
+    def check_room(self, cache: AttentionCache, tokens: int | Int[Array, " batch"]) -> None:
         """Raises a ValueError if the cache is known to have no room for so many tokens more.
 
         Args:
             cache: one, or a stack of several along a leading axis.
-            tokens: tokens of the next call, which continue the segment of the cache.
+            tokens: tokens of the next call, which continue the segment of the cache; of all rows, or of each.
         """
         if self.window is not None:
             return
         slots = cache.entries[0].shape[cache.position.ndim]
-        past = 0 if isinstance(cache.position, jax.core.Tracer) else int(jnp.max(cache.position))
-        if past + tokens > slots:
+        past, more = (0 if isinstance(x, jax.core.Tracer) else np.asarray(x) for x in (cache.position, tokens))
+        row = np.unravel_index(np.argmax(past + more), np.shape(past + more))
+        past, more = (int(np.broadcast_to(x, np.shape(past + more))[row]) for x in (past, more))
+        if past + more > slots:
             raise ValueError(
-                f"cache has room for {slots} tokens of a segment and holds {past}, but {tokens} more are given; "
-                f"make it with init_cache(length={past + tokens}) or more"
+                f"cache has room for {slots} tokens of a segment and holds {past}, but {more} more are given; "
+                f"make it with init_cache(length={past + more}) or more"
             )
 
     def with_cache(
@@ -126,28 +144,34 @@ class CachedAttention(TokenMixer):
         x: Float[Array, "batch time hidden"],
         segment_ids: Int[Array, "batch time"] | None,
         cache: AttentionCache | None,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> Mixed:
-        """What calling the layer with return_cache=True does."""
+        """What calling the layer with return_cache=True does; of each row only the first `lengths` tokens are there."""
         x = x.astype(self.dtype)
         batch, time = x.shape[:2]
         old = self.init_cache(batch, length=time) if cache is None else cache
+        real = None if lengths is None else first_tokens(lengths, time)
+        if real is not None:
+            x = select_tokens(real, x)
         if segment_ids is not None:
-            old = old.keep(segment_ids[:, 0] == old.segment_id)
-        elif cache is not None:
-            self.check_room(cache=old, tokens=time)
-        ids = jnp.broadcast_to(old.segment_id[:, None], (batch, time)) if segment_ids is None else segment_ids
+            ids = filled_ids(segment_ids, lengths, old.segment_id)
+            old = old.keep(ids[:, 0] == old.segment_id)
+        else:
+            ids = jnp.broadcast_to(old.segment_id[:, None], (batch, time))
+            if cache is not None:
+                self.check_room(cache=old, tokens=time if lengths is None else lengths)
         here = places(ids, old.position)
-        q, entries = self.project(x, here.position)
-        new = old.write(entries, here, ids[:, -1].astype(jnp.int32))
-        if cache is None:
-            return Mixed(self._mix(x, q, entries, None if segment_ids is None else (here, here)), new)
-        if time == 1:
+        q, entries = contained(lambda x: self.project(x, here.position), x)
+        new = old.write(entries, here, ids[:, -1].astype(jnp.int32), lengths)
+        if cache is None:  # padding comes last: whoever sees it is padding
+            y = self._mix(x, q, entries, None if segment_ids is None else (here, here))
+        elif time == 1:
             y = self._mix(x, q, new.entries, (here, new.places()))
         else:
             both = tuple(jnp.concatenate(pair, axis=1) for pair in zip(old.entries, entries, strict=True))
             there = Places(*(jnp.concatenate(pair, axis=1) for pair in zip(old.places(), here, strict=True)))
             y = self._mix(x, q, both, (here, there))
-        if self.window is None:
+        if self.window is None and cache is not None:
             fits = here.position < new.entries[0].shape[1]
             y = jnp.where(fits[..., None], y, jnp.full((), jnp.nan, y.dtype))
-        return Mixed(y, new)
+        return Mixed(y if real is None else select_tokens(real, y), new)

@@ -34,8 +34,9 @@ class ShortConvolution(nnx.Module):
         x: Float[Array, "batch time channels"],
         segment_ids: Int[Array, "batch time"] | None,
         cache: Float[Array, "batch tail channels"] | None,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch tail channels"]]:
-        y, tail = short_convolution(x, self.kernel[...], segment_ids=segment_ids, cache=cache)
+        y, tail = short_convolution(x, self.kernel[...], segment_ids=segment_ids, cache=cache, lengths=lengths)
         if self.use_bias:
             y = y + self.bias[...].astype(y.dtype)[None, None]
         return jax.nn.silu(y), tail

@@ -12,6 +12,7 @@ from delta_jax.layers.checks import (
     require_positive_numbers,
     require_rngs,
 )
+from delta_jax.layers.contained import contained
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.ops.attention import Places, attend
 
@@ -115,11 +116,11 @@ class LatentAttention(CachedAttention):
         places: tuple[Places, Places] | None,
     ) -> Float[Array, "batch time hidden"]:
         o = (self._attend_latents if q.shape[1] == 1 else self._attend_expanded)(q, entries[0], places)
-        return self.o_proj(o.reshape(*x.shape[:2], -1))
+        return contained(self.o_proj, o.reshape(*x.shape[:2], -1))
 
     def _attend_expanded(self, q: Array, entries: Array, places: tuple[Places, Places] | None) -> Array:
         latent, shared = jnp.split(entries, [self.latent_size], axis=-1)
-        both = self.kv_b_proj(latent).reshape(*latent.shape[:2], self.num_heads, -1)
+        both = contained(self.kv_b_proj, latent).reshape(*latent.shape[:2], self.num_heads, -1)
         k, v = jnp.split(both, [self.key_dim], axis=-1)
         shared = jnp.broadcast_to(shared[:, :, None], (*k.shape[:3], self.shared_key_dim))
         return attend(q, jnp.concatenate([k, shared], axis=-1), v, scale=self.scale, places=places)
@@ -128,7 +129,8 @@ class LatentAttention(CachedAttention):
         weight = self.kv_b_proj.kernel[...].astype(self.dtype).reshape(self.latent_size, self.num_heads, -1)
         to_key, to_value = jnp.split(weight, [self.key_dim], axis=-1)
         own, shared = jnp.split(q, [self.key_dim], axis=-1)
-        q = jnp.concatenate([jnp.einsum("bthk,lhk->bthl", own, to_key), shared], axis=-1)
+        own = contained(lambda own: jnp.einsum("bthk,lhk->bthl", own, to_key), own)
+        q = jnp.concatenate([own, shared], axis=-1)
         one = entries[:, :, None]  # a single key head, whose key is its value too
         o = attend(q, one, one, scale=self.scale, places=places)[..., : self.latent_size]
-        return jnp.einsum("bthl,lhv->bthv", o, to_value)
+        return contained(lambda o: jnp.einsum("bthl,lhv->bthv", o, to_value), o)

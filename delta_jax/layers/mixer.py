@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from delta_jax.layers.checks import require_rngs
+from delta_jax.layers.contained import contained
 from delta_jax.layers.convolution import ShortConvolution
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer_cache import MixerCache
@@ -26,6 +27,7 @@ from delta_jax.layers.token_mixer import Mixed, TokenMixer
 from delta_jax.ops import delta_rule, delta_rule_step
 from delta_jax.ops.arguments import require_count
 from delta_jax.ops.attention import places, rotate
+from delta_jax.ops.padding import at_last, filled_ids, first_tokens, select_tokens, skip_tokens
 
 __all__ = ["Mixer", "MixerCache", "MixerOptions", "MixerSettings", "Rule", "RuleInputs"]
 
@@ -121,42 +123,62 @@ class Mixer(TokenMixer):
         x: Float[Array, "batch time hidden"],
         segment_ids: Int[Array, "batch time"] | None,
         cache: MixerCache | None,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> Mixed:
-        """What calling the layer with return_cache=True does."""
+        """What calling the layer with return_cache=True does; of each row only the first `lengths` tokens are there."""
         x = x.astype(self.dtype)
         old = self.init_cache(x.shape[0]) if cache is None else cache
+        real = None if lengths is None else first_tokens(lengths, x.shape[1])
+        if real is not None:
+            x = select_tokens(real, x)
         if segment_ids is None:
             ids = jnp.broadcast_to(old.segment_id[:, None], x.shape[:2])
         else:
-            ids = segment_ids.astype(jnp.int32)
+            segment_ids = ids = filled_ids(segment_ids, lengths, old.segment_id)
             old = old.keep(ids[:, 0] == old.segment_id)
         position = places(ids, old.position).position
-        q, k, v, tails = self._project(x, segment_ids, old)
+        q, k, v, tails = self._project(x, segment_ids, old, lengths)
         if self.dtype == jnp.float16:  # whose largest number a sum over tokens passes before the norm brings it back
             q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
         if self.rope_theta is not None:
             q, k = (rotate(y, position, theta=self.rope_theta, channels=self.key_dim) for y in (q, k))
+        inputs = contained(self.rule_inputs, x, q, k, v)
+        if real is not None:
+            inputs = RuleInputs(**skip_tokens(real, **inputs._asdict()))
         o, state = apply_rule(
             self.rule,
-            self.rule_inputs(x, q, k, v),
+            inputs,
             None if cache is None else old.state,
             segment_ids,
             scale=self.scale,
             chunk_size=self.settings.chunk_size,
             implementation=self.settings.implementation,
         )
-        y = self.o_proj(self.output(x, v, o).reshape(*x.shape[:2], -1))
-        return Mixed(y, MixerCache(tails, state, ids[:, -1], position[:, -1] + 1))
+
+        def output(x: Array, v: Array, o: Array) -> Array:
+            return self.o_proj(self.output(x, v, o).reshape(*x.shape[:2], -1))
+
+        y: Array = contained(output, x, v, o)
+        if real is not None:
+            y = select_tokens(real, y)
+        last = at_last(lengths, position, old.position - 1) + 1
+        return Mixed(y, MixerCache(tails, state, ids[:, -1], last))
 
     def _project(
-        self, x: Float[Array, "batch time hidden"], segment_ids: Int[Array, "batch time"] | None, cache: MixerCache
+        self,
+        x: Float[Array, "batch time hidden"],
+        segment_ids: Int[Array, "batch time"] | None,
+        cache: MixerCache,
+        lengths: Int[Array, " batch"] | None,
     ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
         """q, k and v split into heads, after convolution and activation, and the tails of the convolutions."""
-        streams: tuple[Array, ...] = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        streams: tuple[Array, ...] = contained(lambda x: (self.q_proj(x), self.k_proj(x), self.v_proj(x)), x)
         tails: tuple[Array, ...] = ()
         if self.settings.use_short_conv:
             convolutions = (self.q_conv, self.k_conv, self.v_conv)
-            results = [f(s, segment_ids, c) for f, s, c in zip(convolutions, streams, cache.convolution, strict=True)]
+            results = [
+                f(s, segment_ids, c, lengths) for f, s, c in zip(convolutions, streams, cache.convolution, strict=True)
+            ]
             streams, tails = tuple(y for y, _ in results), tuple(tail for _, tail in results)
         else:
             streams = tuple(self.activation(s) for s in streams)

@@ -1,12 +1,13 @@
 """A mixture of experts: every token goes to a few of many small feed-forward layers, and to one that all share."""
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.checks import (
     require_counts,
@@ -16,6 +17,7 @@ from delta_jax.layers.checks import (
     require_positive_numbers,
     require_rngs,
 )
+from delta_jax.layers.contained import contained, finite_tokens, select_finite
 from delta_jax.layers.mlp import SwiGLU
 from delta_jax.ops.arguments import checked_array
 from delta_jax.parallel import by_tokens
@@ -36,8 +38,9 @@ class MixtureOfExperts(nnx.Module):
         C    = the per_token experts with the largest s_e + bias_e
         y    = shared(x) + scale * sum_C s_e / (sum_C s) * expert_e(x)
 
-    The experts are SwiGLU layers, computed by `jax.lax.ragged_dot` on the tokens sorted by expert. The bias only
-    decides who is chosen. `balanced_bias` says how training moves it, so that all experts get as many tokens.
+    The experts are SwiGLU layers, computed by `jax.lax.ragged_dot` on the tokens sorted by expert. There is no capacity
+    that a token could take from another. The bias only decides who is chosen. `balanced_bias` says how training moves it,
+    so that all experts get as many tokens of those that count.
 
     Args:
         hidden_size: width of x.
@@ -110,17 +113,34 @@ class MixtureOfExperts(nnx.Module):
             self.shared_gate = nnx.Linear(hidden_size, 1, dtype=dtype, **kinds)
 
     def __call__(
-        self, x: Float[Array, "batch time hidden"]
+        self, x: Float[Array, "batch time hidden"], counted: Bool[Array, "batch time"] | None = None
     ) -> tuple[Float[Array, "batch time hidden"], Int[Array, " number"]]:
-        """Maps x [B, T, hidden_size] to the same shape; also returns the load, how many tokens each expert got."""
+        """Maps every token of x to the sum over its experts.
+
+        Args:
+            x: [B, T, hidden_size]. A token that is not finite gives NaN and reaches no other, and no parameter.
+            counted: [B, T] bool, the tokens that count in the load, such as those with a target; None is all. The others
+                are mapped all the same. What is not finite never counts.
+
+        Returns:
+            y [B, T, hidden_size] in the layer's dtype, and the load [number], how many counted tokens each expert got.
+
+        Raises:
+            ValueError: x is of another size or kind.
+        """
         axes = {"batch": None, "time": None, "hidden_size": self.router.in_features}
         x = checked_array("x", x, axes).astype(self.dtype)
+        finite = finite_tokens(x)
+        counted = finite if counted is None else finite & counted
+        x = select_finite(finite, x, 0.0)
         kernels = tuple(self.experts[name][...].astype(self.dtype) for name in ("gate_proj", "up_proj", "down_proj"))
-        y, load = by_tokens(_experts, (x, *self.route(x)), *kernels)
+        y, load = by_tokens(_experts, (x, *self.route(x), counted), *kernels)
         if hasattr(self, "shared"):
             shared = self.shared(x)
-            y = y + (shared * jax.nn.sigmoid(self.shared_gate(x)) if hasattr(self, "shared_gate") else shared)
-        return y, load
+            if hasattr(self, "shared_gate"):
+                shared = contained(lambda x, shared: shared * jax.nn.sigmoid(self.shared_gate(x)), x, shared)
+            y = y + shared
+        return select_finite(finite, y, jnp.nan), load
 
     def route(
         self, x: Float[Array, "batch time hidden"]
@@ -144,14 +164,16 @@ def balanced_bias(
     return bias + rate * direction.astype(bias.dtype)
 
 
-def _experts(tokens: tuple[Array, Array, Array], gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+def _experts(tokens: tuple[Array, Array, Array, Array], gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
     """The weighted outputs of the chosen experts in float32, and the load. Gathers only, whose order is fixed."""
-    x, chosen, weights = tokens
-    flat = chosen.reshape(-1)
+    x, chosen, weights, counted = tokens
+    number, flat = gate.shape[0], chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    load = jnp.bincount(flat, length=gate.shape[0])
+    sizes = jnp.bincount(flat, length=number)
+    load = jnp.bincount(jnp.where(counted[..., None], chosen, number).reshape(-1), length=number + 1)[:number]
     rows = jnp.repeat(x.reshape(-1, x.shape[-1]), chosen.shape[-1], axis=0)[order]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, load)) * jax.lax.ragged_dot(rows, up, load)
-    y = jax.lax.ragged_dot(hidden, down, load, preferred_element_type=jnp.float32)
+    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    down_product = partial(jax.lax.ragged_dot, rhs=down, group_sizes=sizes, preferred_element_type=jnp.float32)
+    y = contained(down_product, hidden, tokens=1)
     y = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
-    return jnp.sum(y * weights[..., None], axis=-2), load
+    return contained(lambda y, weights: jnp.sum(y * weights[..., None], axis=-2), y, weights), load

@@ -12,6 +12,7 @@ from delta_jax.layers.checks import (
     require_positive_numbers,
     require_rngs,
 )
+from delta_jax.layers.contained import contained
 from delta_jax.ops.arguments import checked_array
 
 __all__ = ["SwiGLU"]
@@ -59,4 +60,5 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading hidden"]:
         """Maps x [..., hidden_size] to the same shape; another size or kind of x is a ValueError."""
         x = checked_array("x", x, {"...": None, "hidden_size": self.gate_proj.in_features})
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = contained(lambda x: jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), x, tokens=x.ndim - 1)
+        return contained(self.down_proj, hidden, tokens=x.ndim - 1)

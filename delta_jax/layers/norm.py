@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from delta_jax.layers.checks import require_dtypes, require_flags, require_positive_integers, require_positive_numbers
+from delta_jax.layers.contained import contained
 from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.precision import accumulator_dtype
 
@@ -56,11 +57,14 @@ class RMSNorm(nnx.Module):
         Raises:
             ValueError: x is of another size or not floating-point.
         """
-        learned = (self.offset if self.zero_centered else self.scale)[...]
+        learned = self.offset if self.zero_centered else self.scale
         x = checked_array("x", x, {"...": None, "size": learned.shape[-1]})
+        return contained(self._normalise, x, tokens=x.ndim - 1)
+
+    def _normalise(self, x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:
         power, rest = inverse_length(x, self.eps, jnp.mean)
         wide = x.astype(rest.dtype) * power * rest
-        learned = learned.astype(rest.dtype)
+        learned = (self.offset if self.zero_centered else self.scale)[...].astype(rest.dtype)
         scale = 1.0 + learned if self.zero_centered else learned
         return (wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 

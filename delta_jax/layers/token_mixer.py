@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.checks import require_cache
 from delta_jax.ops.arguments import checked_array
+from delta_jax.ops.padding import to_front
 
 __all__ = ["Mixed", "TokenMixer", "keep_rows"]
 
@@ -64,13 +65,17 @@ class TokenMixer(nnx.Module):
         """
         raise NotImplementedError
 
-    def check_room(self, cache: Any, tokens: int) -> None:
+    def check_room(self, cache: Any, tokens: int | Int[Array, " batch"]) -> None:
         """Raises a ValueError if the cache, or one of a stack of caches, is known to have no room for more tokens."""
 
     def with_cache(
-        self, x: Float[Array, "batch time hidden"], segment_ids: Int[Array, "batch time"] | None, cache: Any
+        self,
+        x: Float[Array, "batch time hidden"],
+        segment_ids: Int[Array, "batch time"] | None,
+        cache: Any,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> Mixed:
-        """What calling the layer with return_cache=True does."""
+        """What calling the layer with return_cache=True does; of each row only the first `lengths` tokens are there."""
         raise NotImplementedError
 
     def __call__(
@@ -78,6 +83,7 @@ class TokenMixer(nnx.Module):
         x: Float[Array, "batch time hidden"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time"] | None = None,
         cache: Any = None,
         return_cache: bool = False,
     ) -> Float[Array, "batch time hidden"] | Mixed:
@@ -87,6 +93,9 @@ class TokenMixer(nnx.Module):
             x: [B, T, hidden_size], floating-point; arrays of NumPy are taken, lists are not.
             segment_ids: [B, T] integers; nothing passes from one segment to the next. None continues the
                 segment of the cache (a new cache is in segment 0).
+            mask: [B, T] bool, false where a token is padding, on either side or between; None is none. Outputs of real
+                tokens and the new cache are those of the rows without padding, whatever it holds; its own outputs are
+                zero. A row of padding alone leaves its cache as it is.
             cache: what a former call returned, or `init_cache`; None starts anew.
             return_cache: return the new cache as well, which is always done when a cache is given. Where every
                 token is kept and no cache is given, the new one has room for these T tokens and no more.
@@ -95,13 +104,19 @@ class TokenMixer(nnx.Module):
             y [B, T, hidden_size] in the layer's dtype, or (y, cache).
 
         Raises:
-            ValueError: x or segment_ids do not have that shape or kind, or the cache is another layer's, one of
+            ValueError: x, segment_ids or mask do not have that shape or kind, or the cache is another layer's, one of
                 another batch size, or known to have no room; the sentence names the argument.
         """
         x, segment_ids = checked_sequences(x, segment_ids, self.hidden_size)
         if cache is not None:
             require_cache(cache, x.shape[0], self.init_cache)
-        mixed = self.with_cache(x, segment_ids=segment_ids, cache=cache)
+        if mask is None:
+            mixed = self.with_cache(x, segment_ids=segment_ids, cache=cache)
+        else:
+            front = to_front(mask, x.shape[:2])
+            ids = None if segment_ids is None else front.move(segment_ids)
+            mixed = self.with_cache(front.move(x), segment_ids=ids, cache=cache, lengths=front.lengths)
+            mixed = Mixed(front.back(mixed.y), mixed.cache)
         return mixed if return_cache or cache is not None else mixed.y
 
     def linear(self, inputs: int, outputs: int, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from delta_jax.layers import AttentionCache, ExpertBias, MixerCache, MixtureOfExperts, RMSNorm, SwiGLU
 from delta_jax.layers.checks import require_cache, require_positive_integers, require_rngs
+from delta_jax.layers.contained import contained
 from delta_jax.models.config import Layer, ModelConfig
 from delta_jax.models.stack import Run
 from delta_jax.ops.arguments import as_array, checked_array
+from delta_jax.ops.padding import first_tokens, select_tokens, to_front
 from delta_jax.parallel import cut_batch
 
 __all__ = ["Block", "LanguageModel", "Loads", "ModelCache", "number_of_parameters"]
@@ -48,15 +50,21 @@ class Block(nnx.Module):
         x: Float[Array, "batch time hidden"],
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: LayerCache | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+        counted: Bool[Array, "batch time"] | None = None,
     ) -> BlockOutput:
-        """Adds what the mixer and the feed-forward layer say to the residual stream."""
-        y, cache = self.mixer.with_cache(self.mixer_norm(x), segment_ids=segment_ids, cache=cache)
+        """Adds what the mixer and the feed-forward layer say to the residual stream.
+
+        Of each row only the first `lengths` tokens are there; `counted` says which tokens count in the load.
+        """
+        normed = self.mixer_norm(x)
+        y, cache = self.mixer.with_cache(normed, segment_ids=segment_ids, cache=cache, lengths=lengths)
         x = x + y
         if self.mlp is None:
             return BlockOutput(x, cache, None)
         if isinstance(self.mlp, SwiGLU):
             return BlockOutput(x + self.mlp(self.mlp_norm(x)), cache, None)
-        y, load = self.mlp(self.mlp_norm(x))
+        y, load = self.mlp(self.mlp_norm(x), counted)
         return BlockOutput(x + y, cache, load)
 
 
@@ -143,6 +151,7 @@ class LanguageModel(nnx.Module):
         tokens: Int[Array, "batch time"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time"] | None = None,
         cache: ModelCache | None = None,
         return_cache: bool = False,
     ) -> Float[Array, "batch time vocab"] | tuple[Float[Array, "batch time vocab"], ModelCache]:
@@ -152,6 +161,9 @@ class LanguageModel(nnx.Module):
             tokens: [B, T] ids below vocab_size.
             segment_ids: [B, T] integers; nothing passes from one segment to the next. None continues the
                 segment of the cache (a new cache is in segment 0).
+            mask: [B, T] bool, false where a token is padding, on either side or between; None is none. Logits of real
+                tokens and the new cache are those of the rows without padding, whatever ids it holds; its own logits
+                are zero, and experts do not count it. A row of padding alone leaves its cache as it is.
             cache: what a former call returned, or `init_cache`; None starts anew.
             return_cache: return the new cache as well, which is always done when a cache is given. Attention without
                 a window, if no cache is given, has room for these T tokens; `extend_cache` makes more.
@@ -160,11 +172,11 @@ class LanguageModel(nnx.Module):
             logits [B, T, vocab_size] in float32, or (logits, cache).
 
         Raises:
-            ValueError: tokens or segment_ids do not have that shape or kind, the cache is another model's or one of
+            ValueError: tokens, segment_ids or mask do not have that shape or kind, the cache is another model's or one of
                 another batch size, or it is known to be too small for the tokens (inside `jit` it is not known, and
                 logits beyond are NaN).
         """
-        x, new_cache = self.features(tokens, segment_ids=segment_ids, cache=cache, return_cache=return_cache)
+        x, new_cache = self.features(tokens, segment_ids=segment_ids, mask=mask, cache=cache, return_cache=return_cache)
         logits = self.head(x)
         return logits if new_cache is None else (logits, new_cache)
 
@@ -173,6 +185,7 @@ class LanguageModel(nnx.Module):
         tokens: Int[Array, "batch time"] | Float[Array, "batch time first"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time"] | None = None,
         cache: ModelCache | None = None,
         return_cache: bool = False,
     ) -> tuple[Float[Array, "batch time hidden"], ModelCache | None]:
@@ -182,7 +195,7 @@ class LanguageModel(nnx.Module):
         summed with them.
         """
         x, new_cache, _ = self.features_and_loads(
-            tokens, segment_ids=segment_ids, cache=cache, return_cache=return_cache
+            tokens, segment_ids=segment_ids, mask=mask, cache=cache, return_cache=return_cache
         )
         return x, new_cache
 
@@ -191,29 +204,41 @@ class LanguageModel(nnx.Module):
         tokens: Int[Array, "batch time"] | Float[Array, "batch time first"],
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time"] | None = None,
+        counted: Bool[Array, "batch time"] | None = None,
         cache: ModelCache | None = None,
         return_cache: bool = False,
     ) -> tuple[Float[Array, "batch time hidden"], ModelCache | None, Loads]:
-        """`features`, and how many tokens every expert got."""
+        """`features`, and how many tokens every expert got: real ones, and, if `counted` [B, T] is given, only its."""
         tokens, segment_ids = self._checked(tokens, segment_ids)
         if cache is not None:
             require_cache(cache, tokens.shape[0], self.init_cache)
+        front = None if mask is None else to_front(mask, tokens.shape[:2])
+        lengths = None if front is None else front.lengths
+        if front is not None:
+            tokens, counted = front.move(tokens), front.move(front.mask if counted is None else front.mask & counted)
+            segment_ids = None if segment_ids is None else front.move(segment_ids)
         keep_cache = return_cache or cache is not None
         apply = _rematerialized(self.config.remat)
         if cache is not None and segment_ids is None:
             for block, block_cache in zip(self.blocks, cache, strict=True):
-                block.mixer.check_room(cache=block_cache, tokens=tokens.shape[1])
+                block.mixer.check_room(cache=block_cache, tokens=tokens.shape[1] if lengths is None else lengths)
 
         def repeat(x: Array, stack: tuple[tuple[Block, ...], ModelCache | None]) -> tuple[Array, tuple]:
             blocks, old = stack
             new, loads = [], []
             for index, block in enumerate(blocks):
-                x, block_cache, load = apply(block, x, segment_ids, None if old is None else old[index])
+                x, block_cache, load = apply(
+                    block, x, segment_ids, None if old is None else old[index], lengths, counted
+                )
                 new.append(block_cache)
                 loads.append(load)
             return x, (tuple(new) if keep_cache else (), tuple(loads))
 
-        x, place = cut_batch(self._embedded(tokens)), 0
+        x = self._embedded(tokens)
+        if lengths is not None:
+            x = select_tokens(first_tokens(lengths, x.shape[1]), x)
+        x, place = cut_batch(x), 0
         new_cache: ModelCache = ()
         loads: Loads = ()
         for run in self.config.runs:
@@ -222,7 +247,8 @@ class LanguageModel(nnx.Module):
                 repeat, x, (tuple(self.blocks[here]), None if cache is None else cache[here])
             )
             new_cache, loads, place = new_cache + run_cache, loads + run_loads, here.stop
-        return self.final_norm(x), new_cache if keep_cache else None, loads
+        x = self.final_norm(x)
+        return x if front is None else front.back(x), new_cache if keep_cache else None, loads
 
     def _checked(self, tokens: Any, segment_ids: Any) -> tuple[Array, Array | None]:
         """Tokens and segment ids as arrays, or a ValueError that names one that does not fit."""
@@ -249,6 +275,9 @@ class LanguageModel(nnx.Module):
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:
         """The float32 logits of the features x."""
         x = checked_array("x", x, {"...": None, "hidden_size": self.config.hidden_size})
+        return contained(self._head, x, tokens=x.ndim - 1)
+
+    def _head(self, x: Array) -> Array:
         if not self.config.tie_embeddings:
             return self.lm_head(x)
         table = self.embed.embedding[...].astype(x.dtype)
@@ -293,8 +322,15 @@ def _stacks(config: ModelConfig, run: Run, key: PRNGKeyArray) -> list[Block]:
     ]
 
 
-def _apply_block(block: Block, x: Array, segment_ids: Array | None, cache: LayerCache | None) -> BlockOutput:
-    return block(x, segment_ids=segment_ids, cache=cache)
+def _apply_block(
+    block: Block,
+    x: Array,
+    segment_ids: Array | None,
+    cache: LayerCache | None,
+    lengths: Array | None,
+    counted: Array | None,
+) -> BlockOutput:
+    return block(x, segment_ids=segment_ids, cache=cache, lengths=lengths, counted=counted)
 
 
 def _rematerialized(remat: str) -> Callable[..., Any]:

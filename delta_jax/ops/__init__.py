@@ -1,4 +1,4 @@
-"""Pure functions on arrays: the delta rule, its recurrent and chunkwise forms, and the short convolution."""
+"""Pure functions on arrays: the delta rule, its recurrent and chunkwise forms, padding, and states of segments."""
 
 from delta_jax.ops.api import (
     delta_product,
@@ -9,6 +9,8 @@ from delta_jax.ops.api import (
     linear_attention,
     linear_attention_step,
 )
+from delta_jax.ops.padding import skip_tokens
+from delta_jax.ops.segments import segment_states
 
 __all__ = [
     "delta_product",
@@ -18,4 +20,6 @@ __all__ = [
     "implementations",
     "linear_attention",
     "linear_attention_step",
+    "segment_states",
+    "skip_tokens",
 ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.ops.arguments import attention_arguments, checked_array
+from delta_jax.ops.precision import accumulator_dtype
 
 __all__ = ["Places", "attend", "places", "rotate", "visible"]
 
@@ -91,10 +92,14 @@ def attend(
     implementation: Any = None,
     block: int = 1024,
 ) -> Float[Array, "batch time heads value"]:
-    """Softmax attention by `jax.nn.dot_product_attention`, the softmax in float32.
+    """Softmax attention; scores, softmax and sums in float32.
 
     Queries go block by block, at most 16 of them, each to the keys that it may see; the backward pass computes scores
     again. Memory then grows with T, not with T^2, and a window makes the cost grow with T too.
+
+    Masks are selections: a key that a query does not see cannot reach its output, nor a gradient, whatever it holds, NaN
+    and infinity too. A query that sees a key or value that is not finite, that is not finite itself, or whose product
+    with a key it sees overflows, gives NaN in all channels, and has no gradient. A query that sees no key gives zeros.
 
     Args:
         q: [B, T, H, K].
@@ -102,7 +107,8 @@ def attend(
         scale: of the products q k^T, a number or an array of no axes, which may be traced or learned.
         window: how many tokens a query sees, itself included; None is all.
         places: those of the queries and of the keys; None is one segment and S = T.
-        implementation: None, "xla" or "cudnn"; the latter takes all queries at once.
+        implementation: None or "xla"; or "cudnn", that of `jax.nn.dot_product_attention`, which takes all queries at once.
+            Products that overflow are then its own affair.
         block: queries of a block, at least.
 
     Returns:
@@ -113,37 +119,77 @@ def attend(
     """
     q, k, v, scale = attention_arguments(q, k, v, scale=scale, window=window, places=places)
     time, past = q.shape[1], k.shape[1] - q.shape[1]
-    size = max(block, -(-time // 16)) if isinstance(time, int) else time  # a symbolic time is one block
-    if time <= size or implementation == "cudnn":
-        mask = None if places is None else visible(*places, window)
-        return _attend(q, k, v, mask, scale=scale, window=window, implementation=implementation)
+    whole = places is None
     if places is None:
         index = jnp.arange(time, dtype=jnp.int32)[None]
         places = (Places(jnp.zeros_like(index), index),) * 2
+    if implementation == "cudnn":
+        return _attend_cudnn(q, k, v, visible(*places, window), scale=scale, window=window, causal=whole)
+    size = max(block, -(-time // 16)) if isinstance(time, int) else time  # a symbolic time is one block
+    if time <= size:
+        return _attend(q, k, v, visible(*places, window), scale=scale)
 
     def of_block(start: int) -> Array:
         first = 0 if window is None or past else max(0, start - window + 1)
         queries, keys = slice(start, start + size), slice(first, past + start + size)
         mask = visible(Places(*(x[:, queries] for x in places[0])), Places(*(x[:, keys] for x in places[1])), window)
-        again = jax.checkpoint(partial(_attend, scale=scale, window=None, implementation=implementation))
-        part: Array = again(q[:, queries], k[:, keys], v[:, keys], mask)
+        part: Array = jax.checkpoint(partial(_attend, scale=scale))(q[:, queries], k[:, keys], v[:, keys], mask)
         return part
 
     return jnp.concatenate([of_block(start) for start in range(0, time, size)], axis=1)
 
 
-def _attend(
-    q: Array, k: Array, v: Array, mask: Array | None, *, scale: float, window: int | None, implementation: Any
+def _finite(x: Array) -> tuple[Array, Array]:
+    """x [B, T, H, dim] with zeros for heads of tokens that are not finite, and which are, [B, T, H]."""
+    finite = jnp.all(jnp.isfinite(x), axis=-1)
+    return jnp.where(finite[..., None], x, jnp.zeros((), x.dtype)), finite
+
+
+def _attend(q: Array, k: Array, v: Array, seen: Array, *, scale: float) -> Array:
+    """Attention of all queries at once to the keys that `seen` [B or 1, 1, T, S] shows them."""
+    (q, good_q), (k, good_k), (v, good_v) = _finite(q), _finite(k), _finite(v)
+    heads, groups = k.shape[2], q.shape[2] // k.shape[2]
+    # Without a word on it, a product in the backward pass would have one factor in float32.
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if v.dtype == jnp.bfloat16 else None
+    product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(v.dtype), precision=precision)
+    scores = product("btngk,bsnk->bngts", q.reshape(*q.shape[:2], heads, groups, -1), k)
+    seen = seen[:, :, None]
+    good = jnp.isfinite(scores) & jnp.moveaxis(good_k & good_v, 1, 2)[:, :, None, None]
+    lost = jnp.any(seen & ~good, axis=-1) | ~_grouped(good_q, heads)
+    kept = seen & ~lost[..., None]
+    flipped = jnp.where(jnp.asarray(scale) < 0, -1, 1).astype(scores.dtype)  # a learned scale may be negative
+    scores, scale = scores * flipped, scale * flipped
+    # Scaled after the largest is taken away, which is then zero to the last bit: one of 1e30 has no rounding to spare. The
+    # first selection is for the value, the second so that no cotangent enters an exponent.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, where=kept, initial=-jnp.inf))
+    scores = jnp.where(kept, scale * (scores - jnp.where(jnp.isfinite(top), top, 0)), -jnp.inf)
+    weights = jnp.where(kept, jnp.exp(scores), 0)
+    total = jnp.sum(weights, axis=-1)[..., None]
+    # Divided after the product: cotangents of the weights of unseen keys never meet the others.
+    o = product("bngts,bsnv->bngtv", weights.astype(v.dtype), v) / jnp.where(total > 0, total, 1)
+    o = jnp.where(lost[..., None], jnp.nan, o)
+    return jnp.moveaxis(o, 3, 1).reshape(*q.shape[:3], -1).astype(v.dtype)
+
+
+def _grouped(x: Array, heads: int) -> Array:
+    """[B, T, H] as [B, Hkv, H / Hkv, T]."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1), 1, 3)
+
+
+def _attend_cudnn(
+    q: Array, k: Array, v: Array, seen: Array, *, scale: float, window: int | None, causal: bool
 ) -> Array:
-    """Attention of all queries at once; without a mask it is causal, in the window."""
-    size, dtype = v.shape[-1], v.dtype
-    if dtype == jnp.float16:  # for which the library asks for products that CPUs and TPUs do not have
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    if size < k.shape[-1]:  # the library wants values of the size of keys
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - size)))
-    seen: dict[str, Any] = {"mask": mask}
-    if mask is None:
-        seen = {"is_causal": True, "local_window_size": None if window is None else (window - 1, 0)}
+    """The same by the library's kernel; if `causal`, `seen` is what it makes itself."""
+    (q, good_q), (k, good_k), (v, good_v) = _finite(q), _finite(k), _finite(v)
+    unseen = jnp.moveaxis(~(good_k & good_v), 1, 2)[:, :, None]
+    lost = jnp.repeat(jnp.any(seen & unseen, axis=-1), q.shape[2] // k.shape[2], axis=1)
+    lost = jnp.moveaxis(lost, 1, 2) | ~good_q
+    size = v.shape[-1]
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - size)))  # it wants values of the size of keys
+    own: dict[str, Any] = {"mask": jnp.broadcast_to(seen, (q.shape[0], *seen.shape[1:]))}
+    if causal:
+        own = {"is_causal": True, "local_window_size": None if window is None else (window - 1, 0)}
     with jax.numpy_dtype_promotion("standard"):  # the library relies on it for types below float32
-        o: Array = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **seen)
-    return o[..., :size].astype(dtype)
+        o: Array = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn", **own)
+    o = jnp.where(jnp.moveaxis(jnp.any(seen, axis=-1), 1, 2)[..., None], o[..., :size], jnp.zeros((), o.dtype))
+    return jnp.where(lost[..., None], jnp.full((), jnp.nan, o.dtype), o)

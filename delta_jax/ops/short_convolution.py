@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from delta_jax.ops.arguments import checked_array
+from delta_jax.ops.padding import first_tokens, select_tokens
 from delta_jax.ops.precision import accumulator_dtype
 
 __all__ = ["short_convolution"]
@@ -15,12 +16,15 @@ def short_convolution(
     *,
     segment_ids: Int[Array, "batch time"] | None = None,
     cache: Float[Array, "batch tail channels"] | None = None,
+    lengths: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch tail channels"]]:
     """Filters every channel over its own past.
 
         y[t] = sum_{j < width} kernel[width - 1 - j] * x[t - j]
 
-    where a tap that would reach before the sequence, or over a change of the segment id, contributes zero.
+    where a tap that would reach before the sequence, or over a change of the segment id, contributes zero, by selection:
+    whatever it holds, it reaches no output and no gradient. A tap inside the segment that is not finite makes the outputs
+    that see it NaN, channel by channel, and nothing else.
 
     The cache holds the last `width - 1` inputs, oldest first, and zeros in place of those that no later
     token of the same segment may see; so a continued call is exact and needs no old segment ids. A caller
@@ -32,6 +36,8 @@ def short_convolution(
         segment_ids: [B, T], constant within a packed sequence; None is one segment.
         cache: [B, W - 1, C], what a former call returned; None is the start of a sequence. It belongs to the
             segment of the first token.
+        lengths: [B] int32, how many tokens of a row are real, the first ones; None is all. What follows is padding: its
+            outputs are zero, and the new cache is the one after the last real token.
 
     Returns:
         y [B, T, C] in the dtype of x (products are summed in float32 at least), and the new cache.
@@ -50,20 +56,37 @@ def short_convolution(
     if cache is None:
         cache = jnp.zeros((batch, tail, channels), x.dtype)
     cache = checked_array("cache", cache, {"batch": batch, "tail": tail, "channels": channels})
+    if lengths is not None:
+        lengths = checked_array("lengths", lengths, {"batch": batch}, "integers")
 
     accumulate = accumulator_dtype(x.dtype)
     inputs = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
     runs = None if segment_ids is None else _runs(segment_ids, tail)
-    y = jnp.zeros(x.shape, accumulate)
+    finite = jnp.isfinite(inputs)  # zero times NaN would be in the kernel's gradient
+    clean = jnp.where(finite, inputs, jnp.zeros((), x.dtype))
+    y, lost = jnp.zeros(x.shape, accumulate), jnp.zeros(x.shape, jnp.bool_)
     for offset in range(tail + 1):
-        tap = inputs[:, offset : offset + time].astype(accumulate)
+        here = slice(offset, offset + time)
+        tap, bad = clean[:, here].astype(accumulate), ~finite[:, here]
         if runs is not None and offset < tail:
-            tap = jnp.where((runs[:, offset : offset + time] == runs[:, tail:])[..., None], tap, 0.0)
-        y = y + tap * kernel[None, None, offset].astype(accumulate)
+            same = (runs[:, here] == runs[:, tail:])[..., None]
+            tap, bad = jnp.where(same, tap, 0.0), bad & same
+        y, lost = y + tap * kernel[None, None, offset].astype(accumulate), lost | bad
+    y = jnp.where(lost, jnp.nan, y)
 
-    new_cache = inputs[:, time:]
+    if lengths is not None:
+        y = select_tokens(first_tokens(lengths, time), y)
+
+    def at_end(x: Array) -> Array:
+        if lengths is None:
+            return x[:, time:]
+        place = lengths[:, None] + jnp.arange(tail, dtype=lengths.dtype)[None]
+        return jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    new_cache = at_end(inputs)
     if runs is not None:
-        new_cache = jnp.where((runs[:, time:] == runs[:, -1:])[..., None], new_cache, jnp.zeros((), x.dtype))
+        run = at_end(runs)
+        new_cache = jnp.where((run == run[:, -1:])[..., None], new_cache, jnp.zeros((), x.dtype))
     return y.astype(x.dtype), new_cache
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from delta_jax.layers.mixture_of_experts import balanced_bias
 from delta_jax.models import LanguageModel, ModelConfig
 from delta_jax.models.language_model import Loads
-from delta_jax.models.loss import token_nats
+from delta_jax.models.loss import counted_targets, token_nats
 from delta_jax.parallel import batch_parts, batch_sharding, replicated
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.optimizer import Schedule
@@ -25,9 +25,19 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def loss_sum(model: LanguageModel, batch: Batch) -> tuple[Float[Array, ""], Loads]:
-    """Cross-entropy of one batch [B, T], summed over its unmasked tokens, in nats; and the loads of the experts."""
-    features, _, loads = model.features_and_loads(batch["inputs"], segment_ids=batch["segment_ids"])
-    return jnp.sum(token_nats(model.head(features), batch["targets"]) * batch["mask"]), loads
+    """Cross-entropy of one batch [B, T], summed over its targets that count, in nats; and the loads of the experts.
+
+    The tokens that count in the loads are those whose targets count in the loss (`counted_targets`): padding and masked
+    targets move no expert's bias.
+    """
+    counted = counted_targets(batch["targets"], batch["mask"])
+    features, _, loads = model.features_and_loads(batch["inputs"], segment_ids=batch["segment_ids"], counted=counted)
+    return jnp.sum(token_nats(model.head(features), batch["targets"], counted)), loads
+
+
+def _tokens(batch: Batch) -> Float[Array, ""]:
+    """How many targets count."""
+    return jnp.sum(counted_targets(batch["targets"], batch["mask"]), dtype=jnp.float32)
 
 
 def make_train_step(
@@ -35,9 +45,10 @@ def make_train_step(
 ) -> TrainStep:
     """Build ``(state, batch) -> (state, metrics)``, jitted on the mesh, the old state's memory reused.
 
-    The loss and the gradient are means over all unmasked tokens of the batch: sums over the micro-batches, which are the
-    leading axis of the batch's arrays [micro_batches, batch, time], divided by the number of tokens at the end. After
-    the optimizer, the biases of experts move by what the whole batch's loads say.
+    The loss and the gradient are means over all targets of the batch that count, those that are not negative and where the
+    batch's mask is above zero: sums over the micro-batches, which are the leading axis of the batch's arrays
+    [micro_batches, batch, time], divided by the number of such tokens at the end. After the optimizer, the biases of
+    experts move by what the whole batch's loads say, of the tokens that count in the loss.
 
     Args:
         config: the model.
@@ -47,7 +58,7 @@ def make_train_step(
 
     Returns:
         The step. Its metrics are float32: loss (nats per token), gradient_norm (before clipping),
-        learning_rate and tokens (unmasked ones in the batch).
+        learning_rate and tokens (those in the batch that count).
     """
     structure, _ = abstract_model(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
@@ -70,7 +81,7 @@ def make_train_step(
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.parameters)
             (loss, gradients), loads = jax.lax.scan(accumulate, (jnp.zeros(()), zeros), dict(batch))
             loads = jax.tree.map(lambda load: jnp.sum(load, axis=0), loads)
-        tokens = jnp.sum(batch["mask"])
+        tokens = _tokens(batch)
         loss, gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(tokens, 1.0), (loss, gradients))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         metrics = {
@@ -98,7 +109,7 @@ def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batc
     @_on(mesh)
     def step(parameters: Any, batch: Batch) -> tuple[Array, Array]:
         only = jax.tree.map(lambda array: array[0], dict(batch))
-        return loss_sum(merge_model(structure, parameters), only)[0], jnp.sum(only["mask"])
+        return loss_sum(merge_model(structure, parameters), only)[0], _tokens(only)
 
     return jax.jit(step, out_shardings=replicated(mesh))
 

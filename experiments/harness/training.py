@@ -228,8 +228,8 @@ class _Model:
 
     def _loss(self, parameters: Any, batch: Asked) -> Float[Array, ""]:
         asked = batch.targets != IGNORED
-        nats = token_nats(self._logits(parameters, batch), jnp.maximum(batch.targets, 0))
-        return jnp.sum(nats, where=asked) / jnp.maximum(jnp.sum(asked), 1).astype(jnp.float32)
+        nats = token_nats(self._logits(parameters, batch), batch.targets)
+        return jnp.sum(nats) / jnp.maximum(jnp.sum(asked), 1).astype(jnp.float32)
 
     def _one_step(self, state: TrainState, batch: Asked, rate: Array, active: Array) -> tuple[TrainState, Array]:
         loss, gradients = jax.value_and_grad(self._loss)(state.parameters, batch)
@@ -240,11 +240,11 @@ class _Model:
 
     def _answer(self, parameters: Any, batch: Asked) -> tuple[Array, Array]:
         logits = self._logits(parameters, batch)
-        return jnp.argmax(logits, axis=-1), token_nats(logits, jnp.maximum(batch.targets, 0))
+        return jnp.argmax(logits, axis=-1), token_nats(logits, batch.targets)
 
     def _probability(self, parameters: Any, batch: Asked) -> tuple[Array, Array]:
         logits = self._logits(parameters, batch)
-        return jax.nn.softmax(logits, axis=-1), token_nats(logits, jnp.maximum(batch.targets, 0))
+        return jax.nn.softmax(logits, axis=-1), token_nats(logits, batch.targets)
 
     def evaluate(self, parameters: Any, test: "_Test", *, curve: bool = False) -> list[dict[str, Any]]:
         """The metrics of every run on a test set."""

@@ -96,7 +96,15 @@ def test_what_the_mask_hides_cannot_matter():
         for batch in make_batches():
             yield batch | {"mask": batch["mask"] * (batch["segment_ids"] > 0)}
 
-    assert evaluate(poisoned, hidden(), bytes=1).loss == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    result = evaluate(poisoned, hidden(), bytes=1)
+    assert result.loss == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+
+    def negative():
+        for batch in hidden():
+            counts = batch["mask"] > 0
+            yield batch | {"mask": np.ones_like(batch["mask"]), "targets": np.where(counts, batch["targets"], -100)}
+
+    assert evaluate(poisoned, negative(), bytes=1) == result
 
 
 def test_a_second_evaluation_compiles_nothing():

@@ -180,3 +180,44 @@ def test_balancing_evens_out_the_loads():
 def test_impossible_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         MixtureOfExperts(HIDDEN, **({"size": 8, "number": EXPERTS, "per_token": 2} | options), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("name", ["kimi", "qwen"])
+def test_a_poisoned_token_reaches_no_other(name, poison):
+    """Neither outputs, nor gradients of a loss without it, nor the load."""
+    layer, x = make(name), inputs()
+    clean = np.ones((4, 5), bool)
+    clean[1, 2] = clean[3, 0] = False
+
+    @jax.jit
+    def run(layer, x):
+        def loss(layer, x):
+            y, load = layer(x, clean)
+            return jnp.sum(y * jnp.cos(inputs()), where=clean[..., None]), (y, load)
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+
+    (gradients, (y, load)), (wanted, (wanted_y, _)) = run(layer, jnp.where(clean[..., None], x, poison)), run(layer, x)
+    np.testing.assert_allclose(np.asarray(y)[clean], np.asarray(wanted_y)[clean], atol=1e-6)
+    assert np.isfinite(poison) or np.isnan(np.asarray(y)[~clean]).all()
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert load.sum() == 18 * VARIANTS[name]["per_token"]
+
+
+def test_only_what_counts_is_in_the_load():
+    layer, x = make("kimi"), inputs(8)
+    counted = jax.random.bernoulli(jax.random.key(2), 0.6, (8, 5))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    @jax.jit
+    def on_mesh(layer, x, counted):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return layer(x, counted)
+
+    whole, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
+    y, load = on_mesh(*(jax.device_put(a, s) for a, s in ((layer, whole), (x, batch), (counted, batch))))
+    chosen, _ = layer.route(x)
+    np.testing.assert_array_equal(load, np.bincount(np.asarray(chosen)[np.asarray(counted)].ravel(), minlength=EXPERTS))
+    np.testing.assert_allclose(y, layer(x)[0], atol=1e-5)  # the others are mapped all the same

@@ -129,3 +129,36 @@ def test_gradients_reach_every_parameter_but_the_biases(model):
     for path, value in nnx.to_flat_state(nnx.state(jax.jit(jax.grad(loss))(model, tokens()))):
         size = np.sqrt(np.mean(np.square(value[...])))
         assert size == 0 if path[-1] == "expert_bias" else size > 1e-7, path
+
+
+def test_padding_is_as_if_it_were_not_there(model):
+    """On either side, and in a step; with ids no vocabulary has, in an embedding of NaN."""
+    model = nnx.clone(model)
+    x, real = tokens()[:, :12], 12
+    wanted, last = run(model, x, jnp.asarray(SEGMENTS[:, :12]), model.init_cache(2, length=TIME))
+    mask = np.zeros((2, TIME), bool)
+    mask[0, -real:], mask[1, :real] = True, True
+
+    def padded(x, filler):
+        full = np.full((2, TIME), filler, np.int32)
+        full[mask] = np.asarray(x).ravel()
+        return jnp.asarray(full)
+
+    @jax.jit
+    def masked(model, tokens, segment_ids, mask, cache):
+        logits, cache = model(tokens, segment_ids=segment_ids, mask=mask, cache=cache)
+        loads = model.features_and_loads(tokens, segment_ids=segment_ids, mask=mask)[2]
+        return logits, cache, loads
+
+    ids = padded(SEGMENTS[:, :12], 77)
+    logits, cache, loads = masked(model, padded(x, -1), ids, jnp.asarray(mask), model.init_cache(2, length=TIME))
+    np.testing.assert_allclose(np.asarray(logits)[mask], np.asarray(wanted).reshape(-1, VOCAB), atol=2e-5)
+    assert not np.any(np.asarray(logits)[~mask])
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(last), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    for load in loads:
+        np.testing.assert_array_equal(np.sum(load, axis=-1), 2 * mask.sum())
+    model.embed.embedding[...] = model.embed.embedding[...].at[0].set(jnp.nan)
+    kept = jnp.where(x == 0, 1, x)
+    again, _, _ = masked(model, padded(kept, 0), ids, jnp.asarray(mask), model.init_cache(2, length=TIME))
+    assert np.isfinite(again).all()

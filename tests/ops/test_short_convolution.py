@@ -113,3 +113,56 @@ def test_wrong_shapes_are_named(change, word):
     x, kernel = inputs(11)
     with pytest.raises(ValueError, match=word):
         short_convolution(x, **({"kernel": kernel} | change))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+def test_what_is_not_seen_reaches_no_output_cache_or_gradient(poison):
+    """A loss over the tokens that no poison of their own segment comes before, within the kernel's width."""
+    x, kernel = inputs(11)
+    ids, bad = jnp.asarray(SEGMENTS), np.zeros((*SEGMENTS.shape, 5), bool)
+    bad[0, 2, 1] = bad[1, 4] = bad[2, 10] = True
+    runs = np.cumsum(np.diff(SEGMENTS, axis=1, prepend=SEGMENTS[:, :1]) != 0, axis=1)
+    clean = np.ones(bad.shape, bool)
+    for row, time, channel in np.argwhere(bad):
+        late = slice(time, time + len(kernel))
+        clean[row, late, channel] &= runs[row, late] != runs[row, time]
+    assert clean[0, 3:, 0].all()
+    cache = jnp.full((3, len(kernel) - 1, 5), poison)  # nothing of it is left to see in the second segment
+
+    def run(x, cache):
+        def loss(x, kernel, cache):
+            y, new = short_convolution(x, kernel, segment_ids=ids, cache=cache)
+            first = runs[..., None] == 0
+            weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+            return jnp.sum(y * weights, where=clean & ~first), (y, new)
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, kernel, cache)
+
+    one, (y, new) = run(jnp.where(bad, poison, x), cache)
+    other, (wanted, _) = run(x, jnp.zeros_like(cache))
+    kept = clean & (runs[..., None] > 0)
+    np.testing.assert_array_equal(np.asarray(y)[kept], np.asarray(wanted)[kept])
+    assert np.isfinite(poison) or np.isnan(np.asarray(y)[~clean]).all()
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert np.isfinite(new[0]).all()
+
+
+def test_lengths_leave_out_what_follows():
+    """Outputs, cache and gradients are those of the shorter rows; a row without tokens keeps its cache."""
+    x, kernel = inputs(11)
+    ids, lengths = jnp.asarray(SEGMENTS), jnp.asarray([7, 1, 0])
+    _, cache = short_convolution(x, kernel)
+    padded = jnp.where(jnp.arange(11)[None, :, None] < lengths[:, None, None], x, jnp.nan)
+    y, new = short_convolution(padded, kernel, segment_ids=ids, cache=cache, lengths=lengths)
+    for row, length in enumerate([7, 1]):
+        one = slice(row, row + 1)
+        alone, last = short_convolution(x[one, :length], kernel, segment_ids=ids[one, :length], cache=cache[one])
+        np.testing.assert_array_equal(y[row, :length], alone[0])
+        np.testing.assert_array_equal(new[row], last[0])
+    np.testing.assert_array_equal(new[2], cache[2])
+    assert not np.any(y[2])
+    gradient = jax.grad(lambda x: jnp.sum(short_convolution(x, kernel, lengths=lengths)[0]))(padded)
+    assert np.isfinite(gradient).all()
+    assert not np.any(gradient[2])
+    with pytest.raises(ValueError, match=r"lengths must be integers of shape \(3,\), got float32 \(3,\)"):
+        short_convolution(x, kernel, lengths=jnp.ones(3))

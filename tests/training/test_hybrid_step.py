@@ -37,15 +37,23 @@ MODEL = ModelConfig(
 )
 
 
-def batches(micro):
+def batches(micro, tail=0):
+    """The last five targets of a row do not count: masked in the first batch, negative in the second.
+
+    `tail` is added to the inputs there, which come after all that counts.
+    """
     random = np.random.default_rng(0)
     shape, result = (micro, 8 // micro, 12), []
-    for _ in range(2):
-        ids = random.integers(0, 32, (2, 8, 12)).astype(np.int32).reshape(2, *shape)
+    for number in range(2):
+        ids, mask = random.integers(0, 32, (2, 8, 12)).astype(np.int32), np.ones((8, 12), np.float32)
+        ids[0, :, -5:] = (ids[0, :, -5:] + tail) % 32
+        if number == 0:
+            mask[:, -5:] = 0.0
+        else:
+            ids[1, :, -5:] = -100
+        ids = ids.reshape(2, *shape)
         segments = np.broadcast_to(1 + (np.arange(12) >= 7), shape).astype(np.int32)
-        result.append(
-            {"inputs": ids[0], "targets": ids[1], "segment_ids": segments, "mask": np.ones(shape, np.float32)}
-        )
+        result.append({"inputs": ids[0], "targets": ids[1], "segment_ids": segments, "mask": mask.reshape(shape)})
     return result
 
 
@@ -66,15 +74,20 @@ def beginning():
 
 
 @functools.cache
-def run(micro=1, mesh=ONE, devices=1):
-    """Losses and all states of two steps."""
+def made(mesh, devices):
     grid = make_mesh(mesh, jax.devices()[:devices])
     optimizer = make_optimizer(OPTIMIZER, 10)
-    step = make_train_step(MODEL, optimizer, learning_rate_schedule(OPTIMIZER, 10), grid)
+    return grid, optimizer, make_train_step(MODEL, optimizer, learning_rate_schedule(OPTIMIZER, 10), grid)
+
+
+@functools.cache
+def run(micro=1, mesh=ONE, devices=1, tail=0):
+    """Losses and all states of two steps."""
+    grid, optimizer, step = made(mesh, devices)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(MODEL, optimizer, grid))
     state = jax.device_put(beginning(), layout)
     losses, states = [], [jax.device_get(state.parameters)]
-    for batch in batches(micro):
+    for batch in batches(micro, tail):
         state, metrics = step(state, shard_batch(batch, grid))
         losses.append(float(metrics["loss"]))
         states.append(jax.device_get(state.parameters))
@@ -105,3 +118,10 @@ def test_micro_batches_and_devices_change_nothing(changes):
     (losses, (_, second, _)), (others, (_, other, _)) = run(), run(**changes)
     np.testing.assert_allclose(others, losses, rtol=2e-5)
     np.testing.assert_array_equal(biases(other), biases(second))
+
+
+def test_tokens_whose_targets_do_not_count_move_nothing():
+    """Not even the biases, which see no loss but the experts' loads."""
+    (losses, states), (others, changed) = run(), run(tail=7)
+    assert losses == others
+    jax.tree.map(np.testing.assert_array_equal, states, changed)

@@ -174,3 +174,32 @@ def test_the_step_sets_its_mesh_so_that_kernels_are_cut_over_it(implementation: 
     )
     for step, first in steps:
         assert ("shard_map" in str(step.trace(first, batch).jaxpr)) == cut  # type: ignore[attr-defined]
+
+
+def test_a_target_that_does_not_count_is_selected_away() -> None:
+    """Negative ones, whatever the mask says, and masked ones, whatever they are: no nats, no gradient, no tokens."""
+    random = np.random.default_rng(1)
+    logits = jnp.asarray(5 * random.standard_normal((2, 7, 11)), jnp.float32)
+    targets = random.integers(0, 11, (2, 7)).astype(np.int32)
+    hidden = random.random((2, 7)) < 0.5
+
+    def total(logits: jax.Array, targets: np.ndarray, counted: np.ndarray | None = None) -> jax.Array:
+        return jnp.sum(token_nats(logits, jnp.asarray(targets), None if counted is None else jnp.asarray(counted)))
+
+    whole = token_nats(logits, jnp.asarray(targets))
+    wanted = jax.grad(lambda x: jnp.sum(token_nats(x, jnp.asarray(targets)), where=~hidden))(logits)
+    poisoned = jnp.where(hidden[..., None], jnp.nan, logits)
+    for arguments in ((np.where(hidden, -100, targets),), (np.where(hidden, -7, targets), ~hidden), (targets, ~hidden)):
+        value, gradient = jax.value_and_grad(total)(poisoned, *arguments)
+        np.testing.assert_allclose(value, np.sum(whole, where=~hidden), rtol=1e-6)
+        np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+
+
+def test_negative_targets_train_as_masked_ones() -> None:
+    batch = _batches(1)[0]
+    hidden = batch["mask"] == 0
+    negative = {"targets": np.where(hidden, -100, batch["targets"]), "mask": np.ones_like(batch["mask"])}
+    one, state = _run(_model(), [batch], MeshConfig(), 1)
+    other, same = _run(_model(), [batch | negative], MeshConfig(), 1)
+    assert one == other
+    jax.tree.map(np.testing.assert_array_equal, state.parameters, same.parameters)

@@ -1,0 +1,87 @@
+"""The final state of every segment of packed sequences, by any op of the family."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from delta_jax.ops.attention import places
+from delta_jax.ops.padding import skip_tokens
+
+__all__ = ["segment_states"]
+
+
+def segment_states(
+    op: Callable[..., tuple[Array, Array]],
+    *,
+    segment_ids: Int[Array, "batch time"],
+    max_segments: int,
+    max_length: int | None = None,
+    initial_state: Float[Array, "batch heads key value"] | None = None,
+    **inputs: Any,
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch segments heads key value"]]:
+    """An op on packed sequences that returns the final state of every segment, not only of the last.
+
+        o, states = segment_states(delta_rule, q=q, k=k, v=v, beta=beta, g=g, segment_ids=ids, max_segments=4)
+
+    A segment is a stretch of equal ids, as for the op. Every one becomes a row of `max_length` tokens of its own, filled
+    up with neutral ones (`skip_tokens`), so the op runs on `batch * max_segments` rows and nothing passes between them.
+    Differentiable; works for every member and implementation.
+
+    Args:
+        op: `delta_rule`, `delta_product` or `linear_attention`, or one of them with its other options bound by
+            `functools.partial`.
+        segment_ids: [B, T] integers.
+        max_segments: how many segments a row has at most; the shape of the result must be known.
+        max_length: how many tokens a segment has at most; None is T. The less, the less work.
+        initial_state: [B, H, K, V]; belongs to the first segment of each row.
+        inputs: the op's q, k, v, beta, g and erase, as far as they are there, by name.
+
+    Returns:
+        o [B, T, H, V], that of `op(segment_ids=segment_ids)`, and the states [B, max_segments, H, K, V] after the last
+        token of each segment, zeros for segments that a row does not have. If a row has more segments or longer ones than
+        was said, and that is not known because the ids are traced, outputs and states of what does not fit are NaN.
+
+    Raises:
+        ValueError: a limit is not a positive integer, or is known to be exceeded.
+    """
+    batch, time = segment_ids.shape
+    max_length = time if max_length is None else max_length
+    for name, limit in {"max_segments": max_segments, "max_length": max_length}.items():
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ValueError(f"{name} must be a positive integer, got {limit!r}")
+    run, position = places(segment_ids)
+    _check_limit("max_segments", max_segments, "segments in a row", run)
+    _check_limit("max_length", max_length, "tokens in a segment", position)
+
+    lengths = jnp.sum(run[:, None] == jnp.arange(max_segments)[None, :, None], axis=-1, dtype=jnp.int32)
+    starts = jnp.cumsum(lengths, axis=1) - lengths
+    index = jnp.arange(max_length, dtype=jnp.int32)[None, None]
+    place = jnp.minimum(starts[..., None] + index, time - 1).reshape(batch, -1)
+    mask = (index < lengths[..., None]).reshape(batch * max_segments, max_length)
+
+    def unpack(x: Array) -> Array:
+        taken = jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
+        return taken.reshape(*mask.shape, *x.shape[2:])
+
+    given = skip_tokens(mask, **{name: None if x is None else unpack(x) for name, x in inputs.items()})
+    if initial_state is not None:
+        later = ((0, 0), (0, max_segments - 1), (0, 0), (0, 0), (0, 0))
+        given["initial_state"] = jnp.pad(initial_state[:, None], later).reshape(-1, *initial_state.shape[1:])
+    padded, states = op(**given)
+    states = states.reshape(batch, max_segments, *states.shape[1:])
+    states = jnp.where((lengths > max_length)[..., None, None, None], jnp.nan, states)
+
+    fits = (run < max_segments) & (position < max_length)
+    place = jnp.where(fits, run * max_length + position, 0)[..., None, None]
+    o = jnp.take_along_axis(padded.reshape(batch, -1, *padded.shape[2:]), place, axis=1)
+    return jnp.where(fits[..., None, None], o, jnp.full((), jnp.nan, o.dtype)), states
+
+
+def _check_limit(name: str, limit: int, what: str, count: Array) -> None:
+    """Raises a ValueError if the largest of some counts from zero is known to exceed a limit."""
+    if not isinstance(count, jax.core.Tracer) and int(count.max()) >= limit:
+        raise ValueError(f"{name} must be at least {int(count.max()) + 1}, as there are so many {what}, got {limit}")
