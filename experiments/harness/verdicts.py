@@ -57,6 +57,7 @@ class Study[S: Sweep]:
         arms, cells: architectures and problems of a sweep.
         claims: what is held against the results.
         published: the paper's number for a cell and an arm.
+        answer: what is asked for, one at a time, as the axes of figures call it.
         plot: "positions" draws accuracy over the position in the longest test set, "steps" the metric over training.
     """
 
@@ -71,6 +72,7 @@ class Study[S: Sweep]:
     cells: Callable[[S], tuple[Cell, ...]]
     claims: tuple[Claim, ...]
     published: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    answer: str = "answer"
     plot: str | None = None
 
     def __post_init__(self) -> None:
