@@ -27,7 +27,7 @@ def claim_rows(study: Study[Any], root: Path) -> Iterator[list[str]]:
     for claim in study.claims:
         judged = 0
         for scale in study.scales:
-            files = read(root / study.name / scale)
+            files = read(root / study.name / scale, study.layout(scale))
             if not files:
                 continue
             try:
@@ -46,7 +46,7 @@ def section(study: Study[Any], root: Path) -> str:
     parts = [f"## {study.title}", f"{study.source}. {study.text}"]
     for scale in study.scales:
         folder = root / study.name / scale
-        files = read(folder)
+        files = read(folder, study.layout(scale))
         if not files:
             parts.append(f"**{scale}**: not run.")
             continue

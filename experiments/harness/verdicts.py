@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from experiments.harness.layout import TRAINED
 from experiments.harness.results import Results
 from experiments.harness.study import METRICS, Arm, Cell, Group, Sweep, make_groups
 
@@ -83,3 +84,7 @@ class Study[S: Sweep]:
     def groups(self, scale: str, sweep: S) -> list[Group]:
         """All that a sweep trains, in order."""
         return make_groups(self.name, scale, self.metric, self.arms(sweep), self.cells(sweep), sweep)
+
+    def layout(self, scale: str) -> dict[str, Any]:
+        """What files of its results hold, see `misfit`."""
+        return TRAINED | {"study": self.name, "scale": scale}
