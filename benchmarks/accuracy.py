@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import platform
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from benchmarks.options import folder
 from benchmarks.report import write
 from tests.ops.members import (
     BATCH,
@@ -173,8 +173,10 @@ alone decides more than the target, and the suite holds the op to that instead.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of accuracy.md and accuracy.json")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=folder, default="docs", help="folder of accuracy.md and accuracy.json")
     output = parser.parse_args().output
     result = measure()
     text = markdown(result)

@@ -27,6 +27,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.options import folder, number, seconds
 from benchmarks.problem import make_inputs, save
 from benchmarks.report import report_markdown, write
 from benchmarks.timing import MARK
@@ -241,10 +242,11 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Measure, print the tables, write the two files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each implementation (default 5)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per turn and direction (default 1)")
+    parser.add_argument("--rounds", type=number, default=5, help="turns of each implementation (default 5)")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="seconds per turn and direction (default 1)")
     parser.add_argument("--sweep", action="store_true", help="also chunkwise against recurrence, T = 256 ... 16384")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of cpu.json, cpu.md")
+    output = str(ROOT / "docs" / "benchmarks")
+    parser.add_argument("--output", type=folder, default=output, help="folder of cpu.json, cpu.md")
     options = parser.parse_args()
     start = time.time()
     console = Console(stderr=True)

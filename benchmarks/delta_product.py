@@ -17,6 +17,7 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import number
 from benchmarks.problem import NAMES, make_inputs
 from benchmarks.timing import temporary_bytes
 from delta_jax import delta_product, delta_rule
@@ -75,12 +76,19 @@ def measure(tokens: int, heads: int, size: int, writes: int, rounds: int) -> dic
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Several writes a token beside Gated DeltaNet.")
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.delta_product", description="Several writes a token beside Gated DeltaNet."
+    )
     for name, default in {"tokens": 2048, "heads": 4, "size": 128, "writes": 3, "rounds": 15}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=number, default=default, help="default %(default)s")
     options = vars(parser.parse_args())
     table = Table("forward and backward", "ms", "ratio", "results, MB", "temporary, MB", title=str(options))
     for way, row in measure(**options).items():
         table.add_row(way, *(f"{number:.2f}" for number in row.values()))
     Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import folder
 from benchmarks.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,9 +280,11 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of gpu.json and gpu.md"
+        "--output", type=folder, default=str(ROOT / "docs" / "benchmarks"), help="folder of gpu.json and gpu.md"
     )
     parser.add_argument("--run", choices=list(RUNNERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

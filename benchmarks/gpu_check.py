@@ -6,6 +6,7 @@ may do nothing); a second run must give the same bits; packed segments; large sh
 Prints a line for every member and what failed, and ends with 1 if anything did.
 """
 
+import argparse
 import functools
 import itertools
 import sys
@@ -95,6 +96,8 @@ def large() -> Iterator[str]:
 
 
 def main() -> int:
+    description = __doc__.splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=description).parse_args()
     device = jax.devices()[0]
     print(f"{device.device_kind}, JAX {jax.__version__}", flush=True)
     reason = implementations()["pallas"]

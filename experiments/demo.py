@@ -5,7 +5,7 @@
 A run found in the output folder is continued; a finished one is only shown.
 """
 
-import sys
+import argparse
 import time
 
 import jax
@@ -19,15 +19,28 @@ from delta_jax.evaluation import EvaluationResult, evaluate
 from delta_jax.inference import generate
 from delta_jax.models import LanguageModel, number_of_parameters
 from delta_jax.training import TrainConfig, restore_model, train
+from experiments.harness.runner import one_sentence
 
 PROMPT = 'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self'
 
 
 def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.demo",
+        description="Trains the tiny DeltaNet on the source of Python's standard library and shows what it learnt.",
+        epilog="A run found in the output folder is continued; a finished one is only shown.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/tiny.toml, such as steps=100")
+    overrides = parser.parse_args().overrides
+    with one_sentence("demo"):
+        show(load_config(TrainConfig, "tiny", overrides))
+
+
+def show(config: TrainConfig) -> None:
     """Train, measure, sample."""
     start = time.monotonic()
     console = Console()
-    config = load_config(TrainConfig, "tiny", sys.argv[1:])
     tokenizer = load_tokenizer(config.data.tokenizer)
 
     # What there is to learn from, and what has to be beaten.
@@ -78,7 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"demo: {error}")
+    main()

@@ -200,6 +200,7 @@ STUDY = Study(
         (CELL, GLA): "17.22 (the DeltaNet paper)",
         (CELL, TRANSFORMER): "18.53; 16.85 in the DeltaNet paper",
     },
+    answer="byte",
     plot="steps",
 )
 

@@ -178,6 +178,7 @@ STUDY = Study(
         for name, numbers in {DELTA: (100, 100, 100, 100), GLA: (22, 95, 100, 100), RETNET: (5, 87, 96, 97)}.items()
         for width, number in zip((64, 128, 256, 512), numbers, strict=True)
     },
+    answer="value",
     plot="steps",
 )
 

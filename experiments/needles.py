@@ -173,6 +173,7 @@ STUDY = Study(
         }.items()
         for name, numbers in rows.items()
     },
+    answer="digit",
     plot="steps",
 )
 

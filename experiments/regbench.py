@@ -133,6 +133,7 @@ STUDY = Study(
         for name, values in PUBLISHED.items()
         for size, value in zip(SIZES, values, strict=True)
     },
+    answer="letter",
     plot="steps",
 )
 

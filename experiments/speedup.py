@@ -6,6 +6,7 @@ This one times and does not train, so it is no `Study`; it has what the page ask
 import datetime
 import itertools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +30,23 @@ from delta_jax.layers import l2_normalize
 from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
 from delta_jax.ops import delta_rule
 from experiments.harness import Verdict
+from experiments.harness.layout import NUMBER
 from experiments.harness.page import markdown_table
 from experiments.harness.results import PACKAGES, check_writable, read
-from experiments.harness.runner import default_folder, parse
+from experiments.harness.runner import default_folder, one_sentence, parse
 
 RECURRENT, CHUNKWISE = "recurrent", "xla"
+LAYOUT = {
+    "order": int,
+    "head_size": int,
+    "date": str,
+    "versions": {"jax": str},
+    "machine": {"cpu": str, "cores": int, "load_before": NUMBER, "device": str, "platform": str},
+    "seconds": NUMBER,
+    "rounds": {str: [{RECURRENT: NUMBER, CHUNKWISE: NUMBER}]},
+    "config": {"tokens": int, "width": int, "dtype": str, "rounds": int},
+}
+"""Of a file of results, see `misfit`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +76,8 @@ class Timing:
         require_positive_numbers(seconds=self.seconds)
         for name, values, whole in (("lengths", self.lengths, "tokens"), ("head_sizes", self.head_sizes, "width")):
             number = getattr(self, whole)
-            if not values or any(value < 1 or number % value for value in values):
-                raise ValueError(f"{name} must hold divisors of {whole}, {number}, got {values}")
+            if not values or any(value < 1 or number % value for value in values) or len(set(values)) < len(values):
+                raise ValueError(f"{name} must hold divisors of {whole}, {number}, and none twice, got {values}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
@@ -121,7 +134,7 @@ class SpeedUp:
         """A row for each claim and scale: claim, the paper's number, ours, scale, verdict."""
         for text, paper, judge in self.claims:
             judged = {
-                scale: judge(_medians(files)) for scale in self.scales if (files := read(self._folder(root, scale)))
+                scale: judge(_medians(files)) for scale in self.scales if (files := self.read(root / self.name / scale))
             }
             for scale, verdict in judged.items():
                 yield [text, paper, verdict.ours, scale, verdict.word]
@@ -132,7 +145,7 @@ class SpeedUp:
         """Its part of the page."""
         parts = [f"## {self.title}", f"{self.source}. {self.text}", self._published()]
         for scale in self.scales:
-            files = read(self._folder(root, scale))
+            files = self.read(root / self.name / scale)
             parts += [f"**{scale}**: {_setting(files)}", _table(files)] if files else [f"**{scale}**: not run."]
         return "\n\n".join(parts)
 
@@ -141,8 +154,9 @@ class SpeedUp:
         rows = [[f"paper, heads of {size}", *values] for size, values in self.published.items()]
         return markdown_table(lengths, rows)
 
-    def _folder(self, root: Path, scale: str) -> Path:
-        return root / self.name / scale
+    def read(self, folder: Path) -> list[dict[str, Any]]:
+        """The results in a folder, a file for each head size."""
+        return read(folder, LAYOUT, lambda file: file["head_size"])
 
 
 STUDY = SpeedUp(
@@ -198,25 +212,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Times what is not there yet; exits with status 2 and one sentence where the user asks for what is not there."""
     options = parse(STUDY, arguments)
     console = Console()
-    try:
+    with one_sentence(STUDY.name):
         timing = load_config(Timing, to_dict(STUDY.scales[options.scale]), options.overrides)
         folder = Path(options.output) if options.output else default_folder(STUDY, options)
-        known = {file["head_size"] for file in read(folder) if file["config"] == to_dict(timing)}
+        known = {file["head_size"] for file in STUDY.read(folder) if file["config"] == to_dict(timing)}
         if options.list:
             _list(timing, known, console)
             return
         check_writable(folder)
-    except ValueError as error:
-        print(f"{STUDY.name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    stamp = machine()  # once: the load of later sizes is that of the earlier ones
-    for order, size in enumerate(timing.head_sizes):
-        if size not in known:
-            table = {"order": order, **_measure(timing, size, stamp, console), "config": to_dict(timing)}
-            new = folder / f"heads_of_{size}.new"
-            new.write_text(json.dumps(table, separators=(",", ":")) + "\n")
-            new.replace(new.with_suffix(".json"))
-    console.print(f"Results: {folder}. The page is made by: python -m experiments.report")
+        words = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "-m", f"experiments.{STUDY.name}", *words])
+        stamp = machine()  # once: the load of later sizes is that of the earlier ones
+        for order, size in enumerate(timing.head_sizes):
+            if size not in known:
+                table = {"order": order, "command": command, **_measure(timing, size, stamp, console)}
+                new = folder / f"heads_of_{size}.new"
+                new.write_text(json.dumps(table | {"config": to_dict(timing)}, separators=(",", ":")) + "\n")
+                new.replace(new.with_suffix(".json"))
+        console.print(f"Results: {folder}. The page is made by: python -m experiments.report")
 
 
 def _measure(timing: Timing, size: int, stamp: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -238,7 +251,6 @@ def _measure(timing: Timing, size: int, stamp: dict[str, Any], console: Console)
     return {
         "head_size": size,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python -m experiments.speedup", *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
         "machine": stamp | {"device": device.device_kind, "platform": device.platform},
         "seconds": round(time.monotonic() - start, 1),

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.options import folder
 from benchmarks.report import write
 from benchmarks.timing import MARK
 from benchmarks.tpu_schedule.chips import CHIPS
@@ -66,14 +67,17 @@ def collect(generations: list[str], console: Console) -> dict[str, Any]:
 def main() -> None:
     """Compile, print the tables, write the two files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_schedule", description=__doc__.splitlines()[0])
-    parser.add_argument("generations", nargs="*", default=list(CHIPS), choices=list(CHIPS), help="default all")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the two files")
+    parser.add_argument("generations", nargs="*", choices=list(CHIPS), help="default all")
+    parser.add_argument(
+        "--output", type=folder, default=str(ROOT / "docs" / "benchmarks"), help="folder of the two files"
+    )
     options = parser.parse_args()
+    generations = options.generations or list(CHIPS)
     start = time.time()
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python -m benchmarks.tpu_schedule", *options.generations]),
-        **collect(options.generations, Console(stderr=True)),
+        "command": " ".join(["python -m benchmarks.tpu_schedule", *generations]),
+        **collect(generations, Console(stderr=True)),
     }
     result["seconds"] = round(time.time() - start)
     text = page(result)

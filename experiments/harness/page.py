@@ -1,33 +1,16 @@
 """The page: every claim with the paper's number, ours and a verdict, then every table with its figure."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from experiments.harness.figures import draw
 from experiments.harness.results import Results, Summary, read
 from experiments.harness.study import file_name
 from experiments.harness.verdicts import Study
 
 __all__ = ["claim_rows", "markdown_table", "section"]
 
-COLORS = (
-    "#1f3f7a",
-    "#b5542a",
-    "#3c7a3f",
-    "#7a3f74",
-    "#8a7a1f",
-    "#2a8a8a",
-    "#555555",
-    "#c07aa0",
-    "#6a9ad0",
-    "#a0a060",
-    "#d49a00",
-)
 SHOWN = {
     "token": "accuracy",
     "sequence": "whole sequences",
@@ -44,7 +27,7 @@ def claim_rows(study: Study[Any], root: Path) -> Iterator[list[str]]:
     for claim in study.claims:
         judged = 0
         for scale in study.scales:
-            files = read(root / study.name / scale)
+            files = read(root / study.name / scale, study.layout(scale))
             if not files:
                 continue
             try:
@@ -63,7 +46,7 @@ def section(study: Study[Any], root: Path) -> str:
     parts = [f"## {study.title}", f"{study.source}. {study.text}"]
     for scale in study.scales:
         folder = root / study.name / scale
-        files = read(folder)
+        files = read(folder, study.layout(scale))
         if not files:
             parts.append(f"**{scale}**: not run.")
             continue
@@ -72,7 +55,7 @@ def section(study: Study[Any], root: Path) -> str:
         if study.plot:
             for cell in results.cells:
                 picture = folder / f"{file_name(cell)}.png"
-                if _draw(study, results, cell, picture):
+                if draw(study, results, cell, picture):
                     parts.append(f"![{study.title}, {cell}]({picture.relative_to(root.parent)})")
     return "\n\n".join(parts)
 
@@ -131,43 +114,3 @@ def _cell(results: Results, cell: str, arm: str, test: str, metric: str) -> str:
         return "not run"
     summary: Summary = results.best(cell, arm, test, metric)
     return str(summary)
-
-
-def _draw(study: Study[Any], results: Results, cell: str, path: Path) -> bool:
-    """Accuracy over positions or over steps, a band from the lowest to the highest seed; False if there is nothing."""
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    drawn = False
-    for color, arm in zip(
-        itertools.cycle(COLORS), (arm for arm in results.arms if results.of(cell, arm)), strict=False
-    ):
-        runs = results.chosen(cell, arm)
-        lines = [_line(study, results, cell, run) for run in runs]
-        length = min(len(x) for x, _ in lines)
-        if not length:
-            continue
-        x, values = lines[0][0][:length], np.array([y[:length] for _, y in lines], float)
-        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
-        axes.plot(x, values.mean(axis=0), color=color, label=f"{arm} ({runs[0]['learning_rate']:g})")
-        drawn = True
-    if not drawn:
-        return False
-    if study.plot == "positions":
-        trained = runs[0]["tests"][results.tests(cell)[0]]["curve"]["position"][-1]
-        axes.axvline(trained, color="#999999", linestyle=":", linewidth=1)
-    axes.set_xlabel("position" if study.plot == "positions" else "optimizer step")
-    axes.set_ylabel("accuracy" if study.plot == "positions" else SHOWN[study.metric])
-    axes.set_title(f"{study.title}: {cell}", fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    return True
-
-
-def _line(study: Study[Any], results: Results, cell: str, run: Any) -> tuple[list[int], list[float]]:
-    if study.plot == "steps":
-        history = [entry for entry in run["history"] if entry[study.metric] is not None]
-        return [entry["step"] for entry in history], [entry[study.metric] for entry in history]
-    curve = run["tests"][results.tests(cell)[-1]].get("curve", {"position": [], "token": []})
-    return curve["position"], curve["token"]

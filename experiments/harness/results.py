@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 
+from experiments.harness.layout import TRAINED, misfit
 from experiments.harness.study import LOWER_IS_BETTER, Group
 
-__all__ = ["Results", "Summary", "check_writable", "digest", "locked", "read", "write"]
+__all__ = ["Results", "Summary", "check_writable", "digest", "identity", "locked", "name_runs", "read", "write"]
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -163,18 +164,43 @@ def digest(group: Group) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def identity(file: Mapping[str, Any]) -> str:
+    """What no two files of a folder have in common: problem, architecture, weight decay and learning rates."""
+    config = file["config"]
+    return name_runs(file["cell"], file["arm"], config["weight_decay"], config["sweep"]["learning_rates"])
+
+
+def name_runs(cell: str, arm: str, weight_decay: float, rates: Sequence[float]) -> str:
+    """The same of a group that may have no file yet."""
+    return f"{cell}/{arm}/{weight_decay}/{list(rates)}"
+
+
+def read(
+    folder: Path, layout: Mapping[str, Any] = TRAINED, same: Callable[[Mapping[str, Any]], object] = identity
+) -> list[dict[str, Any]]:
     """The results in a folder, in the order in which they were declared.
 
+    Args:
+        folder: where they are; none is there if it does not exist.
+        layout: what every file must hold, see `misfit`.
+        same: what no two files may have in common.
+
     Raises:
-        ValueError: a file is no JSON; the message names it.
+        ValueError: a file is no JSON, or no results of this kind, or holds those of another again; the message names it.
     """
-    files = []
+    files: list[dict[str, Any]] = []
+    places: dict[object, Path] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            files.append(json.loads(path.read_text()))
-        except ValueError as error:
+            file = json.loads(path.read_text())
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"results in {path} cannot be read: {error}") from error
+        if (words := misfit(file, layout)) is not None:
+            raise ValueError(f"results in {path} cannot be read: {words}")
+        other = places.setdefault(same(file), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} hold results of the same runs: remove one of them")
+        files.append(file)
     return sorted(files, key=lambda file: file["order"])
 
 
@@ -220,12 +246,15 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Whether this process has the folder for itself; the lock goes with the process, however it ends."""
+def locked(path: Path) -> Iterator[bool]:
+    """Whether this process has a file for itself; the lock goes with the process, however it ends.
+
+    The file stays: were it removed, a process that had opened it before would hold a lock that no other sees.
+    """
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

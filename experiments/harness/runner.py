@@ -1,10 +1,12 @@
 """The command line of every experiment: `python -m experiments.NAME [--scale SCALE] [--list] [key=value ...]`."""
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from delta_jax.config import load_config, to_dict
-from experiments.harness.results import check_writable, digest, locked, read, write
+from experiments.harness.results import check_writable, digest, identity, locked, name_runs, read, write
 from experiments.harness.study import Group
 from experiments.harness.training import Interrupted, parameters_of, train_group
 from experiments.harness.verdicts import Study
 
-__all__ = ["default_folder", "main", "parse"]
+__all__ = ["default_folder", "main", "one_sentence", "parse"]
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"  # of scales as they are declared
 SCRATCH = Path("runs") / "experiments"
@@ -44,23 +46,35 @@ def main(study: Study[Any], arguments: Sequence[str] | None = None) -> None:
     """Runs a study; exits with status 2 and one sentence where the user asks for what is not there."""
     options = parse(study, arguments)
     console = Console()
-    try:
+    with one_sentence(study.name):
         declared = study.scales[options.scale]
         sweep = load_config(type(declared), to_dict(declared), options.overrides)
         groups = study.groups(options.scale, sweep)
         folder = Path(options.output) if options.output else default_folder(study, options)
-        known = {_key(file): file for file in read(folder)} if folder.is_dir() else {}
+        known = _known(study, options.scale, folder)
         if options.list:
             _list(study, groups, known, console)
             return
         check_writable(folder)
         check_writable(SCRATCH)
-        _run(study, groups, folder, known, console)
-    except ValueError as error:
-        print(f"{study.name}: {error}", file=sys.stderr)
+        words = sys.argv[1:] if arguments is None else arguments
+        _run(study, groups, folder, known, shlex.join(["python", "-m", f"experiments.{study.name}", *words]), console)
+
+
+@contextmanager
+def one_sentence(name: str) -> Iterator[None]:
+    """Ends the process with what went wrong in place of a traceback: status 2 for a mistake of the user, 1 for a run that
+    is lost, 130 after Ctrl-C or SIGTERM."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except Interrupted:
-        console.print("Interrupted; the same command goes on from here.")
+    except (ArithmeticError, MemoryError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (Interrupted, KeyboardInterrupt):
+        print(f"{name}: interrupted; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -90,17 +104,13 @@ def default_folder(study: Described, options: argparse.Namespace) -> Path:
     return SCRATCH / study.name / options.scale
 
 
-def _key(file: dict[str, Any]) -> str:
-    config = file["config"]
-    return _name(file["cell"], file["arm"], config["weight_decay"], config["sweep"]["learning_rates"])
-
-
-def _name(cell: str, arm: str, weight_decay: float, rates: Sequence[float]) -> str:
-    return f"{cell}/{arm}/{weight_decay}/{list(rates)}"
+def _known(study: Study[Any], scale: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of a scale that are in a folder already; those of anything else would be lost among them."""
+    return {identity(file): file for file in read(folder, study.layout(scale))}
 
 
 def _find(group: Group, known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    return known.get(_name(group.cell, group.arm, group.weight_decay, group.sweep.learning_rates))
+    return known.get(name_runs(group.cell, group.arm, group.weight_decay, group.sweep.learning_rates))
 
 
 def _is_done(group: Group, known: dict[str, dict[str, Any]]) -> bool:
@@ -109,25 +119,35 @@ def _is_done(group: Group, known: dict[str, dict[str, Any]]) -> bool:
 
 
 def _run(
-    study: Study[Any], groups: list[Group], folder: Path, known: dict[str, dict[str, Any]], console: Console
+    study: Study[Any],
+    groups: list[Group],
+    folder: Path,
+    known: dict[str, dict[str, Any]],
+    command: str,
+    console: Console,
 ) -> None:
-    command = f"python -m experiments.{study.name} " + " ".join(sys.argv[1:])
     left = [(order, group) for order, group in enumerate(groups) if not _is_done(group, known)]
     console.print(f"{study.title}: {len(groups)} groups of runs, {len(groups) - len(left)} done before.")
+    elsewhere = 0
     for order, group in left:
-        work = SCRATCH / "unfinished" / f"{study.name}-{digest(group)}"
-        path = folder / f"{group.name}.json"
-        with locked(work) as mine:
+        name = f"{study.name}-{digest(group)}"
+        work = SCRATCH / "unfinished" / name
+        with locked(SCRATCH / "locks" / name) as mine:
             if not mine:
-                console.print(f"{group.name}: another process is at it")
+                console.print(f"{group.name}: another process is at it", highlight=False, soft_wrap=True)
+                elsewhere += 1
                 continue
-            if path.is_file() and _is_done(group, {_key(file): file for file in read(folder)}):
+            if _is_done(group, _known(study, group.scale, folder)):
                 continue
             with _Display(group.name, group.sweep.steps, console) as display:
                 outcome = train_group(group, work, display.update)
-            write(path, group, order, outcome, command.strip())
+            write(folder / f"{group.name}.json", group, order, outcome, command)
             shutil.rmtree(work)
-    console.print(f"Results: {folder}. The page is made by: python -m experiments.report")
+    if elsewhere:
+        console.print(f"{elsewhere} left to other processes; should one of them stop, the same command goes on there.")
+    console.print(
+        f"Results: {folder}. The page is made by: python -m experiments.report", highlight=False, soft_wrap=True
+    )
 
 
 class _Display:

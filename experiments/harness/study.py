@@ -2,10 +2,13 @@
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
+
+import numpy as np
 
 from delta_jax.config import to_dict
 from delta_jax.data.tasks import Task
@@ -19,6 +22,11 @@ METRICS = ("token", "sequence", "macro", "loss", "bits")
 """What is kept of every test set: see `delta_jax.data.tasks.scores`; loss is nats and bits are bits per answer."""
 
 LOWER_IS_BETTER = ("loss", "bits")
+
+FLOAT32 = np.finfo(np.float32)
+MAX_SEED = 2**32 - 1
+ZERO_IS_A_VALUE = ("seeds", "weight_decays")
+"""Of the arrays of a sweep; all other numbers in arrays are sizes, or learning rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +79,17 @@ class Sweep:
         for name in ("steps", "batch_size", "test_examples", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rates", "weight_decays", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < 0:
-                raise ValueError(f"{name} must hold at least one number, none negative and none twice, got {values}")
-        if 0.0 in self.learning_rates:
-            raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
+        for entry in dataclasses.fields(self):
+            _check_values(entry.name, getattr(self, entry.name), may_be_empty=entry.default == ())
+        if not all(float(FLOAT32.tiny) <= rate <= float(FLOAT32.max) for rate in self.learning_rates):
+            raise ValueError(
+                f"learning_rates must be positive numbers that float32 holds, got {list(self.learning_rates)}"
+            )
+        if max(self.seeds) > MAX_SEED:
+            raise ValueError(f"seeds must be from 0 to {MAX_SEED}, got {list(self.seeds)}")
+        for name in ("learning_rate", "weight_decay"):
+            if getattr(self.optimizer, name) != getattr(OptimizerConfig(), name):
+                raise ValueError(f"optimizer.{name} is set by every run: give {name}s")
         if self.train_examples is not None and self.train_examples < self.batch_size:
             raise ValueError(
                 f"train_examples must be at least batch_size, {self.batch_size}, got {self.train_examples}"
@@ -87,6 +100,22 @@ class Sweep:
     def but(self, **changes: Any) -> Self:
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _check_values(name: str, value: Any, *, may_be_empty: bool) -> None:
+    """Numbers are finite; arrays hold something, nothing twice, and sizes that are positive."""
+    values = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(one, float) and not math.isfinite(one) for one in values):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if not isinstance(value, tuple):
+        return
+    if len(set(value)) < len(value) or not (value or may_be_empty):
+        raise ValueError(f"{name} must hold at least one value, and none twice, got {list(value)}")
+    numbers, zero = [one for one in value if not isinstance(one, str)], name in ZERO_IS_A_VALUE
+    if any(one < 0 or (one == 0 and not zero) for one in numbers):
+        raise ValueError(
+            f"{name} must hold {'numbers of 0 and more' if zero else 'positive numbers'}, got {list(value)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +231,7 @@ def make_groups(
     """
     chosen_arms = _chosen("arms", sweep.arms, {arm.name: arm for arm in arms})
     chosen_cells = _chosen("cells", sweep.cells, {cell.name: cell for cell in cells})
-    return [
+    groups = [
         Group(
             study=study,
             scale=scale,
@@ -221,6 +250,21 @@ def make_groups(
         for weight_decay in arm.sweep.weight_decays
         for rates in _side_by_side(arm.sweep)
     ]
+    names: dict[str, Group] = {}
+    for group in groups:
+        if names.setdefault(group.name, group) is not group:
+            raise ValueError(
+                f"two groups of runs would both be {group.name}.json: {_numbers(names[group.name], group)}"
+            )
+    return groups
+
+
+def _numbers(*groups: Group) -> str:
+    """What tells groups apart that have one name."""
+    return " and ".join(
+        f"{group.cell}, {group.arm}, learning rates {list(group.sweep.learning_rates)}, weight decay {group.weight_decay}"
+        for group in groups
+    )
 
 
 def _side_by_side(sweep: Sweep) -> list[tuple[float, ...]]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from experiments.harness.layout import TRAINED
 from experiments.harness.results import Results
 from experiments.harness.study import METRICS, Arm, Cell, Group, Sweep, make_groups
 
@@ -57,6 +58,7 @@ class Study[S: Sweep]:
         arms, cells: architectures and problems of a sweep.
         claims: what is held against the results.
         published: the paper's number for a cell and an arm.
+        answer: what is asked for, one at a time, as the axes of figures call it.
         plot: "positions" draws accuracy over the position in the longest test set, "steps" the metric over training.
     """
 
@@ -71,6 +73,7 @@ class Study[S: Sweep]:
     cells: Callable[[S], tuple[Cell, ...]]
     claims: tuple[Claim, ...]
     published: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    answer: str = "answer"
     plot: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,3 +84,7 @@ class Study[S: Sweep]:
     def groups(self, scale: str, sweep: S) -> list[Group]:
         """All that a sweep trains, in order."""
         return make_groups(self.name, scale, self.metric, self.arms(sweep), self.cells(sweep), sweep)
+
+    def layout(self, scale: str) -> dict[str, Any]:
+        """What files of its results hold, see `misfit`."""
+        return TRAINED | {"study": self.name, "scale": scale}

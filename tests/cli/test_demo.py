@@ -44,7 +44,7 @@ def test_demo_trains_measures_and_samples(tmp_path):
 def test_demo_reports_a_mistake_in_one_line():
     command = [sys.executable, "-m", "experiments.demo", "model.hidden_sise=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("demo: ")
     assert "model.hidden_sise" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -79,7 +79,8 @@ def test_both_forms_are_timed_and_nothing_twice(
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("lengths=[100]", "lengths must hold divisors of tokens, 4096, got (100,)"),
+        ("lengths=[100]", "lengths must hold divisors of tokens, 4096, and none twice, got (100,)"),
+        ("lengths=[128, 128]", "lengths must hold divisors of tokens, 4096, and none twice"),
         ("head_sizes=[]", "head_sizes must hold divisors of width"),
         ("seconds=0", "seconds must be a positive number"),
         ("dtype=int8", "dtype must be float32 or bfloat16"),
