@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import weakref
+from typing import Literal
 
 import grain
 import numpy as np
@@ -15,6 +16,7 @@ from delta_jax.data.sources import Documents, load_documents
 from delta_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
+Part = Literal["train", "validation", "all"]
 
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)  # documents tokenised ahead
 
@@ -66,7 +68,9 @@ def train_batches(
     return iterator
 
 
-def validation_batches(config: DataConfig, *, batch_size: int, sequence_length: int) -> grain.IterDataset[Batch]:
+def validation_batches(
+    config: DataConfig, *, batch_size: int, sequence_length: int, part: Part = "validation"
+) -> grain.IterDataset[Batch]:
     """Batches that hold every target of the validation split exactly once, in a fixed order.
 
     Args:
@@ -74,6 +78,7 @@ def validation_batches(config: DataConfig, *, batch_size: int, sequence_length: 
         batch_size: B, rows in a batch.
         sequence_length: T, (input, target) pairs in a row. A document starts afresh in every row, so a longer
             row gives more context and a lower loss.
+        part: other documents in place of the validation split's, see `documents`.
 
     Returns:
         A finite iterable (each `iter` starts over) over batches as in `train_batches`; the end of the last
@@ -84,20 +89,34 @@ def validation_batches(config: DataConfig, *, batch_size: int, sequence_length: 
     """
     _check_sizes(batch_size, sequence_length)
     tokenizer = load_tokenizer(config.tokenizer)
-    _, validation = split(config)
-    documents = validation.map(functools.partial(_tokenise, tokenizer)).to_iter_dataset(_READ)
+    texts = documents(config, part)
+    tokens = texts.map(functools.partial(_tokenise, tokenizer)).to_iter_dataset(_READ)
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return PackRows(documents, length=sequence_length).batch(batch_size, drop_remainder=False, batch_fn=pad)
+    return PackRows(tokens, length=sequence_length).batch(batch_size, drop_remainder=False, batch_fn=pad)
 
 
-def validation_bytes(config: DataConfig) -> int:
-    """UTF-8 bytes of the validation documents: what the targets of `validation_batches` stand for.
+def validation_bytes(config: DataConfig, part: Part = "validation") -> int:
+    """UTF-8 bytes of the validation documents: what the targets of `validation_batches` of the same part stand for.
 
     Bits per byte = sum of the targets' nats / (ln 2 * validation_bytes). The document id that closes each
     document is among the targets and adds to the nats, and it stands for no byte.
     """
-    _, validation = split(config)
-    return sum(len(validation[index].encode()) for index in range(len(validation)))
+    texts = documents(config, part)
+    return sum(len(texts[index].encode()) for index in range(len(texts)))
+
+
+def documents(config: DataConfig, part: Part) -> grain.MapDataset[str]:
+    """The texts of a part of the corpus: "train", "validation", or "all", which needs no split and may be one document.
+
+    Raises:
+        ValueError: as `split`, or there is no such part.
+    """
+    if part == "all":
+        every = load_documents(config)
+        return grain.MapDataset.source(_Part(every, config.seed, range(len(every))))
+    if part not in ("train", "validation"):
+        raise ValueError(f"part must be train, validation or all; got {part!r}.")
+    return split(config)[part == "validation"]
 
 
 def split(config: DataConfig) -> tuple[grain.MapDataset[str], grain.MapDataset[str]]:

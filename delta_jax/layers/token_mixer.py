@@ -1,11 +1,14 @@
 """What a model asks of a layer that mixes tokens, whatever it is made of."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+
+from delta_jax.parallel import ParameterRule
 
 __all__ = ["TokenMixer", "keep_rows"]
 
@@ -24,7 +27,13 @@ class TokenMixer(nnx.Module):
     """A causal map of sequences with a cache, an immutable tree of arrays with the method `keep(rows)`.
 
     Subclasses define `init_cache` and `with_cache`.
+
+    Attributes:
+        parameter_rules: for each parameter that `delta_jax.parallel.RULES` does not name, or that it should not decide,
+            its path in this layer, such as "b_proj/kernel", and its `delta_jax.parallel.ParameterRule`.
     """
+
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {}
 
     initializer_std: float
     dtype: jnp.dtype

@@ -4,6 +4,7 @@ from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from delta_jax.parallel.op import by_heads, by_tokens, current_mesh, cut_batch, indivisible
 from delta_jax.parallel.sharding import (
     RULES,
+    ParameterRule,
     batch_parts,
     batch_sharding,
     parameter_shardings,
@@ -18,6 +19,7 @@ __all__ = [
     "AXES",
     "RULES",
     "MeshConfig",
+    "ParameterRule",
     "batch_parts",
     "batch_sharding",
     "by_heads",

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from delta_jax.parallel import batch_sharding, make_mesh, tpu_topology
+from delta_jax.parallel import make_mesh, tpu_topology
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.cost import collective_bytes, kernel_names, product_flops
 from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from delta_jax.training.state import abstract_state
-from delta_jax.training.step import check_batch, make_train_step
+from delta_jax.training.step import abstract_batch, check_batch, make_train_step
 
 # Memory of a chip in GiB, from Google Cloud's documentation of each TPU version ("HBM capacity per chip").
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
@@ -101,13 +100,10 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     chips = len({tuple(device.coords) for device in devices})
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
     state = abstract_state(config.model, optimizer, mesh)
     step: Any = make_train_step(config.model, optimizer, learning_rate_schedule(config.optimizer, config.steps), mesh)
-    micro = config.gradient_accumulation
-    shape, sharding = (micro, config.batch_size // micro, config.sequence_length), batch_sharding(mesh)
-    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    batch = abstract_batch(config, mesh)
     start = time.monotonic()
     traced = step.trace(state, batch)
     compiled, refusal = _compile(traced.lower())
