@@ -13,17 +13,20 @@ from delta_jax.parallel.sharding import (
     replicated,
     shard_batch,
 )
-from delta_jax.parallel.topology import tpu_topology
+from delta_jax.parallel.topology import CHIPS, Chip, chip_of, tpu_topology
 
 __all__ = [
     "AXES",
+    "CHIPS",
     "RULES",
+    "Chip",
     "MeshConfig",
     "ParameterRule",
     "batch_parts",
     "batch_sharding",
     "by_heads",
     "by_tokens",
+    "chip_of",
     "current_mesh",
     "cut_batch",
     "indivisible",

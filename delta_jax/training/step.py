@@ -91,7 +91,7 @@ def make_train_step(
     return train_step
 
 
-def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array]]:
+def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """Build ``(parameters, batch) -> (nats, tokens)``: sums over a batch of arrays [1, batch, time]."""
     structure, _ = abstract_model(config)
 
@@ -103,7 +103,7 @@ def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batc
     return jax.jit(step, out_shardings=replicated(mesh))
 
 
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a step, arrays [micro_batches, batch, time], as ShapeDtypeStructs that carry their sharding."""
     micro = config.gradient_accumulation
     shape, sharding = (micro, config.batch_size // micro, config.sequence_length), batch_sharding(mesh)
