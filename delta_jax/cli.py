@@ -21,18 +21,9 @@ from typing import Any
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "datasets")
 # What `pip install "delta_jax[train]"` brings, under the names by which it is imported.
 _OF_TRAIN = (
-    "array_record",
-    "datasets",
-    "flax",
-    "grain",
-    "matplotlib",
-    "optax",
-    "orbax",
-    "pyarrow",
-    "rich",
-    "tensorboard",
+    *("array_record", "datasets", "flax", "grain", "matplotlib", "optax"),
+    *("orbax", "pyarrow", "rich", "tensorboard", "tokenizers"),
 )
-_OF_TRAIN += ("tokenizers",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,7 +225,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError("--format and --text-field describe another corpus: give --data as well.")
     config, model = restore_model(arguments.folder, arguments.step)
     data = config.data
-    part = arguments.split or ("validation" if arguments.data is None else "all")
+    part: Any = arguments.split or ("validation" if arguments.data is None else "all")
     if arguments.data is not None:
         data = dataclasses.replace(data, path=arguments.data, format=arguments.format or "auto")
         data = dataclasses.replace(data, text_field=arguments.text_field or data.text_field)

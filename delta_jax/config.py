@@ -167,8 +167,10 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: see `convert`.
     """
+    cls: type = type(config)
+    hints = _type_hints(cls)
     for field in dataclasses.fields(config):
-        value = convert(_type_hints(type(config))[field.name], getattr(config, field.name), field.name)
+        value = convert(hints[field.name], getattr(config, field.name), field.name)
         object.__setattr__(config, field.name, value)
 
 

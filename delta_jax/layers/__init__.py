@@ -16,7 +16,7 @@ from delta_jax.layers.mixer import Mixer, MixerCache
 from delta_jax.layers.mixture_of_experts import ExpertBias, MixtureOfExperts
 from delta_jax.layers.mlp import SwiGLU
 from delta_jax.layers.norm import RMSNorm, l2_normalize
-from delta_jax.layers.registry import MIXERS, find_mixer
+from delta_jax.layers.registry import MIXERS, find_mixer, mixer_options
 from delta_jax.layers.token_mixer import TokenMixer
 
 __all__ = [
@@ -45,4 +45,5 @@ __all__ = [
     "TokenMixer",
     "find_mixer",
     "l2_normalize",
+    "mixer_options",
 ]

@@ -88,11 +88,11 @@ def mixer_options(name: str) -> dict[str, Any]:
             return _join(options, get_type_hints(MixerOptions))
         if "__init__" not in vars(cls):
             continue
+        _, _, *own = inspect.signature(vars(cls)["__init__"]).parameters.values()  # self and the width come first
         try:
-            hints = get_type_hints(cls.__init__)
-        except Exception:  # such as a name that is imported for a type checker alone
-            hints = {}
-        _, _, *own = inspect.signature(cls.__init__).parameters.values()  # self and the width come first
+            hints = get_type_hints(vars(cls)["__init__"])
+        except Exception:  # such as a name that is imported for a type checker alone: what is no string is known
+            hints = {p.name: p.annotation for p in own if not isinstance(p.annotation, str) and p.annotation != p.empty}
         options = _join(options, {p.name: hints.get(p.name, Any) for p in own if p.kind is not p.VAR_KEYWORD})
         rest = [hints.get(p.name) for p in own if p.kind is p.VAR_KEYWORD]
         if rest == [Unpack[MixerOptions]]:

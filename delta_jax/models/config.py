@@ -289,7 +289,10 @@ def _check_parameters(layer: nnx.Module) -> None:
         path_string(path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
     }
-    for path, rule in getattr(layer, "parameter_rules", {}).items():
+    rules = getattr(layer, "parameter_rules", {})
+    if not isinstance(rules, Mapping):
+        raise ValueError(f"parameter_rules must be a dictionary from paths to a ParameterRule, got {rules!r}")
+    for path, rule in rules.items():
         if not isinstance(rule, ParameterRule) or not isinstance(rule.axes, tuple) or not isinstance(rule.decays, bool):
             raise ValueError(f"parameter_rules[{path!r}] must be a ParameterRule(axes, decays), got {rule!r}")
         if path not in shapes:

@@ -73,15 +73,13 @@ def partition_spec(
     Raises:
         ValueError: no rule names the parameter, its rank is not the rule's, or an axis does not divide.
     """
-    if rules and path in rules:
-        rule: tuple[Any, ...] | None = rules[path].axes
-    else:
-        rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", path)), None)
+    known = (tuple(rule) for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", path))
+    rule = rules[path].axes if rules and path in rules else next(known, None)
     if rule is None:
         raise ValueError(
             f"no partition rule names the parameter {path} of shape {shape}: add one to parameter_rules of its layer"
         )
-    spec = (None, *rule) if path.startswith(STACKED) else tuple(rule)
+    spec = (None, *rule) if path.startswith(STACKED) else rule
     if len(spec) != len(shape):
         raise ValueError(f"parameter {path} has shape {shape}, but its partition rule is for {len(spec)} axes")
     for axis, name in enumerate(spec):
