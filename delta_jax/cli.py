@@ -8,12 +8,22 @@ import importlib.metadata
 import os
 import platform
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 # Heavy imports are made by the command that needs them, so that --help and typing errors answer at once.
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "datasets")
+# What `pip install "delta_jax[train]"` brings, under the names by which it is imported.
+_OF_TRAIN = (
+    *("array_record", "datasets", "flax", "grain", "matplotlib", "optax"),
+    *("orbax", "pyarrow", "rich", "tensorboard", "tokenizers"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,17 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         what is wrong; 130 after Ctrl-C (training itself ends with 0 then: it saves and can go on).
     """
     arguments = _parse(argv)
+    if os.getcwd() not in sys.path:  # mixers of one's own are found here, as by `python -m`
+        sys.path.append(os.getcwd())
     try:
         return int(arguments.run(arguments))
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
         if arguments.debug:
             traceback.print_exc()
         else:
-            print(f"delta-jax {arguments.command}: error: {error}", file=sys.stderr)
+            print(f"delta-jax {arguments.command}: error: {_sentence(error)}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
     except KeyboardInterrupt:
         print(f"delta-jax {arguments.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, in one line; of a module that is missing, how to install it."""
+    if isinstance(error, ModuleNotFoundError):
+        name = (error.name or "").partition(".")[0]
+        if name in _OF_TRAIN:
+            return f"this needs {name}, which is not installed: pip install 'delta_jax[train]'"
+        return f"this needs {name or error}, which is not installed"
+    return " ".join(str(error).split("\n")) or type(error).__name__
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,15 +81,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", parents=[common], help="train a model, or go on with a run that stopped")
-    train.add_argument("config", metavar="CONFIG", help="name of a preset, or a TOML file")
+    train.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=100 or data.path=books/")
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", parents=[common], help="continue prompts with a trained model")
     generate.add_argument("folder", metavar="RUN_FOLDER", help="the output folder of a training run")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="to continue; may be given several times")
     generate.add_argument(
-        "--prompt", action="append", required=True, help="a text to continue; may be given several times"
+        "--prompt-file",
+        action="append",
+        metavar="FILE",
+        help="a file whose whole text is a prompt, - is standard input; may be given several times",
     )
+    generate.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default %(default)s")
     generate.add_argument(
         "--temperature",
@@ -78,16 +105,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     generate.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of mass P")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws; default %(default)s")
+    generate.add_argument(
+        "--stop-id",
+        type=int,
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a token before which a text ends, besides the one that ends documents; may be given several times",
+    )
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draws, in [0, 2^32); default %(default)s"
+    )
     generate.set_defaults(run=_generate)
 
     evaluate = commands.add_parser(
         "evaluate",
         parents=[common],
-        help="loss, bits per byte and perplexity on the validation split of a corpus",
+        help="loss, bits per byte and perplexity on a corpus",
     )
     evaluate.add_argument("folder", metavar="RUN_FOLDER", help="the output folder of a training run")
+    evaluate.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
     evaluate.add_argument("--data", metavar="PATH", help="another corpus: stdlib, a file, a folder or a glob")
+    evaluate.add_argument(
+        "--split",
+        choices=("validation", "train", "all"),
+        help="which documents; default: all of a corpus given with --data, else those held out from training",
+    )
     evaluate.add_argument("--format", help="format of that corpus; default: told from its files")
     evaluate.add_argument("--text-field", metavar="NAME", help="field of that corpus that holds the text")
     evaluate.add_argument(
@@ -105,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help="compile a training step for TPUs that are not here: does it fit, what does it move",
     )
-    plan.add_argument("config", metavar="CONFIG", help="name of a preset, or a TOML file")
+    plan.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as batch_size=64 or mesh.fsdp=-1")
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x1, tpu7x:2x2x1; one chip is v5e:1x1"
@@ -117,24 +160,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    from delta_jax.config import load_config
-    from delta_jax.training import TrainConfig, train
+def _config(arguments: argparse.Namespace) -> Any:
+    """The configuration of a run that a command names."""
+    from delta_jax.config import load_config, preset_names
 
-    train(load_config(TrainConfig, arguments.config, arguments.overrides))
+    if arguments.config is None:
+        names = ", ".join(preset_names())
+        raise ValueError(f"name a TOML file or a preset, as in delta-jax {arguments.command} tiny; there are: {names}")
+    from delta_jax.training import TrainConfig
+
+    return load_config(TrainConfig, arguments.config, arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from delta_jax.training import train
+
+    train(config)
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    texts = (arguments.prompt or []) + [_read_prompt(name) for name in arguments.prompt_file or []]
+    if not texts:
+        raise ValueError("give a text to continue with --prompt or --prompt-file")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed must lie in [0, 2^32), got {arguments.seed}")
     import jax
 
     from delta_jax.data import load_tokenizer
     from delta_jax.inference import generate
     from delta_jax.training import restore_model
 
-    config, model = restore_model(arguments.folder)
+    config, model = restore_model(arguments.folder, arguments.step)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    prompts = [[tokenizer.document_id, *tokenizer.encode(prompt).tolist()] for prompt in arguments.prompt]
+    prompts = [[tokenizer.document_id, *tokenizer.encode(text).tolist()] for text in texts]
     continuations = generate(
         model,
         prompts,
@@ -142,7 +202,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        stop_id=tokenizer.document_id,
+        stop_id=[tokenizer.document_id, *arguments.stop_id],
         key=jax.random.key(arguments.seed),
     )
     for number, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
@@ -150,6 +210,16 @@ def _generate(arguments: argparse.Namespace) -> int:
             print(f"--- {number + 1} ---")
         print(tokenizer.decode([*prompt, *ids]))
     return 0
+
+
+def _read_prompt(name: str) -> str:
+    source = "standard input" if name == "-" else f"the file {name!r}"
+    try:
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
+    except OSError as error:
+        raise ValueError(f"--prompt-file: {source} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file: {source} is not text in UTF-8") from error
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -162,8 +232,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "--format, --text-field and --validation-fraction describe another corpus: give --data as well."
         )
-    config, model = restore_model(arguments.folder)
+    config, model = restore_model(arguments.folder, arguments.step)
     data = config.data
+    part: Any = arguments.split or ("validation" if arguments.data is None else "all")
     if arguments.data is not None:
         data = dataclasses.replace(data, path=arguments.data, format=arguments.format or "auto")
         data = dataclasses.replace(data, text_field=arguments.text_field or data.text_field)
@@ -172,17 +243,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         data,
         batch_size=config.batch_size if arguments.batch_size is None else arguments.batch_size,
         sequence_length=config.sequence_length if arguments.sequence_length is None else arguments.sequence_length,
+        part="training" if part == "train" else part,
     )
     result = evaluate(model, batches)
+    which = {"validation": "the documents held out", "train": "the documents trained on", "all": "all documents"}
     rows = [
-        ("corpus", data.path),
+        ("corpus", f"{data.path}, {which[part]}"),
         ("loss", f"{result.loss:.4f} nats per token"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("perplexity", f"{result.perplexity:.3f} per token"),
-        ("byte bigram", f"{bigram_bits_per_byte(data):.4f} bits per byte, for comparison"),
         ("tokens", f"{result.tokens:,}"),
         ("bytes", f"{result.bytes:,}"),
     ]
+    if part == "validation":  # the bigram counts the other documents
+        rows.insert(4, ("byte bigram", f"{bigram_bits_per_byte(data):.4f} bits per byte, for comparison"))
     _print_rows(rows)
     return 0
 
@@ -190,12 +264,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is enough: take no chip from whoever trains here
 
-    from delta_jax.config import load_config
-    from delta_jax.training import TrainConfig
+    from delta_jax.parallel import chip_of
+
+    chip = chip_of(arguments.topology)
+    config = _config(arguments)
     from delta_jax.training.plan import plan
 
-    config = load_config(TrainConfig, arguments.config, arguments.overrides)
-    result = plan(config, arguments.topology)
+    doing = f"compiling the step for {arguments.topology}, which can take minutes; no TPU is used"
+    result = plan(config, arguments.topology, meanwhile=lambda: _sign_of_life(doing))
     chips = _count(result.chips, "chip") if result.devices == result.chips else f"{result.chips} x 2 devices"
     rows = [
         ("topology", f"{result.topology}, {chips} ({result.device_kind}); figures are those of one chip"),
@@ -207,13 +283,34 @@ def _plan(arguments: argparse.Namespace) -> int:
         ),
         ("parameters", f"{result.parameters:,}"),
         ("delta rule", ", ".join(result.kernels) or "made by XLA"),
-        ("products", f"{result.flops:.4g} FLOPs a step"),
+        ("products", f"{_scaled(result.flops, 'FLOP')} a step"),
     ]
-    memory = result.memory
+    memory, estimate = result.memory, result.estimate
     if memory is not None:
         rows += [(field.name, _bytes(getattr(memory, field.name))) for field in dataclasses.fields(memory)]
+        rows.append(("memory traffic", f"{_bytes(result.traffic)} a step"))
         rows += [(kind, f"{_bytes(size)} received a step") for kind, size in result.collectives.items()]
         rows += [] if result.collectives else [("collectives", "none")]
+    if estimate is not None:
+        rows += [
+            (
+                "step time",
+                f"{_seconds(estimate.least)} to {_seconds(estimate.apart)}, an estimate: no TPU has run this",
+            ),
+            ("tokens/s", f"{estimate.tokens / estimate.apart:,.0f} to {estimate.tokens / estimate.least:,.0f} in all"),
+            ("MFU", f"{estimate.useful / estimate.apart:.0%} to {estimate.useful / estimate.least:.0%}"),
+            (
+                "made of",
+                f"products {_seconds(estimate.products)} at {_scaled(chip.flops, 'FLOP/s')} (bfloat16), memory "
+                f"{_seconds(estimate.memory)} at {_scaled(chip.hbm_bytes, 'B/s')}, exchange "
+                f"{_seconds(estimate.exchange)} at {_scaled(chip.ici_bytes, 'B/s')}",
+            ),
+            (
+                "assuming",
+                "published peaks, all links of a chip in use; the first figures if the three overlap in full, the second "
+                "if not at all; latency and vector units come on top; MFU without what is computed again",
+            ),
+        ]
     rows.append(("compiled in", f"{result.seconds:.0f} s"))
     _print_rows(rows)
     if memory is None:
@@ -224,13 +321,54 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0 if result.fits else 1
 
 
+@contextmanager
+def _sign_of_life(text: str) -> Iterator[None]:
+    """Says on stderr what is going on and, every few seconds, for how long already."""
+    start, done, inside = time.monotonic(), threading.Event(), sys.stderr.isatty()
+
+    def tick() -> None:
+        while not done.wait(1 if inside else 15):
+            elapsed = f"{time.monotonic() - start:.0f} s"
+            print(
+                f"\r{text}: {elapsed}" if inside else elapsed, end="" if inside else "\n", file=sys.stderr, flush=True
+            )
+
+    print(text, end="" if inside else "\n", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if inside:
+            print(file=sys.stderr)
+
+
+def _scaled(number: float, unit: str) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.4g} {prefix}{unit}"
+    return f"{number:.4g} {unit}"
+
+
+def _seconds(seconds: float) -> str:
+    for unit, least in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= least:
+            return f"{seconds / least:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
 def _count(number: int, thing: str) -> str:
     plural = "es" if thing.endswith("ch") else "s"
     return f"{number:,} {thing}{'' if number == 1 else plural}"
 
 
 def _bytes(size: float) -> str:
-    return f"{size / 2**30:.4g} GiB" if size >= 2**27 else f"{size / 2**20:.3g} MiB"
+    for unit, least in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= least:
+            return f"{size / least:.4g} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import math
 import tomllib
 import types
 import typing
@@ -122,9 +123,10 @@ def _parse(text: str) -> Any:
     if text == "null":
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # not TOML, or a number or a nesting without end
         return text
+    return table["value"] if len(table) == 1 else text
 
 
 @functools.cache
@@ -148,7 +150,7 @@ def _build(cls: type, table: Any, key: str) -> Any:
             raise ValueError(f'missing key "{prefix}{name}"')
     hints = _type_hints(cls)
     return _construct(
-        cls, key, **{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in table.items()}
+        cls, key, **{name: convert(hints[name], value, f"{prefix}{name}") for name, value in table.items()}
     )
 
 
@@ -159,8 +161,38 @@ def _construct(make: Any, key: str, *arguments: Any, **keywords: Any) -> Any:
         raise ValueError(f"{key}: {error}" if key else str(error)) from error
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """The value as the annotated type, or a ValueError that names the key, the type wanted and the value."""
+def check_fields(config: Any) -> None:
+    """Hold every field of a frozen dataclass to its annotated type, as `load_config` does; for `__post_init__`.
+
+    Raises:
+        ValueError: see `convert`.
+    """
+    cls: type = type(config)
+    hints = _type_hints(cls)
+    for field in dataclasses.fields(config):
+        value = convert(hints[field.name], getattr(config, field.name), field.name)
+        object.__setattr__(config, field.name, value)
+
+
+def convert(hint: Any, value: Any, key: str) -> Any:
+    """The value as the annotated type: integers become floats, arrays tuples, tables dataclasses, strings paths.
+
+    Args:
+        hint: an annotation; of other kinds than those of configurations nothing is demanded.
+        value: as TOML has it.
+        key: what the value is called.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: it is of another type, a number that is not finite or an integer of more than 64 bits; the message
+            names the key, the type wanted and the value. True is no number.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}: wanted a finite number, got {value}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{key}: wanted a number of at most 64 bits, got one of {value.bit_length()}")
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in arguments or type(value) not in map(type, arguments):
@@ -176,22 +208,24 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise _wrong_type(key, "null", value)
         return None
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, key)
+        return value if isinstance(value, typing.cast(type, hint)) else _build(typing.cast(type, hint), value, key)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _wrong_type(key, "an array", value)
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, f"{key}.{index}") for index, item in enumerate(value))
+            return tuple(convert(arguments[0], item, f"{key}.{index}") for index, item in enumerate(value))
         if len(value) != len(arguments):
             raise _wrong_type(key, f"an array of {len(arguments)}", value)
         return tuple(
-            _convert(argument, item, f"{key}.{index}")
+            convert(argument, item, f"{key}.{index}")
             for index, (argument, item) in enumerate(zip(arguments, value, strict=True))
         )
     if hint is float and type(value) is int:
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
+    if not isinstance(hint, type) or origin is not None:
+        return value
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _wrong_type(key, _NAMES.get(hint, f"a {hint.__name__}"), value)
     return value
@@ -202,10 +236,10 @@ def _convert_union(choices: tuple[Any, ...], value: Any, key: str) -> Any:
         return None
     real = [choice for choice in choices if choice is not types.NoneType]
     if len(real) == 1:
-        return _convert(real[0], value, key)
+        return convert(real[0], value, key)
     for choice in sorted(real, key=lambda choice: choice is not type(value)):
         try:
-            return _convert(choice, value, key)
+            return convert(choice, value, key)
         except ValueError:
             continue
     raise _wrong_type(key, " or ".join(_NAMES.get(choice, str(choice)) for choice in real), value)
@@ -215,7 +249,9 @@ _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 
 
 def _wrong_type(key: str, wanted: str, value: Any) -> ValueError:
-    return ValueError(f"{key or 'configuration'}: wanted {wanted}, got {value!r} ({type(value).__name__})")
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return ValueError(f"{key or 'configuration'}: wanted {wanted}, got {shown} ({type(value).__name__})")
 
 
 def _did_you_mean(name: str, known: Any) -> str:

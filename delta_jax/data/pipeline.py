@@ -79,7 +79,9 @@ def train_batches(
     return iterator
 
 
-def validation_batches(config: DataConfig, *, batch_size: int, sequence_length: int) -> grain.IterDataset[Batch]:
+def validation_batches(
+    config: DataConfig, *, batch_size: int, sequence_length: int, part: Side = "validation"
+) -> grain.IterDataset[Batch]:
     """Batches that hold every target of the validation split exactly once, in a fixed order.
 
     Args:
@@ -87,6 +89,7 @@ def validation_batches(config: DataConfig, *, batch_size: int, sequence_length: 
         batch_size: B, rows in a batch.
         sequence_length: T, (input, target) pairs in a row. A document starts afresh in every row, so a longer
             row gives more context and a lower loss.
+        part: "training" for the other split's documents in place of these, or "all", which may be one document.
 
     Returns:
         A finite iterable (each `iter` starts over) over batches as in `train_batches`; the end of the last
@@ -97,11 +100,11 @@ def validation_batches(config: DataConfig, *, batch_size: int, sequence_length: 
     """
     _check_sizes(batch_size, sequence_length)
     tokenizer = load_tokenizer(config.tokenizer)
-    corpus = SplitCorpus(config)
-    corpus.require("validation")
+    corpus = SplitCorpus(config, divided=part != "all")
+    corpus.require(part)
     _warn_of_lost_bytes(config)
-    pieces = grain.MapDataset.source(corpus.candidates("validation")).map_with_index(
-        functools.partial(_piece, corpus, tokenizer, "validation", len(corpus))
+    pieces = grain.MapDataset.source(corpus.candidates(part)).map_with_index(
+        functools.partial(_piece, corpus, tokenizer, part, len(corpus))
     )
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     rows = PackRows(pieces.to_iter_dataset(_READ), length=sequence_length)

@@ -18,10 +18,10 @@ from delta_jax.data.config import DataConfig
 from delta_jax.data.records import DataError
 from delta_jax.data.sources import load_documents
 
-Side = Literal["training", "validation"]
+Side = Literal["training", "validation", "all"]
 
 _UNKNOWN, _EMPTY, _BAD = 0, 3, 4
-_CODES: dict[Side, int] = {"training": 1, "validation": 2}
+_CODES: dict[str, int] = {"training": 1, "validation": 2}
 
 
 def place_of(text: str, seed: int) -> float:
@@ -42,15 +42,16 @@ class SplitCorpus:
 
     Args:
         config: the corpus.
+        divided: whether the sides are what is asked for, which takes two documents.
 
     Raises:
-        DataError: as `load_documents`, or there is one document alone.
+        DataError: as `load_documents`, or there is one document alone to be divided.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, *, divided: bool = True) -> None:
         self.config = config
         self._documents = load_documents(config)
-        if len(self) < 2:
+        if divided and len(self) < 2:
             raise DataError(
                 f"data.path: the corpus at {config.path!r} has one document; the split into "
                 "training and validation takes two."
@@ -71,10 +72,14 @@ class SplitCorpus:
         Raises:
             DataError: it cannot be read; also where bad documents are skipped.
         """
-        if self._sides[index] not in (_UNKNOWN, _BAD, _CODES[side]):
+        codes = self._codes(side)
+        if self._sides[index] not in (_UNKNOWN, _BAD, *codes):
             return None
         text = self._read(index)
-        return text if self._sides[index] == _CODES[side] else None
+        return text if self._sides[index] in codes else None
+
+    def _codes(self, side: Side) -> tuple[int, ...]:
+        return tuple(_CODES.values()) if side == "all" else (_CODES[side],)
 
     def _read(self, index: int) -> str:
         """The document, whose side is known from then on."""
@@ -103,7 +108,9 @@ class SplitCorpus:
 
         What is known by now to be elsewhere is left out, and so are bad documents where they are skipped.
         """
-        possible = np.isin(self._sides, (_UNKNOWN, _CODES[side], *([_BAD] if self.config.on_error == "stop" else [])))
+        possible = np.isin(
+            self._sides, (_UNKNOWN, *self._codes(side), *([_BAD] if self.config.on_error == "stop" else []))
+        )
         order = self._order()
         return order[possible[order]]
 

@@ -1,12 +1,32 @@
 """Choosing the next token from logits: greedy, temperature, top-k and top-p, as pure functions."""
 
+import math
+import numbers
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
-__all__ = ["Sampling", "keep_top_k", "keep_top_p", "sample"]
+from delta_jax.layers.checks import require_positive_integers
+
+__all__ = ["Sampling", "SamplingNumbers", "draw", "keep_top_k", "keep_top_p", "sample"]
+
+
+class SamplingNumbers(NamedTuple):
+    """What `draw` is told, as arrays: no value of them makes it compile again.
+
+    Attributes:
+        temperature: float32; 0 takes the likeliest token.
+        top_k: int32; the size of the vocabulary, or more, keeps all tokens.
+        top_p: float32; 1 keeps all tokens.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +34,13 @@ class Sampling:
     """How a token is drawn: the temperature first, then top-k, then top-p.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token.
+        temperature: logits are divided by it; 0 takes the likeliest token, and so does any that vanishes beside the
+            differences of the logits, but for equal ones, among which it draws.
         top_k: only the k likeliest tokens may be drawn; None is all.
         top_p: only the fewest tokens whose probabilities sum to at least p may be drawn; None is all.
+
+    Raises:
+        ValueError: one is out of its range, or there is a choice among tokens at temperature 0.
     """
 
     temperature: float = 0.0
@@ -24,30 +48,69 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k must be a positive integer or None, got {self.top_k!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1] or be None, got {self.top_p}")
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature!r}")
+        require_positive_integers(top_k=self.top_k)
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must lie in (0, 1] or be None, got {self.top_p!r}")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p need a temperature above 0: greedy decoding does not draw")
 
+    def numbers(self) -> SamplingNumbers:
+        """The same, for `draw`; a temperature that is no normal float32, or whose reciprocal is none, becomes the next."""
+        smallest, greatest = 1e-37, 1e37
+        all_tokens = np.iinfo(np.int32).max
+        return SamplingNumbers(
+            jnp.float32(min(max(self.temperature, smallest), greatest) if self.temperature else 0.0),
+            jnp.int32(all_tokens if self.top_k is None else min(self.top_k, all_tokens)),
+            jnp.float32(1.0 if self.top_p is None else max(self.top_p, smallest)),
+        )
 
-def keep_top_k(logits: Float[Array, "*leading vocab"], k: int) -> Float[Array, "*leading vocab"]:
+
+def keep_top_k(logits: Float[Array, "*leading vocab"], k: int | Int[Array, ""]) -> Float[Array, "*leading vocab"]:
     """Sets all but the k greatest logits to -inf; of equal ones the lower ids are kept first."""
     return jnp.where(_ranks(logits) < k, logits, -jnp.inf)
 
 
-def keep_top_p(logits: Float[Array, "*leading vocab"], p: float) -> Float[Array, "*leading vocab"]:
-    """Sets to -inf all but the fewest likeliest tokens whose probabilities sum to at least p.
+def keep_top_p(logits: Float[Array, "*leading vocab"], p: float | Float[Array, ""]) -> Float[Array, "*leading vocab"]:
+    """Sets to -inf all but the fewest likeliest tokens whose probabilities sum to at least p; 1 keeps every token.
 
     Source: Holtzman et al., "The curious case of neural text degeneration", 2019, section 3.1.
     """
     ordered = -jnp.sort(-jax.nn.softmax(logits.astype(jnp.float32)), axis=-1)
     before = jnp.cumsum(ordered, axis=-1) - ordered
     kept = jnp.maximum(jnp.sum(before < p, axis=-1, keepdims=True), 1)
-    return jnp.where(_ranks(logits) < kept, logits, -jnp.inf)
+    return jnp.where((_ranks(logits) < kept) | (p >= 1), logits, -jnp.inf)
+
+
+def draw(
+    logits: Float[Array, "batch vocab"], told: SamplingNumbers, keys: Key[Array, " batch"]
+) -> Int[Array, " batch"]:
+    """Draws one token a row; `sample` says what of. Nothing is static, and only what is asked for is computed.
+
+    Args:
+        logits: [B, V].
+        told: from `Sampling.numbers`.
+        keys: [B] PRNG keys, one a row; not used at temperature 0.
+
+    Returns:
+        token ids [B], int32.
+    """
+    vocabulary = logits.shape[-1]
+
+    def greedy() -> Int[Array, " batch"]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def random() -> Int[Array, " batch"]:
+        # Relative to the greatest, for a small temperature takes the logits themselves beyond float32.
+        scores = logits.astype(jnp.float32)
+        scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / told.temperature
+        some: Bool[Array, ""] = (told.top_k < vocabulary) | (told.top_p < 1)
+        kept = jax.lax.cond(some, lambda: keep_top_p(keep_top_k(scores, told.top_k), told.top_p), lambda: scores)
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+    tokens: Int[Array, " batch"] = jax.lax.cond(told.temperature > 0, random, greedy)
+    return tokens
 
 
 def sample(
@@ -67,18 +130,17 @@ def sample(
     Raises:
         ValueError: keys are missing though the temperature is above 0.
     """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if keys is None:
-        raise ValueError("keys must be given when the temperature is above 0")
-    logits = logits.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
-        logits = keep_top_p(logits, sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        if sampling.temperature > 0:
+            raise ValueError("keys must be given when the temperature is above 0")
+        keys = jax.random.split(jax.random.key(0), logits.shape[0])
+    return draw(logits, sampling.numbers(), keys)
 
 
 def _ranks(logits: Float[Array, "*leading vocab"]) -> Int[Array, "*leading vocab"]:
     """The place of every logit in descending order; the lower id comes first among equals."""
     return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

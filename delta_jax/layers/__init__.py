@@ -16,6 +16,7 @@ from delta_jax.layers.mixer import Mixer, MixerCache
 from delta_jax.layers.mixture_of_experts import ExpertBias, MixtureOfExperts
 from delta_jax.layers.mlp import SwiGLU
 from delta_jax.layers.norm import RMSNorm, l2_normalize
+from delta_jax.layers.registry import MIXERS, find_mixer, mixer_options
 from delta_jax.layers.token_mixer import TokenMixer
 
 __all__ = [
@@ -42,21 +43,7 @@ __all__ = [
     "RetNet",
     "SwiGLU",
     "TokenMixer",
+    "find_mixer",
     "l2_normalize",
+    "mixer_options",
 ]
-
-MIXERS: dict[str, type[TokenMixer]] = {
-    "attention": Attention,
-    "delta_net": DeltaNet,
-    "delta_product": DeltaProduct,
-    "gated_delta_net": GatedDeltaNet,
-    "gated_delta_net_2": GatedDeltaNet2,
-    "gated_delta_product": GatedDeltaProduct,
-    "gated_linear_attention": GatedLinearAttention,
-    "kaczmarz_linear_attention": KaczmarzLinearAttention,
-    "kimi_delta_attention": KimiDeltaAttention,
-    "latent_attention": LatentAttention,
-    "linear_attention": LinearAttention,
-    "mamba_2": Mamba2,
-    "ret_net": RetNet,
-}

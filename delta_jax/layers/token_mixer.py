@@ -1,6 +1,7 @@
 """What a model asks of a layer that mixes tokens, whatever it is made of."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from delta_jax.layers.checks import require_cache
 from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.padding import to_front
+from delta_jax.parallel import ParameterRule
 
 __all__ = ["Mixed", "TokenMixer", "keep_rows"]
 
@@ -46,7 +48,13 @@ class TokenMixer(nnx.Module):
     """A causal map of sequences with a cache, an immutable tree of arrays with the method `keep(rows)`.
 
     Subclasses define `init_cache` and `with_cache`.
+
+    Attributes:
+        parameter_rules: for each parameter that `delta_jax.parallel.RULES` does not name, or that it should not decide,
+            its path in this layer, such as "b_proj/kernel", and its `delta_jax.parallel.ParameterRule`.
     """
+
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {}
 
     hidden_size: int
     initializer_std: float

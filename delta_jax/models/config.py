@@ -10,30 +10,22 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 from flax import nnx
 
-from delta_jax.layers import MIXERS, MixtureOfExperts, TokenMixer
+from delta_jax.config import convert
+from delta_jax.layers import MixtureOfExperts, TokenMixer, find_mixer
 from delta_jax.layers.checks import (
     require_counts,
     require_flags,
     require_positive_integers,
     require_positive_numbers,
 )
-from delta_jax.layers.mixer import MixerOptions
+from delta_jax.layers.registry import GIVEN_BY_MODEL, mixer_options
 from delta_jax.models.stack import Run, cut_into_runs
+from delta_jax.parallel import AXES, ParameterRule, path_string
 
 __all__ = ["ExpertsConfig", "Layer", "MixerSpec", "ModelConfig", "PlacedMixer"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "block")
-_NOT_OPTIONS = {
-    "self",
-    "hidden_size",
-    "norm_eps",
-    "initializer_std",
-    "dtype",
-    "param_dtype",
-    "rngs",
-    "options",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +33,7 @@ class MixerSpec:
     """One mixer of the repeating pattern.
 
     Attributes:
-        mixer: a key of `delta_jax.layers.MIXERS`.
+        mixer: a key of `delta_jax.layers.MIXERS`, or "package.module:Class" for a mixer from outside.
         options: keyword arguments of that layer as (name, value) pairs; some the model itself sets.
     """
 
@@ -49,8 +41,8 @@ class MixerSpec:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.mixer, str) or self.mixer not in MIXERS:
-            raise ValueError(f"mixer must be one of {', '.join(sorted(MIXERS))}, got {self.mixer!r}")
+        if not isinstance(self.mixer, str):
+            raise ValueError(f"mixer must be a name or a path, such as 'gated_delta_net', got {self.mixer!r}")
         if not _are_pairs(self.options):
             raise ValueError(
                 f"options of mixer {self.mixer!r} must be a tuple of (name, value) pairs that can be hashed, such as"
@@ -63,6 +55,16 @@ class MixerSpec:
         names = [name for name, _ in self.options]
         if len(set(names)) < len(names):
             raise ValueError(f"options of mixer {self.mixer!r} name a key twice: {', '.join(names)}")
+        options = tuple((name, convert(known[name], value, name)) for name, value in self.options)
+        object.__setattr__(self, "options", options)
+        given = dict.fromkeys(GIVEN_BY_MODEL) | dict(options)
+        try:
+            inspect.signature(find_mixer(self.mixer).__init__).bind(None, 1, **given)
+        except TypeError as error:
+            wanted = ", ".join(GIVEN_BY_MODEL)
+            raise ValueError(
+                f"mixer {self.mixer!r}: {error} (models give a width, {wanted} and the options)"
+            ) from error
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
@@ -205,7 +207,7 @@ class ModelConfig:
             layers["experts"] = self.expert_layer
         for name, layer in layers.items():
             try:
-                jax.eval_shape(lambda layer=layer: layer(rngs=nnx.Rngs(0)))
+                _check_parameters(jax.eval_shape(lambda layer=layer: layer(rngs=nnx.Rngs(0))))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
@@ -239,7 +241,7 @@ class ModelConfig:
 
     def mixer(self, spec: MixerSpec, rngs: nnx.Rngs) -> TokenMixer:
         """The layer that an entry of the pattern stands for."""
-        layer: Callable[..., TokenMixer] = MIXERS[spec.mixer]
+        layer: Callable[..., TokenMixer] = find_mixer(spec.mixer)
         return layer(
             self.hidden_size,
             norm_eps=self.norm_eps,
@@ -284,6 +286,16 @@ class ModelConfig:
         return cut_into_runs(self.layers, len(self.pattern))
 
     @property
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        """What the mixers say of parameters of their own, by the path in the model."""
+        blocks = [layer.mixer for run in self.runs for layer in run.block]
+        return {
+            f"blocks/{place}/mixer/{path}": rule
+            for place, spec in enumerate(blocks)
+            for path, rule in find_mixer(spec.mixer).parameter_rules.items()
+        }
+
+    @property
     def mlp_width(self) -> int:
         """The width of the SwiGLU layer, with its default filled in."""
         if self.mlp_size is not None:
@@ -297,8 +309,25 @@ def _are_pairs(options: Any) -> bool:
     return all(isinstance(name, str) and isinstance(value, Hashable) for name, value in options)
 
 
-def mixer_options(mixer: str) -> tuple[str, ...]:
-    """The keyword arguments of a mixer that a `MixerSpec` may set."""
-    own = inspect.signature(MIXERS[mixer].__init__).parameters
-    shared = MixerOptions.__annotations__ if "options" in own else ()
-    return tuple(name for name in (*own, *shared) if name not in _NOT_OPTIONS)
+def _check_parameters(layer: nnx.Module) -> None:
+    """Raises a ValueError if a layer has a state besides parameters, or its rules do not fit them."""
+    others = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(layer, nnx.Not(nnx.Param))))
+    if others:
+        raise ValueError(f"{path_string(others[0][0])} is no nnx.Param: a layer may hold nothing else that changes")
+    shapes = {
+        path_string(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+    }
+    rules = getattr(layer, "parameter_rules", {})
+    if not isinstance(rules, Mapping):
+        raise ValueError(f"parameter_rules must be a dictionary from paths to a ParameterRule, got {rules!r}")
+    for path, rule in rules.items():
+        if not isinstance(rule, ParameterRule) or not isinstance(rule.axes, tuple) or not isinstance(rule.decays, bool):
+            raise ValueError(f"parameter_rules[{path!r}] must be a ParameterRule(axes, decays), got {rule!r}")
+        if path not in shapes:
+            raise ValueError(f"parameter_rules names {path!r}, but the parameters are {', '.join(shapes)}")
+        if len(rule.axes) != len(shapes[path]) or not set(rule.axes) <= {None, *AXES}:
+            raise ValueError(
+                f"parameter_rules[{path!r}] must name an axis of the mesh ({', '.join(AXES)}) or None for each of the "
+                f"{len(shapes[path])} axes of the parameter, got {rule.axes!r}"
+            )

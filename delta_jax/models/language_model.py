@@ -139,6 +139,8 @@ class LanguageModel(nnx.Module):
         wanted = jax.eval_shape(lambda: self.init_cache(cache[0].segment_id.shape[1], length=length))
 
         def extend(x: Array, like: jax.ShapeDtypeStruct) -> Array:
+            if x.shape == like.shape:
+                return x
             more = [(0, new - old) for old, new in zip(x.shape, like.shape, strict=True)]
             if min(more) < (0, 0):
                 raise ValueError(f"length must not be less than the room there is, {x.shape[2]} tokens, got {length}")

@@ -145,7 +145,7 @@ def _finite(x: Array) -> tuple[Array, Array]:
     return jnp.where(finite[..., None], x, jnp.zeros((), x.dtype)), finite
 
 
-def _attend(q: Array, k: Array, v: Array, seen: Array, *, scale: float) -> Array:
+def _attend(q: Array, k: Array, v: Array, seen: Array, *, scale: Any) -> Array:
     """Attention of all queries at once to the keys that `seen` [B or 1, 1, T, S] shows them."""
     (q, good_q), (k, good_k), (v, good_v) = _finite(q), _finite(k), _finite(v)
     heads, groups = k.shape[2], q.shape[2] // k.shape[2]

@@ -4,6 +4,7 @@ from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from delta_jax.parallel.op import by_compiler, by_heads, by_tokens, current_cut, cut_batch, indivisible
 from delta_jax.parallel.sharding import (
     RULES,
+    ParameterRule,
     batch_parts,
     batch_sharding,
     parameter_shardings,
@@ -12,17 +13,21 @@ from delta_jax.parallel.sharding import (
     replicated,
     shard_batch,
 )
-from delta_jax.parallel.topology import tpu_topology
+from delta_jax.parallel.topology import CHIPS, Chip, chip_of, tpu_topology
 
 __all__ = [
     "AXES",
+    "CHIPS",
     "RULES",
+    "Chip",
     "MeshConfig",
+    "ParameterRule",
     "batch_parts",
     "batch_sharding",
     "by_compiler",
     "by_heads",
     "by_tokens",
+    "chip_of",
     "current_cut",
     "cut_batch",
     "indivisible",

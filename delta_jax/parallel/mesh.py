@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AxisType, Mesh
 
+from delta_jax.config import check_fields
+
 AXES = ("data", "fsdp", "tensor")
 
 
@@ -25,6 +27,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             if size < 1 and size != -1:

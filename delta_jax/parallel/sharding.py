@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -38,18 +38,34 @@ STACKED = "blocks/"
 BATCH = ("data", "fsdp")
 
 
+class ParameterRule(NamedTuple):
+    """What a layer says of a parameter of its own, see `delta_jax.layers.TokenMixer`.
+
+    Attributes:
+        axes: over which axis of the mesh each of its axes is cut, "fsdp" or "tensor"; None leaves one whole. Heads and
+            channels inside a layer go over "tensor", the model's width over "fsdp".
+        decays: whether weight decay applies to it.
+    """
+
+    axes: tuple[str | None, ...]
+    decays: bool
+
+
 def path_string(path: tuple[Any, ...]) -> str:
     """The path of a leaf as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(
+    path: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, ParameterRule] | None = None
+) -> PartitionSpec:
     """How the parameter at ``path`` is cut over the mesh.
 
     Args:
         path: such as "blocks/0/mixer/q_proj/kernel".
         shape: its shape, the axis over stacked layers included.
         mesh: the mesh.
+        rules: path -> what the layer itself says, which goes before ``RULES``; see ``ModelConfig.parameter_rules``.
 
     Returns:
         One entry per axis of the parameter.
@@ -57,10 +73,13 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     Raises:
         ValueError: no rule names the parameter, its rank is not the rule's, or an axis does not divide.
     """
-    rule = next((rule for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", path)), None)
+    known = (tuple(rule) for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", path))
+    rule = rules[path].axes if rules and path in rules else next(known, None)
     if rule is None:
-        raise ValueError(f"no partition rule names the parameter {path} of shape {shape}; add one to RULES")
-    spec = (None, *rule) if path.startswith(STACKED) else tuple(rule)
+        raise ValueError(
+            f"no partition rule names the parameter {path} of shape {shape}: add one to parameter_rules of its layer"
+        )
+    spec = (None, *rule) if path.startswith(STACKED) else rule
     if len(spec) != len(shape):
         raise ValueError(f"parameter {path} has shape {shape}, but its partition rule is for {len(spec)} axes")
     for axis, name in enumerate(spec):
@@ -72,15 +91,16 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return P(*spec)
 
 
-def parameter_shardings(parameters: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each leaf of a tree of parameters (arrays or ShapeDtypeStructs).
+def parameter_shardings(parameters: Any, mesh: Mesh, rules: Mapping[str, ParameterRule] | None = None) -> Any:
+    """A NamedSharding for each leaf of a tree of parameters (arrays or ShapeDtypeStructs); `rules` as in
+    ``partition_spec``.
 
     Raises:
         ValueError: see ``partition_spec``.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(path_string(path), leaf.shape, mesh))
+        return NamedSharding(mesh, partition_spec(path_string(path), leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, parameters)
 

@@ -1,8 +1,12 @@
 """TPUs that need not be here: the devices of a slice, as its compiler describes them."""
 
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -17,6 +21,59 @@ _ENVIRONMENT = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A generation of TPUs, from Google Cloud's page of each.
+
+    Attributes:
+        axes: how many axes its slices have.
+        most: chips of the largest slice.
+        hbm_gib: memory of a chip, in GiB.
+        flops: products in bfloat16, operations a second.
+        hbm_bytes: bytes a second to and from that memory.
+        ici_bytes: bytes a second that a chip can receive from others of its slice, over all links.
+    """
+
+    axes: int
+    most: int
+    hbm_gib: int
+    flops: float
+    hbm_bytes: float
+    ici_bytes: float
+
+
+CHIPS = {
+    "v4": Chip(axes=3, most=4096, hbm_gib=32, flops=275e12, hbm_bytes=1.228e12, ici_bytes=300e9),
+    "v5e": Chip(axes=2, most=256, hbm_gib=16, flops=197e12, hbm_bytes=0.819e12, ici_bytes=200e9),
+    "v5p": Chip(axes=3, most=6144, hbm_gib=95, flops=459e12, hbm_bytes=2.765e12, ici_bytes=600e9),
+    "v6e": Chip(axes=2, most=256, hbm_gib=32, flops=918e12, hbm_bytes=1.638e12, ici_bytes=400e9),
+    "tpu7x": Chip(axes=3, most=9216, hbm_gib=192, flops=2307e12, hbm_bytes=7.38e12, ici_bytes=600e9),
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The generation that the name of a slice begins with.
+
+    Raises:
+        ValueError: the name is not a generation and a grid of chips; libtpu alone would take some of these down with it.
+    """
+    generation, _, grid = topology.partition(":")
+    chip = CHIPS.get(generation)
+    if chip is None:
+        raise ValueError(f"topology {topology!r}: the generations are {', '.join(CHIPS)}, as in v5e:16x16")
+    shape = "x".join(["2"] * chip.axes)
+    if re.fullmatch("x".join(["[1-9][0-9]{0,4}"] * chip.axes), grid) is None:
+        raise ValueError(
+            f"topology {topology!r}: wanted {chip.axes} numbers of chips from 1 on, with x between them, as in "
+            f"{generation}:{shape}"
+        )
+    if (chips := math.prod(map(int, grid.split("x")))) > chip.most:
+        raise ValueError(
+            f"topology {topology!r} has {chips:,} chips, but the largest slice of {generation} {chip.most:,}"
+        )
+    return chip
+
+
 def tpu_topology(name: str) -> Sequence[jax.Device]:
     """The devices of a TPU slice, to compile for ahead of time on any machine that has libtpu.
 
@@ -24,18 +81,20 @@ def tpu_topology(name: str) -> Sequence[jax.Device]:
         name: generation and grid of chips, such as "v5e:16x16", "v5p:2x2x1", "v6e:1x1" or "tpu7x:2x2x1".
 
     Returns:
-        Devices that describe themselves and run nothing: one a chip, on v4 and TPU7x two.
+        Devices that describe themselves and run nothing: one a chip, on TPU7x two.
 
     Raises:
         ValueError: libtpu is not installed or cannot be loaded, or there is no such slice.
     """
+    chip_of(name)
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ValueError('compiling for a TPU needs libtpu, which is not installed: pip install "delta_jax[tpu]"')
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    # The two cores of a v4 chip are one device to JAX.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        wanted = 'a generation and a grid of chips, such as "v5e:16x16", "v5p:2x2x1", "v6e:2x2" or "tpu7x:2x2x1"'
-        raise ValueError(f"topology {name!r}: wanted {wanted}; libtpu says: {reason}") from error
+        raise ValueError(f"topology {name!r}: there is no such slice; libtpu says: {reason}") from error

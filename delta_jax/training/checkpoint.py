@@ -151,26 +151,35 @@ class Checkpoints:
                 (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
 
 
-def restore_model(folder: str | Path) -> tuple[TrainConfig, LanguageModel]:
-    """Read the model of the newest intact checkpoint of a run, on the default device.
+def restore_model(folder: str | Path, step: int | None = None) -> tuple[TrainConfig, LanguageModel]:
+    """Read the model of a checkpoint of a run, on the default device.
 
     Args:
         folder: the run's output folder.
+        step: after how many optimizer steps; None is the newest intact checkpoint.
 
     Returns:
         The run's configuration and its model.
 
     Raises:
-        ValueError: there is no checkpoint, or all are damaged.
+        ValueError: there is no checkpoint, or all are damaged; or there is none of that step, or it is.
     """
     checkpoints = Path(folder).absolute() / CHECKPOINTS
     if not checkpoints.is_dir():
         raise ValueError(f'"{folder}" is not the output folder of a training run: it has no folder {CHECKPOINTS}')
-    step, damaged = _newest_intact(checkpoints)
     if step is None:
-        raise ValueError(f'there is no checkpoint in "{checkpoints}"' + _reasons(damaged))
-    if damaged:
-        warnings.warn(f"using checkpoint {step} in {checkpoints}" + _reasons(damaged), stacklevel=2)
+        step, damaged = _newest_intact(checkpoints)
+        if step is None:
+            raise ValueError(f'there is no checkpoint in "{checkpoints}"' + _reasons(damaged))
+        if damaged:
+            warnings.warn(f"using checkpoint {step} in {checkpoints}" + _reasons(damaged), stacklevel=2)
+    else:
+        there = _steps(checkpoints)
+        if step not in there:
+            kept = ", ".join(map(str, there)) or "none"
+            raise ValueError(f'step: there is no checkpoint {step} in "{checkpoints}", only {kept}')
+        if (damage := _damage(checkpoints / str(step))) is not None:
+            raise ValueError(f'step: checkpoint {step} in "{checkpoints}" is damaged ({damage})')
     table = _about(checkpoints / str(step))
     config = load_config(TrainConfig, table["config"])
     structure, parameters = abstract_model(config.model)
@@ -220,12 +229,17 @@ def _set_damaged_aside(folder: Path) -> int | None:
 def _newest_intact(folder: Path) -> tuple[int | None, dict[int, str]]:
     """The newest checkpoint with all files there and unchanged, and what is wrong with each newer one."""
     damaged: dict[int, str] = {}
-    for step in sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True):
+    for step in reversed(_steps(folder)):
         damage = _damage(folder / str(step))
         if damage is None:
             return step, damaged
         damaged[step] = damage
     return None, damaged
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, damaged or not, in order."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 def _damage(checkpoint: Path) -> str | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from delta_jax.config import check_fields
 from delta_jax.data import DataConfig
 from delta_jax.models.config import ModelConfig
 from delta_jax.parallel import MeshConfig
@@ -45,6 +46,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require(self.learning_rate > 0, f"learning_rate should be positive, got {self.learning_rate}")
         _require(self.warmup_steps >= 0, f"warmup_steps should not be negative, got {self.warmup_steps}")
         for name in ("decay_fraction", "initial_ratio", "final_ratio"):
@@ -76,6 +78,7 @@ class CheckpointConfig:
     keep_every: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require(self.every >= 1, f"every should be at least 1 step, got {self.every}")
         _require(self.keep_last >= 1, f"keep_last should be at least 1, got {self.keep_last}")
         _require(
@@ -95,7 +98,7 @@ class TrainConfig:
         batch_size: sequences per optimizer step, over all devices and micro-batches.
         sequence_length: tokens per sequence.
         gradient_accumulation: micro-batches a step is cut into to save memory.
-        seed: of the initialisation; the data has its own.
+        seed: of the initialisation, in [0, 2^32); the data has its own.
         optimizer: AdamW and its schedule.
         mesh: the devices.
         checkpoint: when to save and what to keep.
@@ -123,6 +126,7 @@ class TrainConfig:
     evaluation_batches: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         names = (
             "steps",
             "batch_size",
@@ -133,7 +137,8 @@ class TrainConfig:
         )
         for name in names:
             _require(getattr(self, name) >= 1, f"{name} should be at least 1, got {getattr(self, name)}")
-        _require(self.seed >= 0, f"seed should not be negative, got {self.seed}")
+            _require(getattr(self, name) < 2**31, f"{name} should be below 2^31, got {getattr(self, name)}")
+        _require(0 <= self.seed < 2**32, f"seed should lie in [0, 2^32), got {self.seed}")
         _require(bool(self.output), "output should name a folder")
         _require(
             self.evaluation_batches is None or self.evaluation_batches >= 1,

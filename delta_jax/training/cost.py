@@ -48,7 +48,7 @@ def collective_bytes(hlo: str) -> dict[str, float]:
     Returns:
         kind -> bytes, for the kinds there are.
     """
-    entry, lines = _computations(hlo)
+    entry, lines = computations(hlo)
     runs: dict[str, int] = defaultdict(int)
     _count_runs(entry, 1, lines, runs)
     partitions = re.search(r"num_partitions=(\d+)", hlo)
@@ -116,8 +116,8 @@ def _equation_flops(equation: JaxprEqn) -> float:
     return times * sum(inner)
 
 
-def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of the entry, and the lines of every computation."""
+def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of the entry of a compiled program, and the lines of every computation."""
     entry, current = "", ""
     lines: dict[str, list[str]] = {}
     for line in hlo.splitlines():
@@ -137,13 +137,13 @@ def _count_runs(name: str, times: int, lines: dict[str, list[str]], runs: dict[s
     runs[name] += times
     for line in lines[name]:
         called = [part.strip(" %{}") for match in _CALLED.findall(line) for part in match.split(",")]
-        trips = _trips(line, lines) if " while(" in line else 1
+        often = trips(line, lines) if " while(" in line else 1
         for inner in called:
             if inner in lines:
-                _count_runs(inner, times * trips, lines, runs)
+                _count_runs(inner, times * often, lines, runs)
 
 
-def _trips(line: str, lines: dict[str, list[str]]) -> int:
+def trips(line: str, lines: dict[str, list[str]]) -> int:
     """How often a loop runs: what XLA says, or the bound its counter, which starts at zero, is compared with."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
     if known:

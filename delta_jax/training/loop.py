@@ -86,7 +86,7 @@ def train(
     _check_tokenizer(config)
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
     template = abstract_state(config.model, optimizer, mesh)
     batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
     with Checkpoints(output, config.checkpoint) as checkpoints, StopRequest() as stop:
@@ -134,7 +134,7 @@ class _Run:
         self._config, self._mesh, self._output = config, mesh, output
         self._checkpoints, self._writer, self._display = checkpoints, writer, display
         schedule = learning_rate_schedule(config.optimizer, config.steps)
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
         self._train_step = make_train_step(config.model, optimizer, schedule, mesh)
         self._evaluation_step = make_evaluation_step(config.model, mesh)
         self._clock: float | None = None

@@ -1,6 +1,7 @@
 """AdamW with its weight-decay mask, learning-rate schedules and clipping."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from delta_jax.parallel import path_string
+from delta_jax.parallel import ParameterRule, path_string
 from delta_jax.training.config import OptimizerConfig
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -46,7 +47,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     return schedule
 
 
-def weight_decay_mask(parameters: Any) -> Any:
+def weight_decay_mask(parameters: Any, rules: Mapping[str, ParameterRule] | None = None) -> Any:
     """True for what decays: every matrix, embeddings, head and short convolutions included.
 
     This is the papers' habit (their code decays all but A_log and dt_bias) without the norm scales; the offsets of
@@ -54,6 +55,7 @@ def weight_decay_mask(parameters: Any) -> Any:
 
     Args:
         parameters: tree whose paths end in the parameter's name.
+        rules: path -> what the layer itself says, which goes before the name; see ``ModelConfig.parameter_rules``.
 
     Returns:
         A tree of booleans.
@@ -63,20 +65,29 @@ def weight_decay_mask(parameters: Any) -> Any:
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
-        name = path_string(path).rsplit("/", 1)[-1]
+        whole = path_string(path)
+        name = whole.rsplit("/", 1)[-1]
+        if rules and whole in rules:
+            return rules[whole].decays
         if name not in DECAYED + NOT_DECAYED:
-            raise ValueError(f"parameter {path_string(path)}: whether weight decay applies to a {name} is not known")
+            raise ValueError(
+                f"parameter {whole}: whether weight decay applies to a {name} is not known: "
+                "say it in parameter_rules of its layer"
+            )
         return name in DECAYED
 
     return jax.tree_util.tree_map_with_path(decays, parameters)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, rules: Mapping[str, ParameterRule] | None = None
+) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019) with the schedule and the mask.
 
     Args:
         config: the numbers.
         steps: optimizer steps of the whole run.
+        rules: see ``weight_decay_mask``.
 
     Returns:
         The optax transformation.
@@ -87,7 +98,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=weight_decay_mask,
+        mask=partial(weight_decay_mask, rules=rules),
     )
     optimizer = adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 

@@ -1,22 +1,20 @@
 """What a training step needs on TPUs that are not here: the whole step, compiled ahead of time for a slice."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from delta_jax.parallel import batch_sharding, make_mesh, tpu_topology
+from delta_jax.parallel import chip_of, make_mesh, tpu_topology
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.cost import collective_bytes, kernel_names, product_flops
 from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from delta_jax.training.state import abstract_state
-from delta_jax.training.step import check_batch, make_train_step
-
-# Memory of a chip in GiB, from Google Cloud's documentation of each TPU version ("HBM capacity per chip").
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
+from delta_jax.training.step import abstract_batch, check_batch, make_evaluation_step, make_train_step
+from delta_jax.training.traffic import memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +40,35 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """How long a step should take, from what it does and the chip's published peaks; no TPU has run it.
+
+    Attributes:
+        products: seconds for the matrix products, all in one bfloat16 pass.
+        memory: seconds for what passes between the chip and its memory, as `memory_bytes` counts it.
+        exchange: seconds for what a chip receives from others, over all of its links at once.
+        tokens: tokens of a step.
+        useful: seconds for three times the products of the forward pass, what is computed again left out.
+    """
+
+    products: float
+    memory: float
+    exchange: float
+    tokens: int
+    useful: float
+
+    @property
+    def least(self) -> float:
+        """Seconds if the three overlap in full; no step of this program is faster."""
+        return max(self.products, self.memory, self.exchange)
+
+    @property
+    def apart(self) -> float:
+        """Seconds if nothing overlaps, each at its peak. What no peak bounds (latency, vector units) comes on top."""
+        return self.products + self.memory + self.exchange
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A training step on a slice.
 
@@ -49,7 +76,7 @@ class Plan:
         topology: the slice's name.
         device_kind: what its devices call themselves.
         chips: chips of the slice.
-        devices: devices of the slice; a v4 or TPU7x chip is two.
+        devices: devices of the slice; a TPU7x chip is two.
         mesh: size of each axis.
         parameters: numbers the model learns.
         kernels: names of the Pallas kernels in the step; none where XLA makes all of it.
@@ -58,6 +85,8 @@ class Plan:
         refusal: the compiler's words if it found no way to fit the step.
         memory: bytes the step takes on each chip; None after a refusal.
         collectives: kind -> bytes that each chip receives from others in a step.
+        traffic: bytes that each chip moves to and from its memory in a step.
+        estimate: of the time of a step; None after a refusal.
         seconds: how long compiling took.
     """
 
@@ -73,6 +102,8 @@ class Plan:
     refusal: str | None
     memory: Memory | None
     collectives: Mapping[str, float]
+    traffic: float
+    estimate: Estimate | None
     seconds: float
 
     @property
@@ -81,39 +112,50 @@ class Plan:
         return self.memory is not None and self.memory.total <= self.hbm
 
 
-def plan(config: TrainConfig, topology: str) -> Plan:
+def plan(
+    config: TrainConfig, topology: str, *, meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Plan:
     """Compiles the training step of a run for a TPU slice; needs libtpu, but no TPU.
 
     Args:
         config: the run.
         topology: the slice, such as "v5e:16x16", or "v5e:1x1" for one chip.
+        meanwhile: makes a context that is open while the compiler works, to say so.
 
     Returns:
         What the step takes and does there.
 
     Raises:
-        ValueError: libtpu or the slice does not exist, or the run does not divide over the slice.
+        ValueError: libtpu or the slice does not exist, the run does not divide over the slice, or the compiler refuses it
+            for another reason than memory.
     """
+    chip = chip_of(topology)
     devices = tpu_topology(topology)
-    generation = topology.partition(":")[0]
-    if generation not in HBM_GIB:
-        raise ValueError(f"topology {topology!r}: the generations are {', '.join(HBM_GIB)}")
     chips = len({tuple(device.coords) for device in devices})
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
     state = abstract_state(config.model, optimizer, mesh)
     step: Any = make_train_step(config.model, optimizer, learning_rate_schedule(config.optimizer, config.steps), mesh)
-    micro = config.gradient_accumulation
-    shape, sharding = (micro, config.batch_size // micro, config.sequence_length), batch_sharding(mesh)
-    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    batch = abstract_batch(config, mesh)
     start = time.monotonic()
-    traced = step.trace(state, batch)
-    compiled, refusal = _compile(traced.lower())
+    with meanwhile():
+        traced = step.trace(state, batch)
+        compiled, refusal = _compile(traced.lower())
     seconds = time.monotonic() - start
     cores = len(devices) // chips
-    received = {} if compiled is None else collective_bytes(compiled.as_text() or "")
+    text = "" if compiled is None else compiled.as_text() or ""
+    received = {kind: cores * size for kind, size in collective_bytes(text).items()} if text else {}
+    flops = product_flops(traced.jaxpr) / chips
+    traffic = cores * memory_bytes(text) if text else 0.0
+    forward = make_evaluation_step(config.model, mesh).trace(state.parameters, batch).jaxpr
+    estimate = Estimate(
+        products=flops / chip.flops,
+        memory=traffic / chip.hbm_bytes,
+        exchange=sum(received.values()) / chip.ici_bytes,
+        tokens=config.batch_size * config.sequence_length,
+        useful=3 * config.gradient_accumulation * product_flops(forward) / chips / chip.flops,
+    )
     return Plan(
         topology=topology,
         device_kind=devices[0].device_kind,
@@ -122,11 +164,13 @@ def plan(config: TrainConfig, topology: str) -> Plan:
         mesh=dict(mesh.shape),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
         kernels=kernel_names(traced.jaxpr),
-        flops=product_flops(traced.jaxpr) / chips,
-        hbm=HBM_GIB[generation] * 2**30,
+        flops=flops,
+        hbm=chip.hbm_gib * 2**30,
         refusal=refusal,
         memory=None if compiled is None else _memory(compiled, cores),
-        collectives={kind: cores * size for kind, size in received.items()},
+        collectives=received,
+        traffic=traffic,
+        estimate=estimate if text else None,
         seconds=seconds,
     )
 
@@ -137,7 +181,7 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, s
         return lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise ValueError(f"the TPU's compiler refuses this step: {str(error).splitlines()[0]}") from error
         return None, str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
 
 

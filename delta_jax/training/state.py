@@ -54,7 +54,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
         ValueError: a parameter has no partition rule or does not divide over the mesh.
     """
     _, parameters = abstract_model(config)
-    shardings = parameter_shardings(parameters, mesh)
+    shardings = parameter_shardings(parameters, mesh, config.parameter_rules)
     whole = replicated(mesh)
 
     def place(leaf: Any, sharding: Any) -> Any:

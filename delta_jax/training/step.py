@@ -102,7 +102,7 @@ def make_train_step(
     return train_step
 
 
-def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array]]:
+def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """Build ``(parameters, batch) -> (nats, tokens)``: sums over a batch of arrays [1, batch, time]."""
     structure, _ = abstract_model(config)
 
@@ -114,14 +114,24 @@ def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batc
     return jax.jit(step, out_shardings=replicated(mesh))
 
 
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step, arrays [micro_batches, batch, time], as ShapeDtypeStructs that carry their sharding."""
+    micro = config.gradient_accumulation
+    shape, sharding = (micro, config.batch_size // micro, config.sequence_length), batch_sharding(mesh)
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "mask": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises a ValueError if the sequences of a micro-batch do not divide over the mesh."""
+    """Raises a ValueError if the sequences of a micro-batch do not divide over the mesh, or the model refuses them."""
     micro, parts = config.batch_size // config.gradient_accumulation, batch_parts(mesh)
     if micro % parts:
         raise ValueError(
             f"batch_size / gradient_accumulation is {micro}: wanted a multiple of the {parts} parts into "
             f"which the mesh cuts the batch (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
         )
+    parameters = abstract_model(config.model)[1]
+    jax.eval_shape(make_evaluation_step(config.model, mesh), parameters, abstract_batch(config, mesh))
 
 
 def _balance(config: ModelConfig, parameters: Any, loads: Loads) -> Any:

@@ -1,7 +1,6 @@
 """What an experiment declares: architectures x tasks x learning rates x weight decays x seeds, at a scale."""
 
 import dataclasses
-import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import numpy as np
 
 from delta_jax.config import to_dict
 from delta_jax.data.tasks import Task
-from delta_jax.layers import MIXERS
+from delta_jax.layers import mixer_options
 from delta_jax.models.config import MixerSpec, ModelConfig
 from delta_jax.training import OptimizerConfig
 
@@ -210,9 +209,7 @@ def mixer(name: str, sweep: Sweep, **options: Any) -> MixerSpec:
         ValueError: there is no such mixer, or it has no such option.
     """
     heads = {"num_heads": sweep.num_heads, "head_dim": sweep.head_dim}
-    if name in MIXERS:
-        known = inspect.signature(MIXERS[name].__init__).parameters
-        heads = {key: value for key, value in heads.items() if key in known}
+    heads = {key: value for key, value in heads.items() if key in mixer_options(name)}
     return MixerSpec(mixer=name, options=tuple((heads | options).items()))
 
 

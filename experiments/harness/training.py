@@ -187,6 +187,7 @@ class _Model:
         self._optimizer = make_optimizer(
             dataclasses.replace(group.sweep.optimizer, learning_rate=1.0, weight_decay=group.weight_decay),
             group.sweep.steps,
+            group.model.parameter_rules,
         )
         self._structure, shapes = split_model(nnx.eval_shape(self._new))
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,11 +1,13 @@
 """The command line: a round trip through all commands, and one clear line for every mistake."""
 
+import io
 import json
 import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import delta_jax
@@ -103,9 +105,42 @@ def test_evaluate_on_another_corpus(trained, tmp_path, capsys):
     (tmp_path / "other.data").write_text("".join(json.dumps({"body": f"{number}" * 50}) + "\n" for number in range(10)))
     arguments = ["--data", str(tmp_path / "other.data"), "--format", "jsonl", "--text-field", "body"]
     arguments += ["--batch-size", "1", "--sequence-length", "16"]
-    for more, held_out in (([], 3), (["--validation-fraction", "0.5"], 5)):
+    held_out = ["--split", "validation"]
+    for more, size in (([], 10), (held_out, 3), ([*held_out, "--validation-fraction", "0.5"], 5)):
         assert main(["evaluate", folder, *arguments, *more]) == 0
-        assert re.search(rf"bytes +{50 * held_out}\n", capsys.readouterr().out)
+        assert re.search(rf"bytes +{50 * size}\n", capsys.readouterr().out)
+
+
+def test_evaluate_on_one_document_and_on_every_part(trained, tmp_path, capsys):
+    _, folder = trained
+
+    def counted(*arguments):
+        assert main(["evaluate", folder, "--batch-size", "2", "--sequence-length", "16", *arguments]) == 0
+        out = capsys.readouterr().out
+        return int(re.search(r"bytes +([\d,]+)\n", out).group(1).replace(",", "")), "byte bigram" in out
+
+    (tmp_path / "one.txt").write_text("x" * 70)
+    assert counted("--data", str(tmp_path / "one.txt")) == (70, False)
+    parts = {split: counted("--split", split) for split in ("train", "validation", "all")}
+    assert parts["train"][0] + parts["validation"][0] == parts["all"][0]
+    assert [bigram for _, bigram in parts.values()] == [False, True, False]
+    assert counted() == parts["validation"]
+    held_out = ["--data", str(tmp_path / "one.txt"), "--split", "validation"]
+    assert "one document" in mistake(capsys, "evaluate", folder, *held_out)
+
+
+def test_prompts_from_files_and_from_standard_input(trained, tmp_path, capsys, monkeypatch):
+    _, folder = trained
+    (tmp_path / "prompt").write_text("def f\n  é")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"return")))
+    options = ["--max-new-tokens", "2", "--temperature", "0", "--stop-id", "3", "--stop-id", "7"]
+    files = ["--prompt-file", str(tmp_path / "prompt"), "--prompt-file", "-"]
+    assert main(["generate", folder, "--prompt", "x", *files, *options]) == 0
+    assert re.match(r"--- 1 ---\nx.*--- 2 ---\ndef f\n  é.*--- 3 ---\nreturn", capsys.readouterr().out, re.DOTALL)
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe")
+    assert "not text in UTF-8" in mistake(capsys, "generate", folder, *files[:2])
+    assert "cannot be read" in mistake(capsys, "generate", folder, "--prompt-file", str(tmp_path))
+    assert "--prompt" in mistake(capsys, "generate", folder)
 
 
 def test_generate_continues_every_prompt_and_repeats_itself(trained, capsys):
@@ -132,10 +167,17 @@ def test_generate_continues_every_prompt_and_repeats_itself(trained, capsys):
     assert capsys.readouterr().out.startswith("def f")
 
 
-def test_training_again_with_more_steps_goes_on(trained):
+def test_training_again_with_more_steps_goes_on(trained, capsys):
     config, folder = trained
     assert main(["train", config, "steps=6"]) == 0
     assert restore_model(folder)[0].steps == 6
+    for command in (["evaluate", folder], ["generate", folder, "--prompt", "x", "--max-new-tokens", "1"]):
+        assert main([*command, "--step", "4"]) == 0
+        assert "there is no checkpoint 5" in mistake(capsys, *command, "--step", "5")
+        assert "only 4, 6" in mistake(capsys, *command, "--step", "-1")
+    (first, old), (last, new) = restore_model(folder, 4), restore_model(folder)
+    assert (first.steps, last.steps) == (4, 6)
+    assert not jnp.array_equal(old.embed.embedding[...], new.embed.embedding[...])
 
 
 def test_info(capsys):
@@ -158,6 +200,55 @@ def test_unknown_key(config, capsys):
 
 def test_wrong_type(config, capsys):
     assert "batch_size" in mistake(capsys, "train", config, "batch_size=many")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed should lie in [0, 2^32), got -1"),
+        (f"seed={2**40}", "seed should lie in [0, 2^32)"),
+        (f"seed={10**30}", "seed: wanted a number of at most 64 bits"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate: wanted a finite number, got inf"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate: wanted a finite number, got nan"),
+        (f"optimizer.learning_rate={'9' * 5000}", "optimizer.learning_rate: wanted a number"),
+        ("optimizer.learning_rate=-1", "learning_rate should be positive"),
+        ("optimizer.learning_rate=true", "optimizer.learning_rate: wanted a number, got True"),
+        (f"steps={2**31}", "steps should be below 2^31"),
+        ("model.pattern.0.num_heads=true", "model.pattern.0: num_heads: wanted an integer, got True"),
+        ("model.pattern.0.expand_v=inf", "model.pattern.0: expand_v: wanted a finite number"),
+        ("model.pattern.0.implementation=fast", "implementation='fast' cannot run here"),
+        ("model.pattern.0.implementation=3", "implementation: wanted a string, got 3"),
+        ("model.pattern.0.implementation=pallas", "this is a cpu"),
+        ("model.pattern.0.chunk_size=24", "chunk_size must be"),
+        ("model.pattern.0.mixer=nowhere.to:be_found", "cannot be imported: No module named 'nowhere'"),
+    ],
+)
+def test_impossible_runs_are_refused_before_the_data_is_read(config, capsys, monkeypatch, override, message):
+    def read(*_, **__):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr("delta_jax.training.loop.train_batches", read)
+    assert message in mistake(capsys, "train", config, override)
+
+
+@pytest.mark.parametrize("module", ["orbax", "flax", "matplotlib"])
+def test_what_is_not_installed_is_named_with_its_extra(module):
+    """In a process of its own, where nothing is imported yet."""
+    program = (
+        f"import sys; sys.modules[{module!r}] = None\nfrom delta_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "train", "tiny"], capture_output=True, text=True)
+    wanted = f"delta-jax train: error: this needs {module}, which is not installed: pip install 'delta_jax[train]'\n"
+    assert (done.returncode, done.stderr) == (2, wanted)
+
+
+def test_a_module_of_no_extra_is_named_too(monkeypatch, capsys):
+    monkeypatch.setattr("delta_jax.cli._config", lambda _: __import__("no_such_module"))
+    assert "this needs no_such_module, which is not installed" in mistake(capsys, "train", "tiny")
+
+
+def test_no_configuration_names_the_presets(capsys):
+    assert "there are: delta_net_1.3b, " in mistake(capsys, "train")
 
 
 def test_unknown_preset_and_missing_file(capsys):
@@ -212,6 +303,11 @@ def test_folder_that_is_no_run(tmp_path, capsys):
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--top-k", "0"], "top_k"),
         (["--top-p", "1.5"], "top_p"),
+        (["--top-p", "0"], "top_p"),
+        (["--temperature", "nan"], "temperature"),
+        (["--seed", "-1"], "--seed must lie in [0, 2^32)"),
+        (["--seed", str(2**40)], "--seed must lie in [0, 2^32)"),
+        (["--stop-id", "257"], "stop_id must lie in [0, 257)"),
     ],
 )
 def test_impossible_generation(trained, capsys, options, message):
@@ -230,9 +326,7 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["trian", "tiny"], ["generate", "run"], ["evaluate", "run", "--batch-size", "x"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["trian", "tiny"], ["generate"], ["evaluate", "run", "--batch-size", "x"]])
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
         main(arguments)

@@ -16,14 +16,21 @@ def libtpu():
 
 def test_a_plan_that_fits(libtpu, capsys):
     assert main([*TINY, "--topology", "v5e:1x1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert err.startswith("compiling the step for v5e:1x1")
+    lines = out.splitlines()
     shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
     assert shown["topology"] == "v5e:1x1, 1 chip (TPU v5 lite); figures are those of one chip"
     assert shown["mesh"] == "data=1, fsdp=1, tensor=1"
     assert shown["batch"] == "4 sequences of 128 tokens in 1 micro-batch"
     assert shown["delta rule"] == "delta_rule_forward, delta_rule_backward"
-    assert re.fullmatch(r"[\d.e+]+ FLOPs a step", shown["products"])
+    assert re.fullmatch(r"[\d.]+ [MG]FLOP a step", shown["products"])
     assert {"parameters", "arguments", "outputs", "temporaries", "program", "compiled in"} <= set(shown)
+    assert re.fullmatch(r"[\d.]+ [um]s to [\d.]+ [um]s, an estimate: no TPU has run this", shown["step time"])
+    least, most = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{2,}", shown["tokens/s"]))
+    assert 0 < least <= most < 1e9
+    assert re.fullmatch(r"\d+% to \d+%", shown["MFU"])
+    assert "197 TFLOP/s" in shown["made of"] and "819 GB/s" in shown["made of"]
     assert shown["collectives"] == "none"
     assert re.fullmatch(r"fits: [\d.]+ [MG]iB of the 16 GiB of a chip", lines[-1])
 
@@ -32,13 +39,15 @@ def test_a_plan_that_does_not_fit(libtpu, capsys):
     assert main([*TINY, "--topology", "v5e:1x1", "batch_size=65536"]) == 1  # overrides on both sides of an option
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith("does not fit: the compiler says: ")
-    assert err == ""
+    assert "step time" not in out and "rror" not in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--topology", "v5e:3x3"], "topology 'v5e:3x3'"),
+        (["--topology", "v4:2x2x1", "batch_size=99999999"], "wanted a multiple of the 4 parts"),
+        (["--topology", "v5e:1x1", "batch_size=99999999999"], "batch_size should be below 2^31"),
         (["mesh.data=3", "--topology", "v5e:2x2"], "does not fit the 4 tpu device"),
         (["batch_size=3", "--topology", "v5e:2x2"], "wanted a multiple of the 4 parts"),
     ],
@@ -48,6 +57,32 @@ def test_mistakes(libtpu, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("delta-jax plan: error: ")
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e:0x1", "wanted 2 numbers of chips from 1 on"),
+        ("v5p:0x0x0", "wanted 3 numbers of chips from 1 on"),
+        ("v5e", "as in v5e:2x2"),
+        ("v5e:", "as in v5e:2x2"),
+        ("v5e:-1x2", "as in v5e:2x2"),
+        ("v5e:2x2 ", "as in v5e:2x2"),
+        ("v5e:2x2x1", "as in v5e:2x2"),
+        ("v5p:2x2", "as in v5p:2x2x2"),
+        ("x:2x2", "the generations are v4, v5e, v5p, v6e, tpu7x"),
+        ("", "the generations are"),
+        ("v5e:1000x1000", "1,000,000 chips, but the largest slice of v5e 256"),
+        ("v5e:99999999999999999999x1", "as in v5e:2x2"),
+    ],
+)
+def test_a_topology_is_checked_before_anything_is_loaded(monkeypatch, capsys, topology, message):
+    """libtpu divides by the numbers of chips, and one of 0 would end the process."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", "tiny", "--topology", topology]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"delta-jax plan: error: topology {topology!r}") and message in error
+    assert error.count("\n") == 1
 
 
 def test_without_libtpu(monkeypatch, capsys):

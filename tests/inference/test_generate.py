@@ -71,6 +71,48 @@ def test_ends_before_the_stop_id(model):
     assert generate(model, PROMPTS[:1], max_new_tokens=NEW, stop_id=whole[0][0]) == [[]]
 
 
+def test_several_stop_ids(model):
+    whole = generate(model, PROMPTS, max_new_tokens=NEW)
+    stops = {whole[0][4], whole[1][2]}
+    cut = generate(model, PROMPTS, max_new_tokens=NEW, stop_id=sorted(stops))
+    assert cut == [row[: min((row.index(stop) for stop in stops & set(row)), default=NEW)] for row in whole]
+    assert len(cut[1]) < NEW
+
+
+def test_no_value_compiles_again_and_none_changes_the_tokens_before_it_matters(model):
+    from delta_jax.inference.generate import _decode, _prefill
+
+    key = jax.random.key(5)
+    longest = generate(model, PROMPTS, max_new_tokens=150, temperature=0.9, key=key)
+    prefills, decodes = _prefill._cache_size(), _decode._cache_size()
+    for count in (1, 2, 63, 64, 65, 130):
+        rows = generate(model, PROMPTS, max_new_tokens=count, temperature=0.9, key=key)
+        assert rows == [row[:count] for row in longest]
+    for options in (
+        {"temperature": 0.1},
+        {"temperature": 7},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"top_k": 2**40, "top_p": 1.0},
+    ):
+        generate(model, PROMPTS, max_new_tokens=2, key=key, **({"temperature": 0.9} | options))
+    generate(model, PROMPTS, max_new_tokens=2, stop_id=[1, 2, 3])  # greedy, without a key
+    lengths = [PROMPTS[0] * 2, *PROMPTS[1:3], PROMPTS[3] * 6]
+    generate(model, lengths, max_new_tokens=5)
+    assert (_prefill._cache_size(), _decode._cache_size()) == (prefills, decodes)
+    for _ in range(2):
+        generate(model, PROMPTS[:2], max_new_tokens=3)
+    assert (_prefill._cache_size(), _decode._cache_size()) == (prefills + 1, decodes + 1)
+
+
+def test_a_cache_that_keeps_every_token_grows():
+    model, prompt, count = make("attention"), PROMPTS[2], 203
+    (row,) = generate(model, [prompt], max_new_tokens=count)
+    assert row[:NEW] == generate(model, [prompt], max_new_tokens=NEW)[0]
+    logits = jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray([prompt + row], jnp.int32))
+    assert row == jnp.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist()
+
+
 def test_the_key_decides_what_is_drawn(model):
     def draw(prompts, seed):
         return generate(model, prompts, max_new_tokens=NEW, temperature=1.0, top_k=20, key=jax.random.key(seed))
@@ -83,8 +125,9 @@ def test_the_key_decides_what_is_drawn(model):
 
 
 def test_a_vanishing_temperature_is_greedy(model):
-    drawn = generate(model, PROMPTS, max_new_tokens=NEW, temperature=1e-6, key=jax.random.key(0))
-    assert drawn == generate(model, PROMPTS, max_new_tokens=NEW)
+    drawn = generate(model, PROMPTS, max_new_tokens=NEW)
+    for temperature in (1e-6, 1e-10, 1e-40, 5e-324):
+        assert drawn == generate(model, PROMPTS, max_new_tokens=NEW, temperature=temperature, key=jax.random.key(0))
     assert drawn == generate(model, PROMPTS, max_new_tokens=NEW, temperature=1.0, top_k=1, key=jax.random.key(0))
 
 
@@ -105,7 +148,11 @@ def test_bfloat16_generates():
         ([[1]], {"temperature": 1.0}, "key"),
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"top_k": 3}, "top_k"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": None}, "max_new_tokens"),
         ([[1]], {"stop_id": VOCAB}, "stop_id"),
+        ([[1]], {"stop_id": [3, -1]}, "stop_id"),
+        ([[1]], {"stop_id": "a"}, "stop_id"),
     ],
 )
 def test_mistakes_are_named(model, prompts, options, words):

@@ -76,6 +76,34 @@ def test_draws_follow_the_distribution(sampling, wanted):
     assert (shares[np.asarray(wanted) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-40, 5e-324, 1e30, 1e300])
+def test_any_temperature_draws_right(temperature):
+    """No overflow in float32: near zero only the likeliest, equal ones alike; far above all alike, what is -inf never."""
+    logits = jnp.array([-1e5, 300.0, -jnp.inf, 300.0])
+    shares = draw(logits, Sampling(temperature=temperature, top_p=0.999), count=2000)
+    wanted = [0, 1 / 2, 0, 1 / 2] if temperature < 1 else [1 / 3, 1 / 3, 0, 1 / 3]
+    np.testing.assert_allclose(shares, wanted, atol=0.05)
+    assert (shares[np.asarray(wanted) == 0] == 0).all()
+
+
+def test_limits_of_top_k_and_top_p():
+    logits = jax.random.normal(jax.random.key(4), (50,))
+    everything = draw(logits, Sampling(temperature=2.0), 1000)
+    for options in ({"top_p": 1.0}, {"top_k": 50}, {"top_k": 2**70}, {"top_k": 10**5, "top_p": 1}):
+        np.testing.assert_array_equal(draw(logits, Sampling(temperature=2.0, **options), 1000), everything)
+    for options in ({"top_p": 1e-60}, {"top_k": 1}):
+        assert draw(logits, Sampling(temperature=2.0, **options), 1000)[jnp.argmax(logits)] == 1
+    shares = draw(jnp.zeros(8), Sampling(temperature=1.0, top_p=0.5), 1000)  # of equal ones the lower ids
+    assert (shares[:4] > 0.2).all() and (shares[4:] == 0).all()
+
+
+def test_top_p_of_one_keeps_what_rounding_would_lose():
+    """In float32 the sum of these probabilities reaches 1 before the last of them."""
+    logits = jnp.concatenate([jnp.zeros(3000), jnp.full((3,), -17.0)])
+    assert np.isfinite(keep_top_p(logits, 1.0)).all()
+    assert not np.isfinite(keep_top_p(logits, 0.9999)).all()
+
+
 def test_greedy_takes_the_likeliest_and_the_lower_id_of_equals():
     assert sample(LOGITS, Sampling()).tolist() == [1, 0]
     assert sample(LOGITS, Sampling()).dtype == jnp.int32
@@ -95,7 +123,11 @@ def test_rows_draw_on_their_own():
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
         ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
         ({"temperature": 1.0, "top_k": 2.5}, "top_k"),
+        ({"temperature": 1.0, "top_k": True}, "top_k"),
+        ({"temperature": 1.0, "top_p": float("nan")}, "top_p"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p"),
         ({"top_k": 4}, "temperature"),

@@ -35,6 +35,15 @@ def test_one_chip() -> None:
     # Six operations a parameter and token, two more for what is computed again, and the kernels, whose share is large here.
     tokens, matrices = 8 * 128, one.parameters - 512 * 256
     assert 6 * matrices * tokens < one.flops < 20 * matrices * tokens
+    # At least the state is read and written; at most a few hundred numbers a token and layer of the width besides.
+    assert 24 * one.parameters < one.traffic < 24 * one.parameters + 2 * tokens * 256 * 4 * 300
+    estimate = one.estimate
+    assert estimate is not None and estimate.tokens == tokens and estimate.exchange == 0
+    assert estimate.products == pytest.approx(one.flops / 197e12)
+    assert estimate.memory == pytest.approx(one.traffic / 819e9)
+    assert max(estimate.products, estimate.memory) == estimate.least < estimate.apart
+    # Three times the forward pass: the step without the second forward of rematerialisation.
+    assert 0.6 < estimate.useful / estimate.products < 0.9
 
 
 def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -> None:
@@ -49,6 +58,7 @@ def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -
     gathered = 3 / 4 * 2 * (cut.parameters - 2 * 512 * 256) / 2
     assert 2 * gathered < cut.collectives["all-gather"] < 4 * gathered
     assert cut.collectives["all-reduce"] > 0
+    assert cut.estimate is not None and cut.estimate.exchange == pytest.approx(sum(cut.collectives.values()) / 200e9)
 
 
 def test_two_devices_a_chip() -> None:
@@ -59,17 +69,21 @@ def test_two_devices_a_chip() -> None:
     assert both.memory is not None and both.memory.arguments > 24 * both.parameters
 
 
+def test_the_two_cores_of_a_v4_chip_are_one_device() -> None:
+    assert [len(tpu_topology(name)) for name in ("v4:2x2x1", "v5p:2x2x1", "tpu7x:2x2x1")] == [4, 4, 8]
+
+
 def test_what_does_not_fit_is_said() -> None:
     large = _plan("v5e:1x1", "batch_size=16384", "model.remat=none")
     assert not large.fits
-    assert large.memory is None
+    assert large.memory is None and large.estimate is None
     assert large.refusal is not None and "hbm" in large.refusal.lower() and "\n" not in large.refusal
 
 
 @pytest.mark.parametrize(
     ("topology", "overrides", "message"),
     [
-        ("v5e", (), "wanted a generation and a grid of chips"),
+        ("v5e", (), "wanted 2 numbers of chips"),
         ("v9:2x2", (), "topology 'v9:2x2'"),
         ("v5e:3x3", (), "topology 'v5e:3x3'"),
         ("v3:2x2", (), "topology 'v3:2x2'"),
