@@ -78,3 +78,5 @@ class _PackRowsIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
         self._parent.set_state(state["parent"])
         self._before_document, self._offset = state["parent"], state["offset"]
         self._document = next(self._parent) if self._offset else None
+        if self._document is not None and self._offset >= len(self._document) - 1:
+            self._document = None  # it has become shorter than what was read of it

@@ -150,6 +150,8 @@ def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
 class _Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
     """Batches made ahead in a thread; closing again does nothing, as at exit its modules may be gone."""
 
+    skipped: dict[str, int] = {}  # noqa: RUF012
+
     def close(self) -> None:
         if not self._closed:
             super().close()
