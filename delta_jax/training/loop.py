@@ -111,28 +111,26 @@ def train(
     with StopRequest() as stop, Checkpoints(output, config.checkpoint) as checkpoints:
         batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
         about: dict[str, Any] = {"fingerprint": fingerprint(config.data)}
-        changed: list[str] = []
-        if checkpoints.latest is None:
-            state = initial_state(config.model, optimizer, mesh, config.seed)
-        else:
-            changed = resumption(checkpoints.latest, checkpoints.about(), config, about["fingerprint"], output)
-            restored = checkpoints.restore(template)
-            state = restored.state
-            with _faults("going back to where the run stopped in the data"):
-                batches.set_state(restored.data)
-        start = int(state.step)
-        make_way(output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        about["tokenizer"] = keep_tokenizer(output, config.data.tokenizer)
-        with (
-            MetricsWriter(output, start) as writer,
-            ProgressDisplay(start, config.steps, enabled=progress) as display,
-        ):
-            run = _Run(config, mesh, tokenizer, output, checkpoints, writer, display, stop, about)
-            run.introduce(state)
+        start, changed = checkpoints.latest or 0, list[str]()
+        if start:
+            changed = resumption(start, checkpoints.about(), config, about["fingerprint"], output)
+        with ProgressDisplay(start, config.steps, enabled=progress) as display:
+            display.say(_introduction(config, mesh, template))
             if start:
+                restored = checkpoints.restore(template)
+                state = restored.state
+                with _faults("going back to where the run stopped in the data"):
+                    batches.set_state(restored.data)
                 display.say("; ".join([f"continuing from checkpoint {start} in {output}", *changed]))
-            step = run.steps(state, batches)
-            finished = step == config.steps and writer.last_evaluation == step
+            else:
+                display.working("compiling and making the first parameters", begins=True)
+                state = initial_state(config.model, optimizer, mesh, config.seed)
+            make_way(output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
+            about["tokenizer"] = keep_tokenizer(output, config.data.tokenizer)
+            with MetricsWriter(output, start) as writer:
+                run = _Run(config, mesh, tokenizer, output, checkpoints, writer, display, stop, about)
+                step = run.steps(state, batches)
+                finished = step == config.steps and writer.last_evaluation == step
     training, evaluations = read_metrics(output / TRAINING), read_metrics(output / EVALUATION)
     plot_curve(make_way(output / CURVE), training, evaluations, baselines)
     return TrainResult(
@@ -177,19 +175,6 @@ class _Run:
         self._tokens_per_second = 0.0
         self._compiled: set[str] = set()
         self._skipped: Mapping[str, int] = {}
-
-    def introduce(self, state: TrainState) -> None:
-        """Say what is trained on what."""
-        config, devices = self._config, self._mesh.devices
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
-        axes = ", ".join(f"{name} {size}" for name, size in self._mesh.shape.items())
-        training, validation = (len(part) for part in split(config.data))
-        self._display.say(
-            f"{parameters:,} parameters on {devices.size} {devices.flat[0].device_kind} device(s), mesh {axes}\n"
-            f"{config.data.path}: {training:,} documents to train on, {validation:,} held out\n"
-            f"{config.steps:,} steps of {config.batch_size * config.sequence_length:,} tokens: {config.batch_size} "
-            f"sequences of {config.sequence_length}, in {config.gradient_accumulation} micro-batch(es)"
-        )
 
     def steps(self, state: TrainState, batches: Any) -> int:
         """Train to the end, until a stop is requested or until the data fails; returns the steps done.
@@ -355,6 +340,19 @@ class _Run:
     def _save(self, state: TrainState, position: Any) -> None:
         self._checkpoints.save(state, position, self._config, **self._about)
         self._clock = None
+
+
+def _introduction(config: TrainConfig, mesh: Mesh, state: TrainState) -> str:
+    """What is trained on what."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    training, validation = (len(part) for part in split(config.data))
+    return (
+        f"{parameters:,} parameters on {mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s), mesh {axes}\n"
+        f"{config.data.path}: {training:,} documents to train on, {validation:,} held out\n"
+        f"{config.steps:,} steps of {config.batch_size * config.sequence_length:,} tokens: {config.batch_size} "
+        f"sequences of {config.sequence_length}, in {config.gradient_accumulation} micro-batch(es)"
+    )
 
 
 @contextlib.contextmanager

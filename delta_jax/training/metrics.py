@@ -40,8 +40,8 @@ class MetricsWriter:
 
     Args:
         output: the run's folder.
-        start: the step the run continues from: what an interrupted run wrote beyond it is dropped, so that
-            each step stands in the files once. What is damaged in them is dropped with a warning.
+        start: the step the run continues from, 0 where it begins: what an interrupted run wrote beyond it is dropped, so
+            that each step stands in the files once. What is damaged in them is dropped with a warning.
 
     Attributes:
         last_evaluation: the step of the last entry of evaluation.jsonl; None where there is none.
@@ -122,12 +122,14 @@ def _entry(line: bytes) -> dict[str, Any] | str:
 
 
 def _repair(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrite a file with its entries up to a step, and return them; a damaged file is kept aside as it was."""
+    """Rewrite a file with its entries up to a step, and return them, none at 0; a damaged file is kept aside as it was."""
     entries, faults = _read(make_way(path))
+    if not step and any(entry["step"] for entry in entries):
+        faults.append("its run has no checkpoint and begins anew")
     if faults:
         place = set_aside(path, path.parent, copy=True)
         warnings.warn(f"{path} was repaired: {listing(faults)}; the file as it was is {place}", stacklevel=4)
-    kept = [entry for entry in entries if entry["step"] <= step]
+    kept = [entry for entry in entries if entry["step"] <= step] if step else []
     draft = make_way(path.with_suffix(".tmp"))
     draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     draft.replace(path)
