@@ -232,7 +232,9 @@ class _Run:
         limit, step = self._config.evaluation_batches, int(state.step)
         nats, tokens, text = 0.0, 0.0, self._validation_bytes if limit is None else 0
         self._begin("evaluate", "compiling the evaluation step", "evaluating")
-        batches, count = itertools.islice(self._validation(), limit), 0
+        count = 0
+        with _faults("reading the validation split"):
+            batches = itertools.islice(self._validation(), limit)
         while not self._stop.requested:
             with _faults("reading the validation split"):
                 batch = next(batches, None)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -70,7 +71,9 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        if self._count > 1:  # both came before Python could run this
+        time.sleep(0.1)  # lets the thread count: a second one that came before Python could run this is not delivered
+        if self._count > 1:
+            signal.set_wakeup_fd(-1)
             signal.raise_signal(number)
 
     def _restore(self) -> None:
