@@ -53,6 +53,17 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _preset_folder().glob("*.toml")))
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two tables from ``to_dict`` differ -> both values, "absent" where there is none."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    keys = [*flat_old, *(key for key in flat_new if key not in flat_old)]
+    return {
+        key: (flat_old.get(key, "absent"), flat_new.get(key, "absent"))
+        for key in keys
+        if flat_old.get(key, dataclasses.MISSING) != flat_new.get(key, dataclasses.MISSING)
+    }
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line ``key: old, new`` for each dotted key in which two tables differ.
 
@@ -63,13 +74,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     Returns:
         Lines in the order of the keys; empty when the tables are equal.
     """
-    flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = [*flat_old, *(key for key in flat_new if key not in flat_old)]
-    return [
-        f"{key}: {flat_old.get(key, 'absent')!r} there, {flat_new.get(key, 'absent')!r} here"
-        for key in keys
-        if flat_old.get(key, dataclasses.MISSING) != flat_new.get(key, dataclasses.MISSING)
-    ]
+    return [f"{key}: {there!r} there, {here!r} here" for key, (there, here) in changes(old, new).items()]
 
 
 def _preset_folder() -> Path:

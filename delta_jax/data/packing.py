@@ -118,3 +118,5 @@ class _PackRowsIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
         self._skipped.clear()
         self._skipped.update(state["skipped"])
         self._document = self._next_document() if self._offset else None
+        if self._document is not None and self._offset >= self._document.shape[1] - 1:
+            self._document = None  # it has become shorter than what was read of it

@@ -3,7 +3,12 @@
 from delta_jax.training.checkpoint import Checkpoints, restore_model
 from delta_jax.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from delta_jax.training.loop import NonFiniteLossError, TrainResult, train
-from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer, weight_decay_mask
+from delta_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    muon_dimension_numbers,
+    weight_decay_mask,
+)
 from delta_jax.training.state import TrainState, abstract_state, initial_state
 from delta_jax.training.step import make_evaluation_step, make_train_step
 
@@ -21,6 +26,7 @@ __all__ = [
     "make_evaluation_step",
     "make_optimizer",
     "make_train_step",
+    "muon_dimension_numbers",
     "restore_model",
     "train",
     "weight_decay_mask",

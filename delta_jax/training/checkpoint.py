@@ -1,8 +1,7 @@
 """Checkpoints: asynchronous saves by Orbax, a digest of every file, and a restore that survives damage."""
 
-import hashlib
+import dataclasses
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from delta_jax.config import differences, load_config, to_dict
 from delta_jax.models import LanguageModel
 from delta_jax.parallel import path_string
 from delta_jax.training.config import CheckpointConfig, TrainConfig
+from delta_jax.training.folder import DAMAGED, digest, kept_tokenizer, listing, make_way, set_aside
 from delta_jax.training.state import TrainState, abstract_model, merge_model
 
 CHECKPOINTS = "checkpoints"
 DIGESTS = "digests.json"
-# What a resumed run must share with the run that wrote the checkpoint; all else may change.
-BINDING = ("model", "data", "batch_size", "sequence_length", "seed")
+ITEMS = ("parameters", "optimizer", "data", "about")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class Checkpoints:
     """
 
     def __init__(self, output: Path, config: CheckpointConfig):
-        self._folder = (output / CHECKPOINTS).absolute()
+        self._folder = make_way((output / CHECKPOINTS).absolute(), folder=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.latest = _set_damaged_aside(self._folder)
         self._saving = -1
@@ -76,7 +75,7 @@ class Checkpoints:
     ) -> None:
         self._manager.close()
 
-    def save(self, state: TrainState, data: Any, config: Any) -> None:
+    def save(self, state: TrainState, data: Any, config: Any, **about: Any) -> None:
         """Copy the state off the devices and write it in the background; the arrays may be donated
         afterwards.
 
@@ -84,10 +83,11 @@ class Checkpoints:
             state: what is saved, under its step.
             data: JSON-able state of the data iterator, of the same moment.
             config: a dataclass, kept beside it, so that the checkpoint says what it is.
+            about: JSON-able, whatever else the checkpoint should say.
         """
         self._manager.wait_until_finished()
         self._saving = int(state.step)
-        table = {"config": to_dict(config), "arrays": _describe(state)}
+        table = {"config": to_dict(config), "arrays": _describe(state), **about}
         self._manager.save(
             self._saving,
             args=ocp.args.Composite(
@@ -100,32 +100,35 @@ class Checkpoints:
         )
         self.latest = self._saving
 
-    def restore(self, template: TrainState, config: Any) -> Restored:
+    def about(self) -> Mapping[str, Any]:
+        """What the newest checkpoint says of itself: "config", "arrays" (path -> dtype and shape) and what else ``save``
+        was given.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.latest is None:
+            raise ValueError(f"there is no checkpoint in {self._folder}")
+        return _about(self._folder / str(self.latest))
+
+    def restore(self, template: TrainState) -> Restored:
         """Read the newest checkpoint onto the template's shardings.
 
         Args:
             template: the train state as ShapeDtypeStructs with shardings; the mesh may differ from the saved
                 one's.
-            config: of the run that resumes.
 
         Returns:
             State and data iterator's state.
 
         Raises:
-            ValueError: there is none, or it is of another model, corpus or batch; the message says what
-                differs.
+            ValueError: there is none, or its arrays are not the template's; the message says what differs.
         """
-        if self.latest is None:
-            raise ValueError(f"there is no checkpoint in {self._folder}")
-        about = _about(self._folder / str(self.latest))
-        here = to_dict(config)
-        unequal = differences(
-            {name: about["config"].get(name) for name in BINDING}, {name: here.get(name) for name in BINDING}
-        ) or differences(about["arrays"], _describe(template))
+        unequal = differences(self.about()["arrays"], _describe(template))
         if unequal:
             raise ValueError(
-                f"checkpoint {self.latest} in {self._folder} is of another run, set another output folder: "
-                + "; ".join(unequal)
+                f"checkpoint {self.latest} in {self._folder} holds other arrays than this model and optimizer have, set "
+                f"another output folder: {listing(unequal)}"
             )
         items = self._manager.restore(
             self.latest,
@@ -147,7 +150,7 @@ class Checkpoints:
         """Called by Orbax when all files are written and before the folder gets its final name."""
         if jax.process_index() == 0:
             for folder in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                digests = {str(path.relative_to(folder)): _digest(path) for path in _item_files(folder)}
+                digests = {str(path.relative_to(folder)): digest(path) for path in _item_files(folder)}
                 (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
 
 
@@ -159,10 +162,11 @@ def restore_model(folder: str | Path, step: int | None = None) -> tuple[TrainCon
         step: after how many optimizer steps; None is the newest intact checkpoint.
 
     Returns:
-        The run's configuration and its model.
+        The run's configuration, in which data.tokenizer is the run's own copy, and its model.
 
     Raises:
-        ValueError: there is no checkpoint, or all are damaged; or there is none of that step, or it is.
+        ValueError: there is no checkpoint, or all are damaged; or there is none of that step, or it is; or the tokenizer
+            is lost.
     """
     checkpoints = Path(folder).absolute() / CHECKPOINTS
     if not checkpoints.is_dir():
@@ -182,13 +186,15 @@ def restore_model(folder: str | Path, step: int | None = None) -> tuple[TrainCon
             raise ValueError(f'step: checkpoint {step} in "{checkpoints}" is damaged ({damage})')
     table = _about(checkpoints / str(step))
     config = load_config(TrainConfig, table["config"])
+    tokenizer = kept_tokenizer(Path(folder), config.data.tokenizer, table.get("tokenizer"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     structure, parameters = abstract_model(config.model)
     unequal = differences(
         {key: value for key, value in table["arrays"].items() if key.startswith("parameters/")},
         _describe({"parameters": parameters}),
     )
     if unequal:
-        raise ValueError(f"checkpoint {step} in {checkpoints} does not fit this version: " + "; ".join(unequal))
+        raise ValueError(f"checkpoint {step} in {checkpoints} does not fit this version: {listing(unequal)}")
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), parameters)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -213,16 +219,14 @@ def _set_damaged_aside(folder: Path) -> int | None:
     if damaged and step is None:
         raise ValueError(f"all checkpoints in {folder} are damaged" + _reasons(damaged))
     if damaged:
-        aside = folder.parent / "damaged"
+        aside = folder.parent / DAMAGED
         warnings.warn(
             f"continuing from checkpoint {step} in {folder}" + _reasons(damaged) + f"; moved to {aside}",
             stacklevel=4,
         )
         if jax.process_index() == 0:
-            aside.mkdir(exist_ok=True)
             for name in damaged:
-                shutil.rmtree(aside / str(name), ignore_errors=True)
-                shutil.move(folder / str(name), aside / str(name))
+                set_aside(folder / str(name), folder.parent)
     return step
 
 
@@ -239,20 +243,23 @@ def _newest_intact(folder: Path) -> tuple[int | None, dict[int, str]]:
 
 def _steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, damaged or not, in order."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    names = [path.name for path in folder.iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def _damage(checkpoint: Path) -> str | None:
     try:
-        digests: dict[str, str] = json.loads((checkpoint / DIGESTS).read_text())
+        digests = json.loads((checkpoint / DIGESTS).read_bytes())
     except FileNotFoundError:
         return f"{DIGESTS} is missing"
-    except (ValueError, OSError):
+    except (ValueError, RecursionError, OSError):
         return f"{DIGESTS} is unreadable"
-    for name, digest in digests.items():
+    if not isinstance(digests, dict) or {name.partition("/")[0] for name in digests} != set(ITEMS):
+        return f"{DIGESTS} does not list the files of {', '.join(ITEMS)}"
+    for name, written in digests.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _digest(checkpoint / name) != digest:
+        if digest(checkpoint / name) != written:
             return f"{name} is not what was written"
     return None
 
@@ -264,8 +271,3 @@ def _reasons(damaged: Mapping[int, str]) -> str:
 def _item_files(checkpoint: Path) -> list[Path]:
     """All that holds data; the files beside the items are Orbax's own, it rewrites them when it commits."""
     return sorted(path for path in checkpoint.glob("*/**/*") if path.is_file())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -103,6 +103,8 @@ class TrainConfig:
         mesh: the devices.
         checkpoint: when to save and what to keep.
         output: the folder of checkpoints, metrics and curves; a run found there is resumed.
+        changed_data: what a resume does when the corpus or the tokenizer is not the one that the checkpoint was trained on:
+            "refuse" it, or "allow" it and keep the place in the data, the epoch and the number of documents read.
         log_every: steps between entries of the metrics files.
         evaluate_every: steps between evaluations on the validation split; it is evaluated at the start and
             at the end in any case.
@@ -121,6 +123,7 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: str = "runs/default"
+    changed_data: Literal["refuse", "allow"] = "refuse"
     log_every: int = 10
     evaluate_every: int = 1000
     evaluation_batches: int | None = None

@@ -1,11 +1,11 @@
 """Training from the first step to the curve: the loop around the step, and all that can interrupt it."""
 
+import contextlib
 import itertools
 import json
 import math
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from delta_jax.config import to_dict
-from delta_jax.data import Batch, load_tokenizer, train_batches, validation_batches
+from delta_jax.data import Batch, DataError, fingerprint, load_tokenizer, train_batches, validation_batches
 from delta_jax.models.loss import bits_per_byte
 from delta_jax.parallel import make_mesh, shard_batch
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.config import TrainConfig
+from delta_jax.training.folder import CONFIG, CURVE, keep_tokenizer, make_way, open_folder
 from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
 from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from delta_jax.training.plots import plot_curve
 from delta_jax.training.progress import ProgressDisplay
+from delta_jax.training.resume import note_fault, resumption
 from delta_jax.training.signals import StopRequest
 from delta_jax.training.state import TrainState, abstract_state, initial_state
 from delta_jax.training.step import check_batch, make_evaluation_step, make_train_step
-
-CURVE = "curve.png"
-CONFIG = "config.json"
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -42,7 +41,7 @@ class TrainResult:
 
     Attributes:
         step: optimizer steps done, those before a resume included.
-        interrupted: a signal stopped it; the state is saved, and running the same again continues it.
+        interrupted: a signal stopped it; every step done is saved, and running the same again continues it.
         output: the run's folder.
         training: the entries of metrics.jsonl.
         evaluations: the entries of evaluation.jsonl, the one before the first step included.
@@ -64,14 +63,17 @@ def train(
 ) -> TrainResult:
     """Train a language model, resuming the run that is in the output folder if there is one.
 
-    A resumed run continues bit for bit as the run that was never stopped. SIGTERM or Ctrl-C ends it after the
-    current step, with a checkpoint. The output folder gets config.json, checkpoints/, metrics.jsonl,
-    evaluation.jsonl, tensorboard/ and, at the end, curve.png.
+    A resumed run continues bit for bit as the run that was never stopped. SIGTERM, Ctrl-C or SIGHUP ends it after the
+    current step or in the middle of an evaluation, with a checkpoint; so does any fault of the data. The output folder
+    gets config.json, checkpoints/, metrics.jsonl, evaluation.jsonl, tensorboard/, the tokenizer.json if there is one and,
+    at the end, curve.png. What of these is damaged when a run resumes is set aside and repaired with a warning; only the
+    checkpoints count. What the configuration changes is printed; what may not change, and a corpus or tokenizer that is
+    not the one trained on (see ``changed_data``), is refused.
 
     Args:
         config: the run.
         devices: the devices of the mesh, all of them; default ``jax.devices()``.
-        progress: show a progress bar.
+        progress: print what is being done, and show a progress bar.
         baselines: label -> bits per byte, drawn into the curve.
 
     Returns:
@@ -80,39 +82,43 @@ def train(
     Raises:
         ValueError: the configuration does not fit the devices, the tokenizer, the output folder or the
             checkpoint found there.
+        DataError: a document cannot be read, or whatever else came out of the data; every step done is saved.
         NonFiniteLossError: the loss or the gradient is not finite; the newest checkpoint is from before.
     """
-    output = _writable(config.output)
+    output = open_folder(config.output)
     _check_tokenizer(config)
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
     template = abstract_state(config.model, optimizer, mesh)
-    batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
-    with Checkpoints(output, config.checkpoint) as checkpoints, StopRequest() as stop:
-        if checkpoints.latest is None:
-            state = initial_state(config.model, optimizer, mesh, config.seed)
-        else:
-            restored = checkpoints.restore(template, config)
-            state = restored.state
-            batches.set_state(restored.data)
-        start = int(state.step)
-        (output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        with (
-            MetricsWriter(output, start) as writer,
-            ProgressDisplay(start, config.steps, enabled=progress) as display,
-        ):
-            run = _Run(config, mesh, output, checkpoints, writer, display)
+    with StopRequest() as stop, Checkpoints(output, config.checkpoint) as checkpoints:
+        batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
+        about: dict[str, Any] = {"fingerprint": fingerprint(config.data)}
+        start, changed = checkpoints.latest or 0, list[str]()
+        if start:
+            changed = resumption(start, checkpoints.about(), config, about["fingerprint"], output)
+        with ProgressDisplay(start, config.steps, enabled=progress) as display:
+            display.say(_introduction(config, mesh, template, about["fingerprint"]["documents"]))
             if start:
-                display.say(f"continuing from checkpoint {start} in {output}")
+                restored = checkpoints.restore(template)
+                state = restored.state
+                with _faults("going back to where the run stopped in the data"):
+                    batches.set_state(restored.data)
+                display.say("; ".join([f"continuing from checkpoint {start} in {output}", *changed]))
             else:
-                run.evaluate(state)
-            step = run.steps(state, batches, stop)
+                display.working("compiling and making the first parameters", begins=True)
+                state = initial_state(config.model, optimizer, mesh, config.seed)
+            make_way(output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
+            about["tokenizer"] = keep_tokenizer(output, config.data.tokenizer)
+            with MetricsWriter(output, start) as writer:
+                run = _Run(config, mesh, output, checkpoints, writer, display, stop, about)
+                step = run.steps(state, batches)
+                finished = step == config.steps and writer.last_evaluation == step
     training, evaluations = read_metrics(output / TRAINING), read_metrics(output / EVALUATION)
-    plot_curve(output / CURVE, training, evaluations, baselines)
+    plot_curve(make_way(output / CURVE), training, evaluations, baselines)
     return TrainResult(
         step=step,
-        interrupted=step < config.steps,
+        interrupted=not finished,
         output=output,
         training=tuple(training),
         evaluations=tuple(evaluations),
@@ -130,9 +136,14 @@ class _Run:
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: ProgressDisplay,
+        stop: StopRequest,
+        about: Mapping[str, Any],
     ):
         self._config, self._mesh, self._output = config, mesh, output
         self._checkpoints, self._writer, self._display = checkpoints, writer, display
+        self._stop, self._about = stop, about
+        self._doing = "preparing"
+        self._stop.announce = self._announce
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
         self._train_step = make_train_step(config.model, optimizer, schedule, mesh)
@@ -140,63 +151,136 @@ class _Run:
         self._clock: float | None = None
         self._tokens = 0.0
         self._tokens_per_second = 0.0
+        self._compiled: set[str] = set()
+        self._skipped: Mapping[str, int] = {}
 
-    def steps(self, state: TrainState, batches: Iterable[Batch], stop: StopRequest) -> int:
-        """Train to the end or until a stop is requested; returns the steps done.
+    def steps(self, state: TrainState, batches: Any) -> int:
+        """Train to the end, until a stop is requested or until the data fails; returns the steps done.
 
         The figures of a step are read while the device works on the next one, but always before a checkpoint
         is written: what is saved has a finite loss behind it.
+
+        Raises:
+            DataError: a fault of the data; every step done is saved.
         """
         config, step, waiting = self._config, int(state.step), None
-        stream, saved = iter(batches), step
-        while step < config.steps and not stop.requested:
-            batch = next(stream)
-            state, metrics = self._train_step(state, shard_batch(self._micro_batches(batch), self._mesh))
-            step += 1
-            if waiting is not None:
-                self._record(*waiting)
-            waiting = (step, batch, metrics)
-            last = step == config.steps
-            evaluate = last or step % config.evaluate_every == 0
-            save = last or step % config.checkpoint.every == 0
-            if evaluate or save:
-                self._record(*waiting)
-                waiting = None
-            if evaluate:
-                self.evaluate(state)
-            if save:
-                self._save(state, stream)
-                saved = step
-        if waiting is not None:
-            self._record(*waiting)
-        if saved != step:
-            self._save(state, stream)
-        self._checkpoints.wait()
-        if step < config.steps:
-            self._display.say(f"stopped after step {step}, saved in {self._output}; run the same again to continue")
+        position, saved = batches.get_state(), step
+        try:
+            if step == 0 or self._is_due(step):  # an evaluation that a stop cut short is made up for
+                self._evaluate(state)
+            while step < config.steps and not self._stop.requested:
+                self._begin("train", "compiling the training step", "training")
+                with _faults("reading the data"):
+                    batch = next(batches)
+                position = batches.get_state()
+                state, metrics = self._train_step(state, shard_batch(self._micro_batches(batch), self._mesh))
+                step += 1
+                if waiting is not None:
+                    self._record(*waiting)
+                waiting = (step, batch, metrics)
+                self._note_skipped(batches.skipped)
+                save = step == config.steps or step % config.checkpoint.every == 0
+                if save or self._is_due(step):
+                    self._record(*waiting)
+                    waiting = None
+                if self._is_due(step):
+                    self._evaluate(state)
+                if save:
+                    self._save(state, position)
+                    saved = step
+        except DataError as error:
+            note_fault(self._output, step, str(error))
+            self._keep(state, position, waiting, step, saved)
+            self._display.say(f"stopped by a fault of the data {self._kept(step)}")
+            raise
+        self._keep(state, position, waiting, step, saved)
+        if self._stop.requested and not (step == config.steps and self._writer.last_evaluation == step):
+            self._display.say(f"stopped {self._kept(step)}; run the same again to continue")
         return step
 
-    def evaluate(self, state: TrainState) -> None:
-        """Measure the loss on the validation split and write it down."""
-        nats, tokens, text = 0.0, 0.0, 0
-        for batch in itertools.islice(self._validation(), self._config.evaluation_batches):
+    def _is_due(self, step: int) -> bool:
+        """Whether there should be an evaluation after this step and there is none."""
+        due = step == self._config.steps or step % self._config.evaluate_every == 0
+        return due and self._writer.last_evaluation != step
+
+    def _evaluate(self, state: TrainState) -> None:
+        """Measure the loss on the validation split and write it down; a stop that is requested meanwhile ends it."""
+        if self._stop.requested:
+            return
+        step = int(state.step)
+        nats, tokens, text, count = 0.0, 0.0, 0, 0
+        self._begin("evaluate", "compiling the evaluation step", "evaluating")
+        with _faults("reading the validation split"):
+            batches = itertools.islice(self._validation(), self._config.evaluation_batches)
+        while not self._stop.requested:
+            with _faults("reading the validation split"):
+                batch = next(batches, None)
+            if batch is None:
+                break
             on_device = shard_batch({name: batch[name][None] for name in batch if name != "bytes"}, self._mesh)
             batch_nats, batch_tokens = self._evaluation_step(state.parameters, on_device)
-            nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
+            nats, tokens, count = nats + float(batch_nats), tokens + float(batch_tokens), count + 1
             text += int(batch["bytes"].sum())
-        step, bits = int(state.step), bits_per_byte(nats, text)
+            self._display.working(f"step {step}: evaluating, {count} batches done", begins=False)
+        if self._stop.requested:
+            return
+        bits = bits_per_byte(nats, text)
         self._writer.write(EVALUATION, step, {"loss": nats / max(tokens, 1.0), "bits_per_byte": bits})
         self._display.say(f"step {step}: {bits:.3f} bits/byte on the validation split")
         self._clock = None
 
-    def _validation(self) -> Iterable[Batch]:
+    def _begin(self, function: str, first: str, doing: str) -> None:
+        """Note what is being done, and say so before the call that compiles it."""
+        self._doing = doing
+        if function not in self._compiled:
+            self._compiled.add(function)
+            self._display.working(first, begins=True)
+
+    def _announce(self, name: str, again: bool) -> None:
+        """Answer a signal, from the thread that it woke, while the main one goes on."""
+        latest = self._checkpoints.latest
+        lost = "everything is lost" if latest is None else f"what came after checkpoint {latest} is lost"
+        if again:
+            self._display.say(f"{name} again: stopping without saving, {lost}")
+            return
+        when = {
+            "preparing": "before the next step",
+            "training": "after the step at work, with a checkpoint",
+            "evaluating": "in the middle of this evaluation, which the next start makes again; steps done are saved",
+            "saving": "when the checkpoint is on disk",
+        }[self._doing]
+        self._display.say(f"{name}: stopping {when}. A second signal stops without saving: {lost} then")
+
+    def _keep(self, state: TrainState, position: Any, waiting: tuple[Any, ...] | None, step: int, saved: int) -> None:
+        """Write down and save what is not yet."""
+        if waiting is not None:
+            self._record(*waiting)
+        if saved != step:
+            self._save(state, position)
+        self._doing = "saving"
+        self._checkpoints.wait()
+
+    def _kept(self, step: int) -> str:
+        """What is on disk."""
+        if step == 0:
+            return "before the first step: there is nothing to save, the next start begins anew"
+        return f"after step {step}, saved in {self._output}"
+
+    def _note_skipped(self, skipped: Mapping[str, int]) -> None:
+        """Say which documents could not be read, when there are more than before."""
+        if dict(skipped) != self._skipped:
+            self._skipped = dict(skipped)
+            counts = ", ".join(f"{count} ({kind})" for kind, count in skipped.items())
+            self._display.say(f"documents skipped so far: {counts}")
+
+    def _validation(self) -> Iterator[Batch]:
         config = self._config
         batches: Iterable[Batch] = validation_batches(
             config.data,
             batch_size=config.batch_size // config.gradient_accumulation,
             sequence_length=config.sequence_length,
         )
-        return batches
+        return iter(batches)
 
     def _micro_batches(self, batch: Batch) -> Batch:
         count = self._config.gradient_accumulation
@@ -216,6 +300,7 @@ class _Run:
         bits = bits_per_byte(values["loss"] * values["tokens"], int(batch["bytes"].sum()))
         if step % self._config.log_every == 0 or step == self._config.steps:
             entry = {**values, "bits_per_byte": bits, "tokens_per_second": self._tokens_per_second}
+            entry |= {"skipped": sum(self._skipped.values())} if self._skipped else {}
             self._writer.write(TRAINING, step, entry)
         self._display.update(step, values["loss"], bits, self._tokens_per_second)
 
@@ -231,21 +316,34 @@ class _Run:
             "model.dtype=float32"
         )
 
-    def _save(self, state: TrainState, stream: Any) -> None:
-        self._checkpoints.save(state, stream.get_state(), self._config)
+    def _save(self, state: TrainState, position: Any) -> None:
+        self._checkpoints.save(state, position, self._config, **self._about)
         self._clock = None
 
 
-def _writable(path: str) -> Path:
-    folder = Path(path)
+def _introduction(config: TrainConfig, mesh: Mesh, state: TrainState, documents: int) -> str:
+    """What is trained on what."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"{parameters:,} parameters on {mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s), mesh {axes}\n"
+        f"{config.data.path}: {documents:,} documents, {config.data.validation_fraction:.3g} of them held out\n"
+        f"{config.steps:,} steps of {config.batch_size * config.sequence_length:,} tokens: {config.batch_size} "
+        f"sequences of {config.sequence_length}, in {config.gradient_accumulation} micro-batch(es)"
+    )
+
+
+@contextlib.contextmanager
+def _faults(doing: str) -> Iterator[None]:
+    """Whatever the data raises, as one sentence."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f'output: the folder "{path}" cannot be written ({error.strerror})') from error
-    return folder
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        what = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        raise DataError(f"{doing} failed: {what}") from error
 
 
 def _check_tokenizer(config: TrainConfig) -> None:

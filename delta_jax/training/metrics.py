@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,8 @@ from typing import Any, Self
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from delta_jax.training.folder import listing, make_way, set_aside
 
 TRAINING = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
@@ -21,15 +24,18 @@ class MetricsWriter:
 
     Args:
         output: the run's folder.
-        start: the step the run continues from: what an interrupted run wrote beyond it is dropped, so that
-            each step stands in the files once.
+        start: the step the run continues from, 0 where it begins: what an interrupted run wrote beyond it is dropped, so
+            that each step stands in the files once. What is damaged in them is dropped with a warning.
+
+    Attributes:
+        last_evaluation: the step of the last entry of evaluation.jsonl; None where there is none.
     """
 
     def __init__(self, output: Path, start: int):
-        for name in (TRAINING, EVALUATION):
-            _truncate(output / name, start)
+        kept = {name: _repair(output / name, start) for name in (TRAINING, EVALUATION)}
+        self.last_evaluation: int | None = kept[EVALUATION][-1]["step"] if kept[EVALUATION] else None
         self._files = {name: (output / name).open("a", buffering=1) for name in (TRAINING, EVALUATION)}
-        self._events = EventFileWriter(str(output / "tensorboard"))
+        self._events = EventFileWriter(str(make_way(output / "tensorboard", folder=True)))
         # TensorBoard drops what earlier event files hold from this step on.
         self._events.add_event(
             Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -54,21 +60,61 @@ class MetricsWriter:
             values: name -> number; written with every digit.
         """
         self._files[name].write(json.dumps({"step": step, **values}) + "\n")
+        if name == EVALUATION:
+            self.last_evaluation = step
         group = "train" if name == TRAINING else "validation"
         summary = [Summary.Value(tag=f"{group}/{key}", simple_value=value) for key, value in values.items()]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=summary)))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; a last line cut off by a kill is left out, no file is no lines."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The entries of a JSON-lines file, in the order of their steps; what is no entry is left out, no file is none."""
+    return _read(path)[0]
 
 
-def _truncate(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The entries of a file, and what is wrong with each of its other lines."""
+    entries: list[dict[str, Any]] = []
+    faults: list[str] = []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    if not lines[-1]:
+        lines.pop()  # what follows the last line break
+    for number, line in enumerate(lines, 1):
+        entry = _entry(line)
+        if isinstance(entry, str):
+            faults.append(f"line {number} {entry}")
+        elif entries and entry["step"] <= entries[-1]["step"]:
+            faults.append(f"line {number} repeats step {entry['step']}")
+        else:
+            entries.append(entry)
+    return entries, faults
+
+
+def _entry(line: bytes) -> dict[str, Any] | str:
+    """The entry that a line holds, or why it holds none."""
+    try:
+        entry = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    except (ValueError, RecursionError):
+        return "is no JSON" if line.strip(b"\0 \r\t") else "is empty"
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or not {"loss", "bits_per_byte"} <= set(entry):
+        return "is no entry with step, loss and bits_per_byte"
+    if not all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in entry.values()):
+        return "holds what is no number"
+    return entry
+
+
+def _repair(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rewrite a file with its entries up to a step, and return them, none at 0; a damaged file is kept aside as it was."""
+    entries, faults = _read(make_way(path))
+    if not step and any(entry["step"] for entry in entries):
+        faults.append("its run has no checkpoint and begins anew")
+    if faults:
+        place = set_aside(path, path.parent, copy=True)
+        warnings.warn(f"{path} was repaired: {listing(faults)}; the file as it was is {place}", stacklevel=4)
+    kept = [entry for entry in entries if entry["step"] <= step] if step else []
+    draft = make_way(path.with_suffix(".tmp"))
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     draft.replace(path)
+    return kept

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from delta_jax.parallel import ParameterRule, path_string
+from delta_jax.parallel.sharding import STACKED
 from delta_jax.training.config import OptimizerConfig
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -79,6 +80,54 @@ def weight_decay_mask(parameters: Any, rules: Mapping[str, ParameterRule] | None
     return jax.tree_util.tree_map_with_path(decays, parameters)
 
 
+def muon_dimension_numbers(parameters: Any, rules: Mapping[str, ParameterRule] | None = None) -> Any:
+    """Which parameters are matrices, and along which axes, for ``optax.contrib.muon``.
+
+    By itself Muon takes what has two axes for a matrix. Layers are stacked here: a kernel of the blocks has three axes,
+    one of experts four, and a stack of norm scales two. Pass this function as ``muon_weight_dimension_numbers``:
+
+        optax.contrib.muon(0.02, muon_weight_dimension_numbers=muon_dimension_numbers)
+
+    The last two axes are the matrix's and each layer, and each expert, is orthogonalised for itself. As in the optimizer's
+    source (Jordan et al. 2024), embedding, head, vectors and short convolutions, which are depthwise, go to its AdamW.
+
+    Args:
+        parameters: the tree of ``TrainState.parameters``, or of gradients or updates.
+        rules: see ``weight_decay_mask``; what they say decays is a matrix.
+
+    Returns:
+        A tree of ``optax.contrib.MuonDimensionNumbers`` for matrices and None elsewhere.
+
+    Raises:
+        ValueError: a parameter has a name of which it is not known what it is.
+    """
+    matrices = weight_decay_mask(parameters, rules)
+
+    def numbers(path: tuple[Any, ...], leaf: Any, is_matrix: bool) -> optax.contrib.MuonDimensionNumbers | None:
+        name = path_string(path)
+        if not is_matrix or not name.startswith(STACKED) or name.endswith(("_conv/kernel", "/offset")):
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, parameters, matrices)
+
+
+def check_matrices(optimizer_state: Any, rules: Mapping[str, ParameterRule] | None = None) -> None:
+    """Raises a ValueError if a state of ``optax.contrib.muon`` takes parameters for matrices that are stacks of vectors."""
+
+    def is_muon(node: Any) -> bool:
+        return isinstance(node, optax.contrib.MuonState)
+
+    for state in filter(is_muon, jax.tree.leaves(optimizer_state, is_leaf=is_muon)):
+        for path, is_matrix in jax.tree_util.tree_leaves_with_path(weight_decay_mask(state.mu, rules)):
+            name = path_string(path)
+            if not is_matrix or name.endswith("/offset"):
+                raise ValueError(
+                    f"muon takes {name} for a matrix, but it holds vectors of stacked layers: give it "
+                    "muon_weight_dimension_numbers=delta_jax.training.muon_dimension_numbers"
+                )
+
+
 def make_optimizer(
     config: OptimizerConfig, steps: int, rules: Mapping[str, ParameterRule] | None = None
 ) -> optax.GradientTransformation:
@@ -100,7 +149,8 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=partial(weight_decay_mask, rules=rules),
     )
-    optimizer = adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    optimizer = optax.chain(clip, adamw)  # one structure of the state, so that a resumed run may clip otherwise
 
     def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it: 1 - decay**count

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from delta_jax.models import LanguageModel, ModelConfig
 from delta_jax.parallel import parameter_shardings, replicated
+from delta_jax.training.optimizer import check_matrices
 
 
 @jax.tree_util.register_dataclass
@@ -50,22 +51,35 @@ def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The train state as ShapeDtypeStructs that carry their shardings; the optimizer's are its parameters'.
 
+    Args:
+        config: the model.
+        optimizer: an optax transformation. Parameters of the blocks are stacked over layers, [layers, ...]: what looks at a
+            whole array at once (orthogonalisation, trust ratios, factored moments) has to be told so, as Muon is by
+            ``muon_dimension_numbers``.
+        mesh: where the state lives.
+
     Raises:
-        ValueError: a parameter has no partition rule or does not divide over the mesh.
+        ValueError: a parameter has no partition rule or does not divide over the mesh, or the optimizer is Muon without
+            ``muon_dimension_numbers``.
     """
     _, parameters = abstract_model(config)
     shardings = parameter_shardings(parameters, mesh, config.parameter_rules)
     whole = replicated(mesh)
 
     def place(leaf: Any, sharding: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # a parameter that another part of the optimizer has
+            return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    optimizer_state = jax.eval_shape(optimizer.init, parameters)
+    check_matrices(optimizer_state, config.parameter_rules)
     optimizer_state = optax.tree_map_params(
         optimizer,
         place,
-        jax.eval_shape(optimizer.init, parameters),
+        optimizer_state,
         shardings,
         transform_non_params=lambda leaf: place(leaf, whole),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     return TrainState(
         step=place(jax.eval_shape(lambda: jnp.zeros((), jnp.int32)), whole),

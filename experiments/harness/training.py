@@ -32,7 +32,7 @@ from delta_jax.data.tasks.scores import (
 )
 from delta_jax.models import LanguageModel
 from delta_jax.models.loss import token_nats
-from delta_jax.training import CheckpointConfig, Checkpoints, TrainState, make_optimizer
+from delta_jax.training import CheckpointConfig, Checkpoints, OptimizerConfig, TrainState, make_optimizer
 from delta_jax.training.signals import StopRequest
 from delta_jax.training.state import merge_model, split_model
 from experiments.harness.decoder import Decoder
@@ -102,6 +102,7 @@ def train_group(group: Group, folder: Path, progress: Progress) -> dict[str, Any
         Interrupted: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     sweep = group.sweep
+    require_proportional(sweep.optimizer)
     runs = [(seed, rate) for seed in sweep.seeds for rate in sweep.learning_rates]
     tests = {
         name: _make_test(draw(task, sweep.test_examples, split="test", seed=TEST_SEED))
@@ -115,7 +116,7 @@ def train_group(group: Group, folder: Path, progress: Progress) -> dict[str, Any
 
     with Checkpoints(folder, CheckpointConfig(keep_last=1)) as checkpoints, StopRequest() as stop:
         if checkpoints.latest is not None:
-            restored = checkpoints.restore(_abstract(state), group)
+            restored = checkpoints.restore(_abstract(state))
             state, record = restored.state, _Record(**restored.data)
         clock, saved = _Clock(record), time.monotonic()
         start = int(state.step)
@@ -158,6 +159,26 @@ def train_group(group: Group, folder: Path, progress: Progress) -> dict[str, Any
             for index, (seed, rate) in enumerate(runs)
         ],
     }
+
+
+def require_proportional(config: OptimizerConfig) -> None:
+    """Raises a ValueError if what the optimizer makes for half the learning rate is not half of what it makes for the whole:
+    then one update cannot be scaled for every run of a group."""
+    parameters = {"kernel": jnp.asarray([[0.3, -0.7], [0.2, 0.9]]), "scale": jnp.asarray([1.0, -0.5])}
+    gradients = {"kernel": jnp.asarray([[0.1, 0.4], [-0.6, 0.2]]), "scale": jnp.asarray([-0.3, 0.8])}
+
+    def second_update(rate: float) -> list[Array]:
+        changed = dataclasses.replace(config, learning_rate=rate, weight_decay=0.1, warmup_steps=0)
+        optimizer = make_optimizer(changed, 4)
+        _, state = optimizer.update(gradients, optimizer.init(parameters), parameters)
+        return jax.tree.leaves(optimizer.update(gradients, state, parameters)[0])
+
+    for whole, half in zip(second_update(1.0), second_update(0.5), strict=True):
+        if not np.allclose(0.5 * whole, half, rtol=1e-4, atol=1e-7):
+            raise ValueError(
+                "sweep.optimizer: runs that train side by side scale one update by their learning rates, which is right "
+                "only for an optimizer whose update is proportional to the learning rate, and this one's is not"
+            )
 
 
 def parameters_of(group: Group) -> int:

@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import optax
 import pytest
 from tiny_study import STUDY, SWEEP, Echo, EchoByVote
 
+from experiments.harness import training
 from experiments.harness.study import Group
 from experiments.harness.training import train_group
 
@@ -80,3 +82,14 @@ def test_a_vote_of_one_position_is_its_answer(tmp_path: Path) -> None:
     (run,) = _train(group, tmp_path).values()
     assert run["tests"]["by vote"] == run["tests"]["alone"]
     assert 0 < run["tests"]["alone"]["token"] < 1
+
+
+def test_an_optimizer_that_is_not_proportional_to_the_learning_rate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    training.require_proportional(SWEEP.optimizer)
+    for made in (
+        lambda config, _: optax.adamw(config.learning_rate**2),
+        lambda config, _: optax.chain(optax.adam(config.learning_rate), optax.add_decayed_weights(-0.1)),
+    ):
+        monkeypatch.setattr(training, "make_optimizer", made)
+        with pytest.raises(ValueError, match="right only for an optimizer whose update is proportional"):
+            training.require_proportional(SWEEP.optimizer)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -138,6 +138,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(table: Table, monkeypatch: pyte
     real = loop.train_batches
 
     class Poisoned:
+        skipped: ClassVar[dict[str, int]] = {}
+
         def __init__(self, inner: Any):
             self._inner, self._count = inner, 0
 

@@ -1,13 +1,24 @@
 """Schedules at their corners, the weight-decay mask leaf by leaf, and AdamW against its formula."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from delta_jax.models import MixerSpec, ModelConfig
-from delta_jax.parallel import path_string
-from delta_jax.training import OptimizerConfig, learning_rate_schedule, make_optimizer, weight_decay_mask
+from delta_jax.models.config import ExpertsConfig
+from delta_jax.parallel import MeshConfig, make_mesh, path_string
+from delta_jax.training import (
+    OptimizerConfig,
+    abstract_state,
+    learning_rate_schedule,
+    make_optimizer,
+    muon_dimension_numbers,
+    weight_decay_mask,
+)
 from delta_jax.training.state import abstract_model
 
 
@@ -108,3 +119,81 @@ def test_two_updates_against_the_formula_in_float64() -> None:
         x = x - rate * (direction + 0.3 * x * np.array([1, 1, 0]))
     actual = np.concatenate([np.asarray(parameters["proj"]["kernel"])[0], np.asarray(parameters["norm"]["scale"])])
     np.testing.assert_allclose(actual, x, rtol=2e-6)
+
+
+def test_one_structure_of_state_with_clipping_and_without() -> None:
+    parameters = {"proj": {"kernel": jnp.ones((2, 2))}}
+    states = [make_optimizer(OptimizerConfig(clip_norm=norm), 10).init(parameters) for norm in (1.0, None)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+EXPERTS = ModelConfig(
+    vocab_size=16,
+    hidden_size=8,
+    num_layers=3,
+    mlp_size=8,
+    pattern=(MixerSpec(mixer="gated_delta_net", options=(("num_heads", 2), ("head_dim", 4))),),
+    experts=ExpertsConfig(size=8, number=2, per_token=1),
+    dense_layers=1,
+)
+
+
+def test_muon_of_stacked_layers_is_muon_of_each_layer() -> None:
+    """Every kernel of every layer, and every expert's, moves as it does alone; all else as by AdamW."""
+    draw = np.random.default_rng(0)
+    _, shapes = abstract_model(EXPERTS)
+    parameters, *gradients = (
+        jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape, np.float32), shapes) for _ in range(3)
+    )
+    numbers = {"muon_weight_dimension_numbers": muon_dimension_numbers}
+    moved = {
+        path_string(p): leaf
+        for p, leaf in jax.tree_util.tree_leaves_with_path(_two_updates(parameters, gradients, numbers))
+    }
+
+    def alone(tree: Any) -> dict[str, np.ndarray]:
+        """Matrices one by one; vectors and stacks of them with one axis, which Muon leaves to AdamW."""
+        parts: dict[str, np.ndarray] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = path_string(path)
+            if name.startswith("blocks/") and name.endswith(("proj/kernel", "router/kernel", "_proj")):
+                matrices = leaf.reshape(-1, *leaf.shape[-2:])
+                parts |= {f"{name}/{index}": matrix for index, matrix in enumerate(matrices)}
+            else:
+                parts[name] = leaf.reshape(-1)
+        return parts
+
+    wanted = _two_updates(alone(parameters), [alone(gradient) for gradient in gradients], {})
+    assert sum(leaf.ndim == 2 for leaf in wanted.values()) == 3 * 6 + 1 * 3 + 2 * (1 + 2 * 3)
+    for name, leaf in wanted.items():
+        whole = moved.get(name)
+        if leaf.ndim == 2:
+            stack, index = name.rsplit("/", 1)
+            whole = moved[stack].reshape(-1, *leaf.shape)[int(index)]
+        np.testing.assert_allclose(np.reshape(whole, leaf.shape), leaf, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def _two_updates(parameters: Any, gradients: list[Any], options: dict[str, Any]) -> Any:
+    optimizer = optax.contrib.muon(0.1, **options)
+
+    @jax.jit
+    def update(parameters: Any, gradients: list[Any]) -> Any:
+        state = optimizer.init(parameters)
+        for gradient in gradients:
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state, parameters)
+            parameters = optax.apply_updates(parameters, updates)
+        return parameters
+
+    return update(parameters, gradients)
+
+
+def test_muon_that_takes_stacked_vectors_for_matrices_is_refused() -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(
+        ValueError, match=r"^muon takes blocks/0/\S+ for a matrix, but it holds vectors of stacked layers: give"
+    ):
+        abstract_state(EXPERTS, optax.contrib.muon(0.1), mesh)
+    state = abstract_state(EXPERTS, optax.contrib.muon(0.1, muon_weight_dimension_numbers=muon_dimension_numbers), mesh)
+    moments = state.optimizer.inner_states["muon"].inner_state[0].mu["blocks"][1]["mlp"]["experts"]
+    assert moments["up_proj"].shape == (2, 2, 8, 8)

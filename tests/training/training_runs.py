@@ -44,16 +44,19 @@ def run_table(corpus: Path, output: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def start(table: dict[str, Any], cache: Path) -> subprocess.Popen[str]:
-    """Train in a process of its own, on one CPU device."""
+def start(
+    table: dict[str, Any], cache: Path, *, prepare: str = "", stdout: int = subprocess.PIPE, **environ: str
+) -> subprocess.Popen[str]:
+    """Train in a process of its own, on one CPU device; `prepare` is Python to run before."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        **environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, json.dumps(table)],
-        stdout=subprocess.PIPE,
+        [sys.executable, "-c", prepare + SCRIPT, json.dumps(table)],
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
