@@ -19,6 +19,8 @@ from typing import Any
 # Heavy imports are made by the command that needs them, so that --help and typing errors answer at once.
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "datasets")
+# Errors that a user can cause; XLA says RESOURCE_EXHAUSTED where a device has too little memory.
+_OF_USERS = (ValueError, OSError, ArithmeticError, ModuleNotFoundError, MemoryError)
 # What `pip install "delta_jax[train]"` brings, under the names by which it is imported.
 _OF_TRAIN = (
     *("array_record", "datasets", "flax", "grain", "matplotlib", "optax"),
@@ -37,11 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         what is wrong; 130 after Ctrl-C (training itself ends with 0 then: it saves and can go on).
     """
     arguments = _parse(argv)
-    if os.getcwd() not in sys.path:  # mixers of one's own are found here, as by `python -m`
-        sys.path.append(os.getcwd())
     try:
+        if os.getcwd() not in sys.path:  # mixers of one's own are found here, as by `python -m`
+            sys.path.append(os.getcwd())
         return int(arguments.run(arguments))
-    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
+    except Exception as error:
+        if not isinstance(error, _OF_USERS) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         if arguments.debug:
             traceback.print_exc()
         else:
@@ -59,7 +63,9 @@ def _sentence(error: Exception) -> str:
         if name in _OF_TRAIN:
             return f"this needs {name}, which is not installed: pip install 'delta_jax[train]'"
         return f"this needs {name or error}, which is not installed"
-    return " ".join(str(error).split("\n")) or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
+    out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said
+    return f"there is not enough memory: {said}" if out_of_memory else said
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -346,17 +352,12 @@ def _sign_of_life(text: str) -> Iterator[None]:
 
 
 def _scaled(number: float, unit: str) -> str:
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.4g} {prefix}{unit}"
-    return f"{number:.4g} {unit}"
+    sizes = ((f"P{unit}", 1e15), (f"T{unit}", 1e12), (f"G{unit}", 1e9), (f"M{unit}", 1e6), (unit, 1.0))
+    return _in_units(number, *sizes)
 
 
 def _seconds(seconds: float) -> str:
-    for unit, least in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= least:
-            return f"{seconds / least:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    return _in_units(seconds, ("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
 
 def _count(number: int, thing: str) -> str:
@@ -365,10 +366,13 @@ def _count(number: int, thing: str) -> str:
 
 
 def _bytes(size: float) -> str:
-    for unit, least in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= least:
-            return f"{size / least:.4g} {unit}"
-    return f"{size:.0f} bytes"
+    return _in_units(size, ("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
+
+
+def _in_units(number: float, *units: tuple[str, float]) -> str:
+    """The number in the largest unit of which there is one, or in the last."""
+    unit, size = next((pair for pair in units if number >= pair[1]), units[-1])
+    return f"{number / size:.4g} {unit}"
 
 
 def _info(arguments: argparse.Namespace) -> int:

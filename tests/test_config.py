@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from delta_jax.config import differences, load_config, preset_names, to_dict
-from delta_jax.training import TrainConfig
+from delta_jax.training import OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,17 @@ def test_to_dict_and_back() -> None:
         (["inner.size=large"], r"inner\.size: wanted an integer, got 'large' \(str\)"),
         (["inner.size=2.5"], r"inner\.size: wanted an integer, got 2\.5 \(float\)"),
         (["inner.size=true"], r"inner\.size: wanted an integer, got True \(bool\)"),
+        (["inner.rate=inf"], r"inner\.rate: wanted a finite number, got inf"),
+        (["inner.rate=nan"], r"inner\.rate: wanted a finite number, got nan"),
+        (["inner.rate=-inf"], r"inner\.rate: wanted a finite number, got -inf"),
+        (["inner.rate=1e999"], r"inner\.rate: wanted a finite number, got inf"),
+        (["inner.rate=true"], r"inner\.rate: wanted a number, got True"),
+        ([f"inner.rate={10**400}"], r"inner\.rate: wanted a number of at most 64 bits, got one of 1329"),
+        ([f"inner.size={2**63}"], r"inner\.size: wanted a number of at most 64 bits, got one of 64"),
+        ([f"inner.size={'1' * 5000}"], r"inner\.size: wanted an integer, got '1{76}\.\.\. \(str\)"),
+        (["limit=nan"], r"limit: wanted a finite number, got nan"),
+        (["pair=[1, inf]"], r"pair\.1: wanted a finite number, got inf"),
+        (["inner.size=2\nrate=3"], r"inner\.size: wanted an integer, got '2\\nrate=3'"),
         (["inner.rate=fast"], r"inner\.rate: wanted a number, got 'fast'"),
         (["inner=3"], r"inner: wanted a table, got 3"),
         (["inner.kind=c"], r"inner\.kind: wanted one of 'a', 'b', got 'c'"),
@@ -104,6 +115,22 @@ def test_to_dict_and_back() -> None:
 def test_mistakes_name_the_key(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(Root, TABLE, overrides)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": float("inf")}, "learning_rate: wanted a finite number"),
+        ({"learning_rate": True}, "learning_rate: wanted a number, got True"),
+        ({"beta1": "0.9"}, "beta1: wanted a number, got '0.9'"),
+        ({"warmup_steps": 1.5}, "warmup_steps: wanted an integer, got 1.5"),
+        ({"schedule": "linear"}, "schedule: wanted one of 'cosine', 'wsd'"),
+        ({"weight_decay": float("nan")}, "weight_decay: wanted a finite number"),
+    ],
+)
+def test_dataclasses_made_in_python_are_held_to_their_types_too(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**change)
 
 
 def test_a_missing_key_is_named() -> None:

@@ -223,6 +223,9 @@ class ModelConfig:
             raise ValueError(f"experts must be an ExpertsConfig or None, got {self.experts!r}")
 
     def _check_choices(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers"):
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"{name} must be below 2^31, got {getattr(self, name)}")
         for name, allowed in {"remat": REMAT_POLICIES, "dtype": DTYPES, "param_dtype": DTYPES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -214,6 +214,7 @@ def test_wrong_type(config, capsys):
         ("optimizer.learning_rate=-1", "learning_rate should be positive"),
         ("optimizer.learning_rate=true", "optimizer.learning_rate: wanted a number, got True"),
         (f"steps={2**31}", "steps should be below 2^31"),
+        ("model.vocab_size=99999999999999", "vocab_size must be below 2^31"),
         ("model.pattern.0.num_heads=true", "model.pattern.0: num_heads: wanted an integer, got True"),
         ("model.pattern.0.expand_v=inf", "model.pattern.0: expand_v: wanted a finite number"),
         ("model.pattern.0.implementation=fast", "implementation='fast' cannot run here"),
@@ -318,7 +319,14 @@ def test_impossible_evaluation(trained, capsys):
     folder = trained[1]
     assert "no file, folder or glob" in mistake(capsys, "evaluate", folder, "--data", "no/corpus")
     assert "batch_size" in mistake(capsys, "evaluate", folder, "--batch-size", "0")
+    assert "not enough memory" in mistake(capsys, "evaluate", folder, "--batch-size", str(10**13))
     assert "--data" in mistake(capsys, "evaluate", folder, "--format", "text")
+
+
+def test_what_a_user_cannot_cause_is_not_hidden(monkeypatch):
+    monkeypatch.setattr("delta_jax.cli._config", lambda _: {}["a fault of ours"])
+    with pytest.raises(KeyError, match="a fault of ours"):
+        main(["train", "tiny"])
 
 
 def test_debug_shows_the_traceback(capsys):
