@@ -11,13 +11,16 @@ ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: demo test test-oldest lint format peers bench-cpu bench-gpu check-gpu tpu-schedule accuracy clean
+.PHONY: demo test test-slow test-oldest lint format peers bench-cpu bench-gpu check-gpu tpu-schedule accuracy clean
 
 demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per byte and a sample
 	$(RUN) -m experiments.demo
 
-test: .venv/installed  ## the whole test suite
-	$(RUN) -m pytest -n 2 --dist loadgroup
+test: .venv/installed  ## the test suite
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: .venv/installed  ## what cannot be quicker: many processes, interpreted kernels at more sizes
+	$(RUN) -m pytest -n 2 --dist loadgroup -m slow
 
 test-oldest: .venv-oldest/installed  ## the op's tests on the oldest supported JAX
 	.venv-oldest/bin/python -m pytest tests/ops tests/gpu

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from delta_jax.layers.checks import require_positive_integers
+from delta_jax.layers.checks import require_positive_integers_or_none
 
 __all__ = ["Sampling", "SamplingNumbers", "draw", "keep_top_k", "keep_top_p", "sample"]
 
@@ -50,7 +50,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature!r}")
-        require_positive_integers(top_k=self.top_k)
+        require_positive_integers_or_none(top_k=self.top_k)
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise ValueError(f"top_p must lie in (0, 1] or be None, got {self.top_p!r}")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
