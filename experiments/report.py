@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments import speedup
 from experiments.harness.page import claim_rows, markdown_table, section
-from experiments.harness.results import read
+from experiments.harness.results import put, read
 from experiments.harness.runner import RESULTS, one_sentence
 from experiments.harness.verdicts import Study
 
@@ -97,9 +97,7 @@ def make(root: Path) -> None:
         speedup.STUDY.section(root),
     ]
     page = root.parent / "results.md"
-    new = page.with_suffix(".new")
-    new.write_text("\n\n".join(part.strip() for part in parts) + "\n")
-    new.replace(page)
+    put(page, "\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{page}: {len(rows)} claims")
 
 

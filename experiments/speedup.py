@@ -32,7 +32,7 @@ from delta_jax.ops import delta_rule
 from experiments.harness import Verdict
 from experiments.harness.layout import NUMBER
 from experiments.harness.page import markdown_table
-from experiments.harness.results import PACKAGES, check_writable, read
+from experiments.harness.results import PACKAGES, check_writable, put, read
 from experiments.harness.runner import default_folder, one_sentence, parse
 
 RECURRENT, CHUNKWISE = "recurrent", "xla"
@@ -226,9 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for order, size in enumerate(timing.head_sizes):
             if size not in known:
                 table = {"order": order, "command": command, **_measure(timing, size, stamp, console)}
-                new = folder / f"heads_of_{size}.new"
-                new.write_text(json.dumps(table | {"config": to_dict(timing)}, separators=(",", ":")) + "\n")
-                new.replace(new.with_suffix(".json"))
+                text = json.dumps(table | {"config": to_dict(timing)}, separators=(",", ":"))
+                put(folder / f"heads_of_{size}.json", text + "\n")
         console.print(f"Results: {folder}. The page is made by: python -m experiments.report")
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def picture(path: Path, *, title: str = "", note: str = "", dpi: int = 150) -> I
         _legend(figure, axes, note)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
-    draft = path.with_name(f"{path.name}.draft")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     draft.write_bytes(drawn.getvalue())
     draft.replace(path)
 

@@ -19,7 +19,7 @@ import jax
 from experiments.harness.layout import TRAINED, misfit
 from experiments.harness.study import LOWER_IS_BETTER, Group
 
-__all__ = ["Results", "Summary", "check_writable", "digest", "identity", "locked", "name_runs", "read", "write"]
+__all__ = ["Results", "Summary", "check_writable", "digest", "identity", "locked", "name_runs", "put", "read", "write"]
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -225,9 +225,14 @@ def write(path: Path, group: Group, order: int, outcome: Mapping[str, Any], comm
         "config": group.table(),
     }
     text = json.dumps(table, separators=(",", ":"))
-    new = path.with_suffix(".new")
-    new.write_text(text.replace('{"learning_rate"', '\n{"learning_rate"').replace('"config":', '\n"config":') + "\n")
-    new.replace(path)
+    put(path, text.replace('{"learning_rate"', '\n{"learning_rate"').replace('"config":', '\n"config":') + "\n")
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a file in one move, so that a kill or another process leaves it whole."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def check_writable(folder: Path) -> None:

@@ -94,7 +94,10 @@ def parse(study: Described, arguments: Sequence[str] | None) -> argparse.Namespa
         help="for the results (default: docs/results; with overrides runs/experiments)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help='such as steps=100 or arms=["DeltaNet"]')
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.output == "":
+        parser.error("argument --output: wanted a folder, got nothing")
+    return options
 
 
 def default_folder(study: Described, options: argparse.Namespace) -> Path:
@@ -144,7 +147,8 @@ def _run(
             write(folder / f"{group.name}.json", group, order, outcome, command)
             shutil.rmtree(work)
     if elsewhere:
-        console.print(f"{elsewhere} left to other processes; should one of them stop, the same command goes on there.")
+        words = f"{elsewhere} left to other processes; should one of them stop, the same command goes on there."
+        console.print(words, highlight=False, soft_wrap=True)
     console.print(
         f"Results: {folder}. The page is made by: python -m experiments.report", highlight=False, soft_wrap=True
     )

@@ -90,12 +90,22 @@ def test_results_that_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp_pat
     assert (tmp_path / "results" / "short.rotary.json").read_text() == '{"cell": '
 
 
-@pytest.mark.parametrize("arguments", [["--scale", "moon"], ["--lists"]])
-def test_an_unknown_option(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--scale", "moon"], "argument --scale: invalid choice: 'moon'"),
+        (["--lists"], "unrecognized arguments: --lists"),
+        (["--output", ""], "argument --output: wanted a folder"),
+    ],
+)
+def test_an_unknown_option(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(STUDY, arguments)
     assert stopped.value.code == 2
-    assert arguments[-1] in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("study", [*studies(), speedup.STUDY], ids=lambda study: study.name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from delta_jax.layers import MIXERS, RMSNorm, l2_normalize
+from delta_jax.layers import MIXERS, Mixer, RMSNorm, l2_normalize
 
 SIZES = [1.0, 1e-15, 1e-30, 1e19, 1e30, 1e37]
 WEIGHTS = np.cos(np.arange(24.0)).reshape(3, 8)
@@ -83,9 +83,11 @@ def test_float16_is_near_float32_on_a_thousand_similar_tokens(name):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 1, 16)) + 0.05 * rng.standard_normal((1, 1024, 16))
     options = OPTIONS.get(name, {"num_heads": 2, "head_dim": 8}) | {"initializer_std": 0.3}
+    if issubclass(MIXERS[name], Mixer):
+        options |= {"implementation": "recurrent"}  # which compiles in less time than it takes the chunkwise form
     narrow, wide = (MIXERS[name](16, **options, dtype=dtype, rngs=nnx.Rngs(0)) for dtype in ("float16", "float32"))
     for size, limit in ((1.0, 5e-3), (3000.0, 5e-2)):  # the rounding of x itself, and of what gates make of it
         y = jnp.asarray(size * x, jnp.float16)
         got, want = np.asarray(call(narrow, y), np.float64), np.asarray(call(wide, y.astype(jnp.float32)), np.float64)
         assert np.isfinite(got).all()
-        assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < limit
+        assert np.linalg.norm(got - want) <= limit * np.linalg.norm(want)
