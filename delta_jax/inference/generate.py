@@ -57,8 +57,6 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     vocab_size = model.config.vocab_size
-    if max_new_tokens is None:
-        raise ValueError("max_new_tokens must be a positive integer, got None")
     require_positive_integers(max_new_tokens=max_new_tokens)
     if temperature > 0 and key is None:
         raise ValueError("key must be given when temperature is above 0")

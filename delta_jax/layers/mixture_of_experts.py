@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +21,7 @@ from delta_jax.layers.checks import (
 from delta_jax.layers.contained import contained, finite_tokens, select_finite
 from delta_jax.layers.mlp import SwiGLU
 from delta_jax.ops.arguments import checked_array
-from delta_jax.parallel import by_tokens
+from delta_jax.parallel import by_compiler, by_tokens, spec_of
 
 __all__ = ["ExpertBias", "MixtureOfExperts", "balanced_bias"]
 
@@ -130,6 +131,9 @@ class MixtureOfExperts(nnx.Module):
         """
         axes = {"batch": None, "time": None, "hidden_size": self.router.in_features}
         x = checked_array("x", x, axes).astype(self.dtype)
+        return by_compiler(MixtureOfExperts._mixed, (self, x, counted), (spec_of(x), PartitionSpec()))
+
+    def _mixed(self, x: Array, counted: Array | None) -> tuple[Array, Array]:
         finite = finite_tokens(x)
         counted = finite if counted is None else finite & counted
         x = select_finite(finite, x, 0.0)

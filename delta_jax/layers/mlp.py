@@ -14,6 +14,7 @@ from delta_jax.layers.checks import (
 )
 from delta_jax.layers.contained import contained
 from delta_jax.ops.arguments import checked_array
+from delta_jax.parallel import by_compiler, spec_of
 
 __all__ = ["SwiGLU"]
 
@@ -60,5 +61,11 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading hidden"]:
         """Maps x [..., hidden_size] to the same shape; another size or kind of x is a ValueError."""
         x = checked_array("x", x, {"...": None, "hidden_size": self.gate_proj.in_features})
-        hidden = contained(lambda x: jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), x, tokens=x.ndim - 1)
-        return contained(self.down_proj, hidden, tokens=x.ndim - 1)
+        y: Array = by_compiler(_swiglu, (self, x), spec_of(x))
+        return y
+
+
+def _swiglu(mlp: SwiGLU, x: Array) -> Array:
+    hidden = contained(lambda x: jax.nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x), x, tokens=x.ndim - 1)
+    y: Array = contained(mlp.down_proj, hidden, tokens=x.ndim - 1)
+    return y

@@ -6,12 +6,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.checks import require_cache
 from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.padding import to_front
-from delta_jax.parallel import ParameterRule
+from delta_jax.parallel import ParameterRule, by_compiler, spec_of
 
 __all__ = ["Mixed", "TokenMixer", "keep_rows"]
 
@@ -118,13 +119,9 @@ class TokenMixer(nnx.Module):
         x, segment_ids = checked_sequences(x, segment_ids, self.hidden_size)
         if cache is not None:
             require_cache(cache, x.shape[0], self.init_cache)
-        if mask is None:
-            mixed = self.with_cache(x, segment_ids=segment_ids, cache=cache)
-        else:
-            front = to_front(mask, x.shape[:2])
-            ids = None if segment_ids is None else front.move(segment_ids)
-            mixed = self.with_cache(front.move(x), segment_ids=ids, cache=cache, lengths=front.lengths)
-            mixed = Mixed(front.back(mixed.y), mixed.cache)
+        cut = spec_of(x)
+        specs: Any = {"y": cut, "cache": PartitionSpec(cut[0])}
+        mixed = by_compiler(_mix, (self, x, segment_ids, mask, cache), Mixed(**specs))
         return mixed if return_cache or cache is not None else mixed.y
 
     def linear(self, inputs: int, outputs: int, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:
@@ -138,3 +135,12 @@ class TokenMixer(nnx.Module):
             param_dtype=self.param_dtype,
             rngs=rngs,
         )
+
+
+def _mix(layer: TokenMixer, x: Array, segment_ids: Array | None, mask: Array | None, cache: Any) -> Mixed:
+    if mask is None:
+        return layer.with_cache(x, segment_ids=segment_ids, cache=cache)
+    front = to_front(mask, x.shape[:2])
+    ids = None if segment_ids is None else front.move(segment_ids)
+    y, cache = layer.with_cache(front.move(x), segment_ids=ids, cache=cache, lengths=front.lengths)
+    return Mixed(front.back(y), cache)

@@ -1,11 +1,13 @@
 """The language model: embedding, a stack of pre-norm blocks run by one scan, norm, head."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from delta_jax.layers import AttentionCache, ExpertBias, MixerCache, MixtureOfExperts, RMSNorm, SwiGLU
@@ -15,7 +17,7 @@ from delta_jax.models.config import Layer, ModelConfig
 from delta_jax.models.stack import Run
 from delta_jax.ops.arguments import as_array, checked_array
 from delta_jax.ops.padding import first_tokens, select_tokens, to_front
-from delta_jax.parallel import cut_batch
+from delta_jax.parallel import by_compiler, cut_batch, spec_of
 
 __all__ = ["Block", "LanguageModel", "Loads", "ModelCache", "number_of_parameters"]
 
@@ -215,6 +217,21 @@ class LanguageModel(nnx.Module):
         tokens, segment_ids = self._checked(tokens, segment_ids)
         if cache is not None:
             require_cache(cache, tokens.shape[0], self.init_cache)
+        cut = spec_of(tokens)
+        results = PartitionSpec(*cut[:2], None), PartitionSpec(None, cut[0]), PartitionSpec()
+        run = partial(LanguageModel._features_and_loads, return_cache=return_cache)
+        return by_compiler(run, (self, tokens, segment_ids, mask, counted, cache), results)
+
+    def _features_and_loads(
+        self,
+        tokens: Array,
+        segment_ids: Array | None,
+        mask: Array | None,
+        counted: Array | None,
+        cache: ModelCache | None,
+        *,
+        return_cache: bool,
+    ) -> tuple[Array, ModelCache | None, Loads]:
         front = None if mask is None else to_front(mask, tokens.shape[:2])
         lengths = None if front is None else front.lengths
         if front is not None:
@@ -277,9 +294,13 @@ class LanguageModel(nnx.Module):
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:
         """The float32 logits of the features x."""
         x = checked_array("x", x, {"...": None, "hidden_size": self.config.hidden_size})
-        return contained(self._head, x, tokens=x.ndim - 1)
+        logits: Array = by_compiler(LanguageModel._head, (self, x), PartitionSpec(*spec_of(x)[:-1], None))
+        return logits
 
     def _head(self, x: Array) -> Array:
+        return contained(self._logits, x, tokens=x.ndim - 1)
+
+    def _logits(self, x: Array) -> Array:
         if not self.config.tie_embeddings:
             return self.lm_head(x)
         table = self.embed.embedding[...].astype(x.dtype)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from delta_jax.ops.partition import Axes, by_parts
+
 __all__ = ["bits_per_byte", "counted_targets", "token_nats"]
 
 
@@ -39,10 +41,16 @@ def token_nats(
     Returns:
         [B, T] nats. What does not count is selected away: it costs nothing and has no gradient, whatever its logits hold.
     """
+    by_token: Axes = ("batch", None)
+    (nats,) = by_parts(_token_nats, (logits, targets, counted), ((*by_token, None), by_token, by_token), (by_token,))
+    return nats
+
+
+def _token_nats(logits: Array, targets: Array, counted: Array | None) -> tuple[Array]:
     counted = counted_targets(targets, counted)
     logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0.0)
     picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    return (jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0),)
 
 
 def bits_per_byte(nats: float, number_of_bytes: int | float) -> float:

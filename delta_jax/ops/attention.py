@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.ops.arguments import attention_arguments, checked_array
+from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
 
 __all__ = ["Places", "attend", "places", "rotate", "visible"]
@@ -118,6 +119,30 @@ def attend(
         ValueError: an argument does not fit; the sentence names it.
     """
     q, k, v, scale = attention_arguments(q, k, v, scale=scale, window=window, places=places)
+    given = (None,) * 4 if places is None else (*places[0], *places[1])
+    heads: Axes = ("batch", None, "heads", None)
+
+    def run(q: Array, k: Array, v: Array, *given: Array) -> tuple[Array]:
+        places = None if given[0] is None else (Places(*given[:2]), Places(*given[2:]))
+        return (_attend_in_blocks(q, k, v, scale, window, places, implementation, block),)
+
+    shared = places is not None and places[0].run.shape[0] != q.shape[0]  # one row for all
+    by_token: Axes = (None if shared else "batch", None)
+    (o,) = by_parts(run, (q, k, v, *given), (heads,) * 3 + (by_token,) * 4, (heads,), kernels=implementation == "cudnn")
+    result: Array = o
+    return result
+
+
+def _attend_in_blocks(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Any,
+    window: int | None,
+    places: tuple[Places, Places] | None,
+    implementation: Any,
+    block: int,
+) -> Array:
     time, past = q.shape[1], k.shape[1] - q.shape[1]
     whole = places is None
     if places is None:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from delta_jax.ops.attention import places
 from delta_jax.ops.padding import skip_tokens
+from delta_jax.ops.partition import by_parts
 
 __all__ = ["segment_states"]
 
@@ -48,7 +49,7 @@ def segment_states(
     Raises:
         ValueError: a limit is not a positive integer, or is known to be exceeded.
     """
-    batch, time = segment_ids.shape
+    time = segment_ids.shape[1]
     max_length = time if max_length is None else max_length
     for name, limit in {"max_segments": max_segments, "max_length": max_length}.items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
@@ -57,6 +58,38 @@ def segment_states(
     _check_limit("max_segments", max_segments, "segments in a row", run)
     _check_limit("max_length", max_length, "tokens in a segment", position)
 
+    names = tuple(name for name, x in inputs.items() if x is not None)
+
+    def separate(segment_ids: Array, initial_state: Array | None, *arrays: Array) -> tuple[Array, Array]:
+        given = dict(zip(names, arrays, strict=True))
+        return _separate(op, segment_ids, max_segments, max_length, initial_state, given)
+
+    arrays = tuple(inputs[name] for name in names)
+    by_token, of_state = ("batch", None), ("batch", None, "heads", None, None)
+    # Keys, values and erase keys may have an axis of writes, so heads are found from the other side.
+    after_heads = {"beta": 0, "g": inputs["g"].ndim - 3 if inputs.get("g") is not None else 0}
+    axes = tuple(
+        (*by_token, *(None,) * (x.ndim - 3 - after_heads.get(name, 1)), "heads", *(None,) * after_heads.get(name, 1))
+        for name, x in zip(names, arrays, strict=True)
+    )
+    state_axes = ("batch", "heads", None, None)
+    results = (*by_token, "heads", None), of_state
+    states: tuple[Array, Array] = by_parts(
+        separate, (segment_ids, initial_state, *arrays), (by_token, state_axes, *axes), results, kernels=True
+    )
+    return states
+
+
+def _separate(
+    op: Callable[..., tuple[Array, Array]],
+    segment_ids: Array,
+    max_segments: int,
+    max_length: int,
+    initial_state: Array | None,
+    inputs: dict[str, Array],
+) -> tuple[Array, Array]:
+    batch, time = segment_ids.shape
+    run, position = places(segment_ids)
     lengths = jnp.sum(run[:, None] == jnp.arange(max_segments)[None, :, None], axis=-1, dtype=jnp.int32)
     starts = jnp.cumsum(lengths, axis=1) - lengths
     index = jnp.arange(max_length, dtype=jnp.int32)[None, None]
@@ -67,7 +100,7 @@ def segment_states(
         taken = jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
         return taken.reshape(*mask.shape, *x.shape[2:])
 
-    given = skip_tokens(mask, **{name: None if x is None else unpack(x) for name, x in inputs.items()})
+    given = skip_tokens(mask, **{name: unpack(x) for name, x in inputs.items()})
     if initial_state is not None:
         later = ((0, 0), (0, max_segments - 1), (0, 0), (0, 0), (0, 0))
         given["initial_state"] = jnp.pad(initial_state[:, None], later).reshape(-1, *initial_state.shape[1:])

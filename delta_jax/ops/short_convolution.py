@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.padding import first_tokens, select_tokens
+from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
 
 __all__ = ["short_convolution"]
@@ -59,6 +60,23 @@ def short_convolution(
     if lengths is not None:
         lengths = checked_array("lengths", lengths, {"batch": batch}, "integers")
 
+    axes: tuple[Axes, ...] = (
+        ("batch", None, "heads"),
+        (None, "heads"),
+        ("batch", None),
+        ("batch", None, "heads"),
+        ("batch",),
+    )
+    result: tuple[Array, Array] = by_parts(
+        _convolve, (x, kernel, segment_ids, cache, lengths), axes, (axes[0], axes[3])
+    )
+    return result
+
+
+def _convolve(
+    x: Array, kernel: Array, segment_ids: Array | None, cache: Array, lengths: Array | None
+) -> tuple[Array, Array]:
+    time, tail = x.shape[1], kernel.shape[0] - 1
     accumulate = accumulator_dtype(x.dtype)
     inputs = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
     runs = None if segment_ids is None else _runs(segment_ids, tail)

@@ -1,7 +1,7 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from delta_jax.parallel.op import by_compiler, by_heads, by_tokens, current_cut, cut_batch, indivisible
+from delta_jax.parallel.op import by_compiler, by_heads, by_tokens, current_cut, cut_batch, indivisible, spec_of
 from delta_jax.parallel.sharding import (
     RULES,
     ParameterRule,
@@ -37,5 +37,6 @@ __all__ = [
     "path_string",
     "replicated",
     "shard_batch",
+    "spec_of",
     "tpu_topology",
 ]

@@ -43,6 +43,11 @@ def current_cut() -> Cut | None:
     return Cut(mesh, BATCH, (HEADS,)) if mesh.axis_names == AXES else _EXPLICIT.get()
 
 
+def spec_of(x: Array) -> P:
+    """How the type of an array says that its axes are cut, an entry for each; all None without explicit mesh axes."""
+    return P(*(axes_of(x, axis) or None for axis in range(x.ndim)))
+
+
 def by_compiler[Result](function: Callable[..., Result], arguments: tuple[Any, ...], results: Any) -> Result:
     """``function(*arguments)``, cut by the compiler where types of the arguments speak of explicit mesh axes.
 
