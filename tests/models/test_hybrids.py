@@ -146,9 +146,8 @@ def test_padding_is_as_if_it_were_not_there(model):
 
     @jax.jit
     def masked(model, tokens, segment_ids, mask, cache):
-        logits, cache = model(tokens, segment_ids=segment_ids, mask=mask, cache=cache)
-        loads = model.features_and_loads(tokens, segment_ids=segment_ids, mask=mask)[2]
-        return logits, cache, loads
+        features, cache, loads = model.features_and_loads(tokens, segment_ids=segment_ids, mask=mask, cache=cache)
+        return model.head(features), cache, loads
 
     ids = padded(SEGMENTS[:, :12], 77)
     logits, cache, loads = masked(model, padded(x, -1), ids, jnp.asarray(mask), model.init_cache(2, length=TIME))
