@@ -21,7 +21,6 @@ from delta_jax.data import (
     Tokenizer,
     fingerprint,
     load_tokenizer,
-    split,
     train_batches,
     validation_batches,
     validation_bytes,
@@ -115,7 +114,7 @@ def train(
         if start:
             changed = resumption(start, checkpoints.about(), config, about["fingerprint"], output)
         with ProgressDisplay(start, config.steps, enabled=progress) as display:
-            display.say(_introduction(config, mesh, template))
+            display.say(_introduction(config, mesh, template, about["fingerprint"]["documents"]))
             if start:
                 restored = checkpoints.restore(template)
                 state = restored.state
@@ -344,14 +343,13 @@ class _Run:
         self._clock = None
 
 
-def _introduction(config: TrainConfig, mesh: Mesh, state: TrainState) -> str:
+def _introduction(config: TrainConfig, mesh: Mesh, state: TrainState, documents: int) -> str:
     """What is trained on what."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    training, validation = (len(part) for part in split(config.data))
     return (
         f"{parameters:,} parameters on {mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s), mesh {axes}\n"
-        f"{config.data.path}: {training:,} documents to train on, {validation:,} held out\n"
+        f"{config.data.path}: {documents:,} documents, of which {config.data.validation_fraction:.3g} are held out\n"
         f"{config.steps:,} steps of {config.batch_size * config.sequence_length:,} tokens: {config.batch_size} "
         f"sequences of {config.sequence_length}, in {config.gradient_accumulation} micro-batch(es)"
     )
