@@ -256,7 +256,7 @@ def _run_step(
         return _step(token, arguments.v.dtype, scale, implementation, erases)
 
     axes, given = _axes(arguments, step=True), arguments._replace(q=q)
-    return by_parts(run, given[:-1], axes[:-1], (axes.v, axes.initial_state), kernels=implementation == "pallas")
+    return by_parts(run, given[:-1], axes[:-1], (axes.q, axes.initial_state), kernels=implementation == "pallas")
 
 
 def _step(
@@ -303,7 +303,7 @@ def _run(
     axes = _axes(arguments)
     with forward_mode_explained():
         return by_parts(
-            run, arguments._replace(q=q), axes, (axes.v, axes.initial_state), kernels=implementation == "pallas"
+            run, arguments._replace(q=q), axes, (axes.q, axes.initial_state), kernels=implementation == "pallas"
         )
 
 

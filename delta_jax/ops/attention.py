@@ -122,7 +122,7 @@ def attend(
     given = (None,) * 4 if places is None else (*places[0], *places[1])
     heads: Axes = ("batch", None, "heads", None)
 
-    def run(q: Array, k: Array, v: Array, *given: Array) -> tuple[Array]:
+    def run(q: Array, k: Array, v: Array, *given: Any) -> tuple[Array]:
         places = None if given[0] is None else (Places(*given[:2]), Places(*given[2:]))
         return (_attend_in_blocks(q, k, v, scale, window, places, implementation, block),)
 
@@ -174,9 +174,7 @@ def _attend(q: Array, k: Array, v: Array, seen: Array, *, scale: Any) -> Array:
     """Attention of all queries at once to the keys that `seen` [B or 1, 1, T, S] shows them."""
     (q, good_q), (k, good_k), (v, good_v) = _finite(q), _finite(k), _finite(v)
     heads, groups = k.shape[2], q.shape[2] // k.shape[2]
-    # Without a word on it, a product in the backward pass would have one factor in float32.
-    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if v.dtype == jnp.bfloat16 else None
-    product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(v.dtype), precision=precision)
+    product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(v.dtype))
     scores = product("btngk,bsnk->bngts", q.reshape(*q.shape[:2], heads, groups, -1), k)
     seen = seen[:, :, None]
     good = jnp.isfinite(scores) & jnp.moveaxis(good_k & good_v, 1, 2)[:, :, None, None]

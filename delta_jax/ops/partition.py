@@ -31,7 +31,7 @@ def by_parts(
     Args:
       function: of arrays, or None in their place, to a tuple of arrays; parts must not depend on each other.
       arrays: its arguments.
-      axes: what the axes of each are.
+      axes: what the axes of each are; an array may have fewer.
       results: likewise of what it returns.
       kernels: whether it calls Pallas kernels, which do not say along which axes their results vary.
 
@@ -50,7 +50,7 @@ def by_parts(
         rest = iter(given)
         return function(*_varying_alike([None if x is None else next(rest) for x in arrays]))
 
-    given = [(x, spec(names)) for x, names in zip(arrays, axes, strict=True) if x is not None]
+    given = [(x, spec(names[: x.ndim])) for x, names in zip(arrays, axes, strict=True) if x is not None]
     whole = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in given]
     out = tuple(map(spec, results))
     if not found and not kernels:  # whatever else is cut, such as what `jax.vmap` hides, is left to the compiler

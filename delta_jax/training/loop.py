@@ -327,7 +327,7 @@ def _introduction(config: TrainConfig, mesh: Mesh, state: TrainState, documents:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
         f"{parameters:,} parameters on {mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s), mesh {axes}\n"
-        f"{config.data.path}: {documents:,} documents, {config.data.validation_fraction:.3g} of them held out\n"
+        f"{config.data.path}: {documents:,} documents, of which {config.data.validation_fraction:.3g} are held out\n"
         f"{config.steps:,} steps of {config.batch_size * config.sequence_length:,} tokens: {config.batch_size} "
         f"sequences of {config.sequence_length}, in {config.gradient_accumulation} micro-batch(es)"
     )

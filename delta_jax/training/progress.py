@@ -20,12 +20,12 @@ class ProgressDisplay:
         start: steps done before.
         steps: steps of the whole run.
         enabled: False shows nothing.
-        line_seconds: outside a terminal a line is printed this often.
+        line_seconds: outside a terminal a line is printed this often, and for the first step and the last.
     """
 
     def __init__(self, start: int, steps: int, *, enabled: bool = True, line_seconds: float = 10.0):
         self._console = Console(quiet=not enabled)
-        self._steps = steps
+        self._first, self._steps = start + 1, steps
         self._line_seconds = line_seconds
         self._start = time.monotonic()
         self._last_line = -float("inf")
@@ -62,7 +62,7 @@ class ProgressDisplay:
         """
         text = f"loss {loss:.3f}  {bits:.3f} bits/byte  {_thousands(tokens_per_second)} tokens/s"
         self._progress.update(self._task, completed=step, text=text)
-        self._line(f"step {step}/{self._steps}  {text}", step == self._steps)
+        self._line(f"step {step}/{self._steps}  {text}", step in (self._first, self._steps))
 
     def working(self, text: str, *, begins: bool) -> None:
         """Show what is being done that is no step.

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import pytest
+import tokenizers
 
 from delta_jax.config import load_config
+from delta_jax.data import load_tokenizer
 from delta_jax.training import TrainConfig, restore_model, train
 from delta_jax.training.folder import keep_tokenizer, kept_tokenizer
 from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
@@ -152,6 +154,37 @@ def test_the_run_keeps_its_tokenizer(tmp_path: Path) -> None:
         assert kept_tokenizer(output, str(given), None) == str(given)
     assert keep_tokenizer(output, "bytes") is None
     assert kept_tokenizer(output, "bytes", None) == "bytes"
+
+
+def test_a_run_is_read_with_the_tokenizer_it_was_trained_with(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, in which the path it was trained with names another tokenizer."""
+
+    def make(folder: str, words: list[str]) -> Path:
+        ids = {word: index for index, word in enumerate(["<|endoftext|>", "[UNK]", *words])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        (tmp_path / folder).mkdir()
+        tokenizer.save(str(tmp_path / folder / "mine.json"))
+        return tmp_path / folder
+
+    here, elsewhere = make("here", ["good", "bad"]), make("elsewhere", ["bad", "good"])
+    changed = table(data={**table()["data"], "tokenizer": "mine.json"}, evaluate_every=1000)
+    config = load_config(TrainConfig, changed)
+    monkeypatch.chdir(here)
+    train(config, devices=jax.devices()[:1], progress=False)
+    monkeypatch.chdir(elsewhere)
+    restored, _ = restore_model(config.output)
+    assert restored.data.tokenizer == str(Path(config.output) / "tokenizer.json")
+    assert load_tokenizer(restored.data.tokenizer).decode([2]) == "good"
+    with pytest.raises(ValueError, match=r"the data is not what checkpoint 40 .* was trained on: .*tokenizer"):
+        train(config, devices=jax.devices()[:1], progress=False)
+    copy = {**changed["data"], "tokenizer": restored.data.tokenizer}
+    assert (
+        train(load_config(TrainConfig, changed | {"data": copy}), devices=jax.devices()[:1], progress=False).step == 40
+    )
 
 
 def test_a_damaged_copy_of_the_tokenizer_is_made_again(tmp_path: Path) -> None:

@@ -138,39 +138,56 @@ EXPERTS = ModelConfig(
 )
 
 
+def test_muon_takes_the_matrices_of_blocks_and_nothing_else() -> None:
+    """Norms, convolutions, decays, biases, embedding and head are AdamW's; the last two axes are a matrix's."""
+    _, parameters = abstract_model(EXPERTS)
+    numbers = jax.tree_util.tree_leaves_with_path(
+        muon_dimension_numbers(parameters), is_leaf=lambda node: isinstance(node, optax.contrib.MuonDimensionNumbers)
+    )
+    taken = {path_string(path): (found.reduction_axis, found.output_axis) for path, found in numbers}
+    projections = [f"mixer/{name}_proj/kernel" for name in "abgkoqv"]
+    dense = [f"mlp/{name}_proj/kernel" for name in ("gate", "up", "down")]
+    experts = [f"mlp/experts/{name}_proj" for name in ("gate", "up", "down")]
+    expected = {f"blocks/0/{name}": (1, 2) for name in projections + dense}
+    expected |= {f"blocks/1/{name}": (1, 2) for name in [*projections, "mlp/router/kernel"]}
+    assert taken == expected | {f"blocks/1/{name}": (2, 3) for name in experts}
+
+
 def test_muon_of_stacked_layers_is_muon_of_each_layer() -> None:
     """Every kernel of every layer, and every expert's, moves as it does alone; all else as by AdamW."""
-    draw = np.random.default_rng(0)
-    _, shapes = abstract_model(EXPERTS)
-    parameters, *gradients = (
-        jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape, np.float32), shapes) for _ in range(3)
-    )
-    numbers = {"muon_weight_dimension_numbers": muon_dimension_numbers}
-    moved = {
-        path_string(p): leaf
-        for p, leaf in jax.tree_util.tree_leaves_with_path(_two_updates(parameters, gradients, numbers))
+    shapes = {
+        "blocks": {
+            0: {
+                "mixer": {
+                    "q_proj": {"kernel": (2, 4, 6)},
+                    "q_conv": {"kernel": (2, 4, 6)},
+                    "o_norm": {"scale": (2, 4)},
+                },
+                "mlp": {"experts": {"up_proj": (2, 3, 6, 4)}},
+            }
+        },
+        "embed": {"embedding": (8, 4)},
     }
+    draw = np.random.default_rng(0)
+    parameters, *gradients = (
+        jax.tree.map(
+            lambda shape: draw.standard_normal(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        for _ in range(3)
+    )
 
     def alone(tree: Any) -> dict[str, np.ndarray]:
-        """Matrices one by one; vectors and stacks of them with one axis, which Muon leaves to AdamW."""
-        parts: dict[str, np.ndarray] = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = path_string(path)
-            if name.startswith("blocks/") and name.endswith(("proj/kernel", "router/kernel", "_proj")):
-                matrices = leaf.reshape(-1, *leaf.shape[-2:])
-                parts |= {f"{name}/{index}": matrix for index, matrix in enumerate(matrices)}
-            else:
-                parts[name] = leaf.reshape(-1)
-        return parts
+        """Matrices one by one; of all else vectors, which Muon leaves to AdamW by itself."""
+        mixer = tree["blocks"][0]["mixer"]
+        matrices = [*mixer["q_proj"]["kernel"], *tree["blocks"][0]["mlp"]["experts"]["up_proj"].reshape(-1, 6, 4)]
+        vectors = [mixer["q_conv"]["kernel"], mixer["o_norm"]["scale"], tree["embed"]["embedding"]]
+        return {f"{index:02}": leaf for index, leaf in enumerate([*matrices, *(leaf.reshape(-1) for leaf in vectors)])}
 
+    moved = alone(_two_updates(parameters, gradients, {"muon_weight_dimension_numbers": muon_dimension_numbers}))
     wanted = _two_updates(alone(parameters), [alone(gradient) for gradient in gradients], {})
-    assert sum(leaf.ndim == 2 for leaf in wanted.values()) == 3 * 6 + 1 * 3 + 2 * (1 + 2 * 3)
+    assert [leaf.ndim for leaf in wanted.values()] == [2] * 8 + [1] * 3
     for name, leaf in wanted.items():
-        whole = moved.get(name)
-        if leaf.ndim == 2:
-            stack, index = name.rsplit("/", 1)
-            whole = moved[stack].reshape(-1, *leaf.shape)[int(index)]
-        np.testing.assert_allclose(np.reshape(whole, leaf.shape), leaf, rtol=2e-5, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(moved[name], leaf, rtol=2e-5, atol=2e-6, err_msg=name)
 
 
 def _two_updates(parameters: Any, gradients: list[Any], options: dict[str, Any]) -> Any:

@@ -75,14 +75,23 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
 
 
 def _read_until(process: subprocess.Popen[str], text: str) -> str:
-    """What a process prints up to the line with a text."""
+    """What a process prints up to the line with a text; it is ended if there is none within two minutes."""
     assert process.stdout is not None
-    said = ""
+    said, watch = "", threading.Timer(120, process.kill)
+    watch.start()
     for line in process.stdout:
         said += line
         if text in line:
+            watch.cancel()
             return said
     raise AssertionError(f"{text!r} was never said, but: {said}")
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    """Read no more of what a process prints."""
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
 
 
 @pytest.fixture
@@ -163,8 +172,7 @@ def test_a_terminal_that_is_closed(table: Table, cache: Path) -> None:
     changed = table(checkpoint={"every": 1000}, steps=100_000)
     process, output = start(changed, cache), Path(changed["output"])
     _read_until(process, "step 1/100000")
-    assert process.stdout is not None
-    process.stdout.close()
+    _close(process)
     process.send_signal(signal.SIGHUP)
     process.wait(timeout=60)
     assert [int(path.name) for path in (output / "checkpoints").iterdir()] == [losses(output)[-1][0]]
@@ -174,8 +182,7 @@ def test_a_terminal_that_is_closed(table: Table, cache: Path) -> None:
 def test_nobody_reads(table: Table, cache: Path, uninterrupted: Path) -> None:
     process, output = start(table(), cache), Path(table()["output"])
     _read_until(process, "compiling the evaluation step")
-    assert process.stdout is not None
-    process.stdout.close()
+    _close(process)
     process.wait(timeout=120)
     assert losses(output) == losses(uninterrupted)
 
@@ -196,7 +203,9 @@ def test_on_a_terminal(table: Table, cache: Path) -> None:
             said += part
     except OSError:  # the other end is closed
         pass
-    assert process.wait(timeout=60) == 0
+    os.close(master)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     for text in (
         b"parameters on 1 cpu device(s)",
         b"SIGINT: stopping after the step at work",
