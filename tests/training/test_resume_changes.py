@@ -18,9 +18,9 @@ from delta_jax.training.resume import note_fault, resumption
 
 Table = Callable[..., dict[str, Any]]
 
-# As two fingerprints: `delta_jax.data.fingerprint` has these keys and more.
-SAME = {"documents": 3, "tokenizer": "bytes"}
-OTHER = {"documents": 4, "tokenizer": "bytes"}
+# Two fingerprints of `delta_jax.data.fingerprint`.
+SAME = {"documents": 3, "files": 1, "bytes": 9, "names": "n", "sizes": "s", "content": "c", "tokenizer": "bytes"}
+OTHER = SAME | {"documents": 4}
 
 
 def _resumption(output: Path, overrides: list[str], old: dict[str, Any] | None = SAME, new: Any = SAME) -> list[str]:
