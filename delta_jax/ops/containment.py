@@ -3,9 +3,9 @@
 An output depends on the tokens of its segment up to its own, a cotangent on those of its segment from its own on. Products
 over all tokens of a chunk do not keep to that: they multiply what does not count by zero, and zero times NaN or infinity
 is NaN. But they hide nothing either. Whatever a token writes passes through the products that carry the state, where NaN
-and infinity stay what they are, so the final state says whether anything was not finite, and the cotangent of the
-initial state likewise for the way back. Where one of them does, the whole call is computed by the definition, token by
-token, in which what does not count is selected away. Otherwise that costs a look at one state.
+and infinity stay what they are, so the final state says whether anything was not finite; on the way back the cotangents
+of the initial state and of the gates do. Where one of them says so, the whole call is computed by the definition, token
+by token, in which what does not count is selected away. Otherwise that costs a look at one state.
 
 This is also the one place where the op is differentiated: implementations give outputs and cotangents.
 """
@@ -54,7 +54,12 @@ def _backward(
 
         return jax.vjp(op, arrays._replace(reset=None))[1](cotangents)[0]
 
-    return (jax.lax.cond(finite & _finite(d_initial), lambda: found, by_definition),)
+    finite = finite & _finite(d_initial)
+    if (
+        found.g is not None
+    ):  # sums over tokens of products of what passed through the state, which may overflow by themselves
+        finite = finite & _finite(found.g)
+    return (jax.lax.cond(finite, lambda: found, by_definition),)
 
 
 run.defvjp(_forward, _backward)

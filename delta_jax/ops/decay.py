@@ -88,13 +88,19 @@ def decayed_scores(
         scores = _product(rows, keys)
         if decay is None:
             return masked(np.tril(np.ones((size, size), bool))[:, None], scores)
-        return scores * decay.pairs[..., None, :, None, :]
+        return _within(scores, decay)
     own = jnp.sum(rows[..., None, :, :] * keys[..., None, :, :, :], -1)
     scores = jnp.swapaxes(own, -1, -2)[..., None] * constant(np.eye(size)[:, None], rows[..., None])
     for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
         part = _product(_right(rows, block) * right[..., None, :, :], _left(keys, block) * left[..., None, :, :])
         scores = scores + _place(part, block)
-    return scores * decay.pairs[..., None, :, None, :]
+    return _within(scores, decay)
+
+
+def _within(scores: Array, decay: Decay) -> Array:
+    """Scores times the decay between their tokens; zero for pairs that do not meet, whatever they hold."""
+    pairs = decay.pairs[..., None, :, None, :]
+    return jnp.where(pairs != 0, scores * pairs, jnp.zeros((), scores.dtype))
 
 
 def decayed_scores_backward(
@@ -107,14 +113,14 @@ def decayed_scores_backward(
     """Cotangents of `rows`, `keys` and of the log decays through `decayed_scores`; `d_scores` is 0 where i < j."""
     size = keys.shape[-2]
     if decay is None or not decay.levels:
-        d_product = d_scores if decay is None else d_scores * decay.pairs[..., None, :, None, :]
+        d_product = d_scores if decay is None else _within(d_scores, decay)
         d_rows, d_keys = _product_backward(d_product, rows, keys)
         if decay is None:
             return d_rows, d_keys, None
         crossing = einsum("...ij,sj->...is", jnp.sum(d_scores * scores, (-4, -2)), _earlier(size, keys.dtype))
         d_g = jnp.sum(masked(np.tril(np.ones((size, size), bool)), crossing), -2)
         return d_rows, d_keys, d_g[..., None]
-    d_scores = d_scores * decay.pairs[..., None, :, None, :]
+    d_scores = _within(d_scores, decay)
     diagonal = jnp.diagonal(d_scores, axis1=-3, axis2=-1)[..., None]
     d_rows, d_keys = jnp.sum(diagonal * keys[..., None, :, :, :], -3), jnp.sum(diagonal * rows[..., None, :, :], -4)
     d_g = jnp.zeros_like(keys[..., 0, :, :])

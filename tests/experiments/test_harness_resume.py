@@ -45,6 +45,7 @@ def _saved(folder: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
+@pytest.mark.slow
 def test_kill_minus_nine(tmp_path: Path) -> None:
     whole, killed, cache = (tmp_path / name for name in ("whole", "killed", "cache"))
     for folder in (whole, killed):

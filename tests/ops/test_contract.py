@@ -132,6 +132,73 @@ def test_packed_segments_equal_separate_calls(member, implementation):
     assert_exact(got, want)
 
 
+def of_tokens(result, tokens):
+    """Outputs and gradients at some tokens, and what belongs to none."""
+    whole = ("state", "d_initial_state")
+    return {name: x if name in whole else x[:, tokens] for name, x in result.items()}
+
+
+@each_member_and_implementation
+def test_what_is_not_finite_reaches_no_other_segment(member, implementation):
+    """Whatever a segment holds: outputs, states and gradients of the others are what they are without it."""
+    inputs, cotangents = problem(member, **sizes(implementation))
+    batch, time = inputs["q"].shape[:2]
+    segment_ids = np.repeat([3, 9, 3, 4], [17, 1, 40, time - 58])[None].repeat(batch, 0)
+    want = reference(member, inputs, cotangents, segment_ids=segment_ids)
+    poison = itertools.cycle((np.nan, np.inf, 1e30, -np.inf))
+    every = [(name, next(poison), 18 + 7 * n) for n, name in enumerate(sorted(inputs.keys() - {"initial_state"}))]
+    kinds = [every, [(name, 1e30, slice(18, 58)) for name in ("k", "v")]]  # the second overflows on its way
+    if "g" in inputs:
+        kinds.append([("g", 3.0, slice(18, 58))])  # as does the third
+    if implementation != "pallas":  # interpretation takes its time
+        kinds += [[(name, value, 30)] for name, _, _ in every for value in (np.nan, np.inf, 1e30)]
+    for kind in kinds:
+        bad = {name: x.copy() for name, x in inputs.items()}
+        for name, value, place in kind:
+            bad[name][:, place] = value
+        got = evaluate(member, bad, np.float32, cotangents, implementation=implementation, segment_ids=segment_ids)
+        for tokens in (slice(0, 18), slice(58, None)):
+            try:
+                assert_exact(of_tokens(got, tokens), of_tokens(want, tokens))
+            except AssertionError as error:
+                raise AssertionError(f"{kind}: {error}") from None
+
+
+@each_member_and_implementation
+def test_what_is_not_finite_reaches_no_earlier_token(member, implementation):
+    """A loss over the tokens before has its gradient, except by differentiating the definition, which multiplies."""
+    inputs, (d_o, d_state) = problem(member, **sizes(implementation))
+    batch, time = inputs["q"].shape[:2]
+    segment_ids = np.repeat([3, 4], [17, time - 17])[None].repeat(batch, 0)
+    start = time - 20
+    cotangents = d_o * (np.arange(time) < start)[None, :, None, None], 0 * d_state
+    want = reference(member, inputs, cotangents, segment_ids=segment_ids)
+    bad = {name: x.copy() for name, x in inputs.items()}
+    for name in inputs.keys() - {"initial_state"}:
+        bad[name][:, start::3] = np.nan
+    got = evaluate(member, bad, np.float32, cotangents, implementation=implementation, segment_ids=segment_ids)
+    assert not np.isfinite(got["o"][:, start:]).any()  # and nothing is hidden
+    assert not np.isfinite(got["state"]).any()
+    got, want = (of_tokens(x, slice(0, start)) for x in (got, want))
+    compared = ("o",) if implementation == "recurrent" else want.keys() - {"state"}
+    assert_exact({name: got[name] for name in compared}, {name: want[name] for name in compared})
+
+
+@each_member_and_implementation
+def test_gates_above_zero_in_short_segments(member, implementation):
+    """Over all segments their sum is far beyond what any dtype's exponential holds."""
+    inputs, cotangents = problem(member, **sizes(implementation))
+    if "g" not in inputs:
+        pytest.skip("a member without gates")
+    batch, time = inputs["q"].shape[:2]
+    inputs["g"] = np.full_like(inputs["g"], 3.0)
+    segment_ids = (np.arange(time) // 8)[None].repeat(batch, 0)
+    want = reference(member, inputs, cotangents, segment_ids=segment_ids)
+    assert np.abs(want["o"]).max() > 1e5
+    got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation, segment_ids=segment_ids)
+    assert_exact(got, want)
+
+
 @each_member_and_implementation
 def test_splitting_and_carrying_the_state_equals_one_call(member, implementation):
     inputs, _ = problem(member, **sizes(implementation))

@@ -66,6 +66,20 @@ def test_packed_segments_and_runs_repeat(member):
     assert all(np.array_equal(got[name], again[name]) for name in got)
 
 
+@some_members
+def test_what_is_not_finite_reaches_no_other_segment(member):
+    inputs, cotangents = problem(member, **SIZES)
+    segment_ids = np.repeat([3, 9, 3, 4], [17, 1, 40, 42])[None]
+    want = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="pallas", segment_ids=segment_ids)
+    bad = {name: x.copy() for name, x in inputs.items()}
+    for name in inputs.keys() - {"initial_state"}:
+        bad[name][:, 20:50:7] = np.nan
+    got = evaluate(member, bad, jnp.bfloat16, cotangents, implementation="pallas", segment_ids=segment_ids)
+    for name, x in want.items():
+        for tokens in (slice(0, 18), slice(58, None)) if name not in ("state", "d_initial_state") else (slice(None),):
+            assert relative_error(got[name][:, tokens], x[:, tokens]) < 2**-6, name
+
+
 @pytest.mark.parametrize(
     ("member", "time", "shape"),
     [
