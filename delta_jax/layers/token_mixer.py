@@ -18,7 +18,7 @@ __all__ = ["Mixed", "TokenMixer", "keep_rows"]
 
 
 class Mixed(NamedTuple):
-    """What a layer returns with its cache: a pair, with the names that `nnx.tabulate` cannot print one without."""
+    """A layer's output and its new cache: a pair whose parts have names, or `nnx.tabulate` could not print it."""
 
     y: Float[Array, "batch time hidden"]
     cache: Any

@@ -113,8 +113,8 @@ def delta_rule(
     Raises:
       ValueError: for a shape, head count or dtype that does not fit, naming the argument; for lists and Python numbers in
         place of arrays, whose dtype would be a guess (arrays of NumPy are taken); for an implementation that cannot run
-        here; and for tangents pushed forward through another than "recurrent", unless `jax.jit` is in between, where
-        JAX raises its own TypeError.
+        here; and for tangents pushed forward through another than "recurrent" (under `jax.jit`, and where the function
+        of `jax.linearize` is called, the error is a TypeError of JAX itself).
 
     Source: arXiv 2406.06484 section 3, arXiv 2412.06464 section 3, in their general asymmetric form.
     """
