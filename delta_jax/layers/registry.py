@@ -54,7 +54,7 @@ def find_mixer(name: str) -> type[TokenMixer]:
     Raises:
         ValueError: there is no such name, nothing can be imported from there, or it is not a subclass of `TokenMixer`.
     """
-    if name in MIXERS:
+    if isinstance(name, str) and name in MIXERS:
         return MIXERS[name]
     if not isinstance(name, str) or not ("." in name or ":" in name):
         known = ", ".join(sorted(MIXERS))

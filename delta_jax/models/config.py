@@ -41,21 +41,18 @@ class MixerSpec:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.mixer, str):
-            raise ValueError(f"mixer must be a name or a path, such as 'gated_delta_net', got {self.mixer!r}")
-        if not _are_pairs(self.options):
-            raise ValueError(
-                f"options of mixer {self.mixer!r} must be a tuple of (name, value) pairs that can be hashed, such as"
-                f" (('num_heads', 4),), got {self.options!r}"
-            )
         known = mixer_options(self.mixer)
+        if not _are_pairs(self.options):
+            raise ValueError(self._wanted())
         for name, _ in self.options:
             if name not in known:
                 raise ValueError(f"mixer {self.mixer!r} has no option {name!r}, only {', '.join(known)}")
         names = [name for name, _ in self.options]
         if len(set(names)) < len(names):
             raise ValueError(f"options of mixer {self.mixer!r} name a key twice: {', '.join(names)}")
-        options = tuple((name, convert(known[name], value, name)) for name, value in self.options)
+        options = tuple((name, _frozen(convert(known[name], value, name))) for name, value in self.options)
+        if not all(isinstance(value, Hashable) for _, value in options):
+            raise ValueError(self._wanted())
         object.__setattr__(self, "options", options)
         given = dict.fromkeys(GIVEN_BY_MODEL) | dict(options)
         try:
@@ -65,6 +62,12 @@ class MixerSpec:
             raise ValueError(
                 f"mixer {self.mixer!r}: {error} (models give a width, {wanted} and the options)"
             ) from error
+
+    def _wanted(self) -> str:
+        return (
+            f"options of mixer {self.mixer!r} must be a tuple of (name, value) pairs that can be hashed, such as"
+            f" (('num_heads', 4),), got {self.options!r}"
+        )
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
@@ -306,10 +309,14 @@ class ModelConfig:
         return 256 * -(-(8 * self.hidden_size // 3) // 256)
 
 
+def _frozen(value: Any) -> Any:
+    """Arrays of TOML as tuples, so that a configuration can be hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
 def _are_pairs(options: Any) -> bool:
-    if not isinstance(options, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in options):
-        return False
-    return all(isinstance(name, str) and isinstance(value, Hashable) for name, value in options)
+    pairs = isinstance(options, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in options)
+    return pairs and all(isinstance(name, str) for name, _ in options)
 
 
 def _check_parameters(layer: nnx.Module) -> None:

@@ -146,7 +146,8 @@ def _in_sets(arrays: Inputs, options: Options) -> Inputs:
     q, k, v, beta, g, erase, reset = arrays
     batch, time = q.shape[:2]
     heads, writes = v.shape[-2], options.writes
-    padding = -time % (options.group * options.chunk)
+    tokens = options.group * options.chunk
+    padding = -(-time // tokens) * tokens - time  # of a symbolic time too it is clear that whole groups result
 
     def sets(x: Array, *shape: int) -> Array:
         x = x.reshape(batch, time, *shape)

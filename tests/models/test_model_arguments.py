@@ -68,7 +68,7 @@ def test_impossible_configurations_are_named(change, message):
             lambda: MixerSpec(mixer="delta_net", options=("num_heads", 2)),
             "options .* must be a tuple of .name, value. pairs",
         ),
-        (lambda: MixerSpec(mixer="delta_net", options=(("num_heads", [2]),)), "pairs that can be hashed"),
+        (lambda: MixerSpec(mixer="delta_net", options=(("num_heads", [2]),)), "num_heads: wanted an integer, got"),
         (lambda: MixerSpec(mixer=["delta_net"]), "mixer must be one of attention, "),
         (lambda: PlacedMixer(mixer="delta_net", layers=1), "layers must be a tuple of integers, got 1"),
         (lambda: PlacedMixer(mixer="delta_net", layers=(True,)), "layers must be a tuple of integers"),
