@@ -18,9 +18,9 @@ from delta_jax.training.resume import note_fault, resumption
 
 Table = Callable[..., dict[str, Any]]
 
-# As two fingerprints: `delta_jax.data.fingerprint` has these keys and more.
-SAME = {"documents": 3, "tokenizer": "bytes"}
-OTHER = {"documents": 4, "tokenizer": "bytes"}
+# As two fingerprints of `delta_jax.data.fingerprint`.
+SAME = {"documents": 3, "files": 1, "bytes": 9, "names": "a", "sizes": "b", "content": "c", "tokenizer": "bytes"}
+OTHER = {**SAME, "documents": 4}
 
 
 def _resumption(output: Path, overrides: list[str], old: dict[str, Any] | None = SAME, new: Any = SAME) -> list[str]:
@@ -179,7 +179,7 @@ def test_a_corpus_is_what_it_holds(
     for path in (str(moved), "moved", "moved/../moved/", "moved/*.txt"):
         assert resume(path) == 40
     for file in moved.iterdir():
-        file.write_text("other words " * 100)
+        file.write_text(file.read_text().upper())
     before = (output / "config.json").read_bytes()
     with pytest.raises(ValueError, match="the data is not what checkpoint 40 in"):
         resume("moved")
