@@ -18,7 +18,6 @@ from benchmarks.tpu_schedule.compiler import schedule  # sets the environment: b
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
-from delta_jax.ops import containment  # isort: skip
 from delta_jax.ops.implementation import XLA, Arrays, Implementation, Options, pallas  # isort: skip
 from pallas_kernels import tpu  # isort: skip
 from pallas_kernels.tpu import op  # isort: skip
@@ -70,18 +69,22 @@ def programs(case: Case, implementation: Implementation) -> dict[str, tuple[Call
     def cut(x: jax.Array, size: int) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, size)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None = None) -> jax.Array:
-        q, k, v = cut(q, case.key), cut(k, case.key), cut(v, case.value)
+    options = Options(scale=case.key**-0.5, chunk_size=None, erases=True)
+
+    def arrays(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None = None) -> Arrays:
         if g is not None and case.gate == "channel":
             g = cut(g, case.key)
-        options = Options(scale=case.key**-0.5, chunk_size=None, erases=True)
-        arrays = Arrays(q, k, v, beta, g, None, None, None)
-        o, _ = containment.run(implementation, options, arrays)
+        return Arrays(cut(q, case.key), cut(k, case.key), cut(v, case.value), beta, g, None, None, None)
+
+    def forward(*x: jax.Array) -> jax.Array:
+        o, _, _ = implementation.forward(arrays(*x), options, False)
         return o.reshape(*o.shape[:2], -1)
 
     def forward_backward(d_o: jax.Array, *x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        o, pull = jax.vjp(forward, *x)
-        return o, pull(d_o)
+        given, pull = jax.vjp(arrays, *x)
+        o, state, kept = implementation.forward(given, options, True)
+        cotangents, _ = implementation.backward(given, kept, d_o.reshape(o.shape), jnp.zeros_like(state), options)
+        return o.reshape(*o.shape[:2], -1), pull(cotangents)
 
     return {"forward": (forward, arguments), "forward_backward": (forward_backward, [values, *arguments])}
 

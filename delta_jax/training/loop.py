@@ -92,11 +92,11 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
     template = abstract_state(config.model, optimizer, mesh)
     with StopRequest() as stop, Checkpoints(output, config.checkpoint) as checkpoints:
-        batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
         about: dict[str, Any] = {"fingerprint": fingerprint(config.data)}
         start, changed = checkpoints.latest or 0, list[str]()
         if start:
             changed = resumption(start, checkpoints.about(), config, about["fingerprint"], output)
+        batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
         with ProgressDisplay(start, config.steps, enabled=progress) as display:
             display.say(_introduction(config, mesh, template, about["fingerprint"]["documents"]))
             if start:

@@ -179,7 +179,7 @@ def test_a_corpus_is_what_it_holds(
     for path in (str(moved), "moved", "moved/../moved/", "moved/*.txt"):
         assert resume(path) == 40
     for file in moved.iterdir():
-        file.write_text("other words " * 100)
+        file.write_text(file.read_text().upper())
     before = (output / "config.json").read_bytes()
     with pytest.raises(ValueError, match="the data is not what checkpoint 40 in"):
         resume("moved")
