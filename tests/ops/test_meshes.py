@@ -1,0 +1,52 @@
+"""Every member and implementation on a mesh of explicit axes, and inside `shard_map` with arguments that do not vary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from members import MEMBERS, op_of, problem, relative_error
+
+from delta_jax import delta_product
+
+CASES = [
+    pytest.param(implementation, member, marks=[pytest.mark.slow] if implementation == "pallas" else [])
+    for implementation in ("recurrent", "xla", "pallas")
+    for member in MEMBERS
+    if implementation != "pallas" or op_of(member) is not delta_product
+]
+SIZES = {"pallas": {"time": 20, "shape": (2, 1, 1, 64, 64)}}
+
+
+def assert_close(got, want):
+    for name, x in want.items():
+        assert relative_error(np.asarray(got[name]), np.asarray(x)) <= 5e-6, name
+
+
+@pytest.mark.parametrize(("implementation", "member"), CASES)
+def test_sequences_cut_and_arguments_replicated(implementation, member):
+    inputs, _ = problem(member, **SIZES.get(implementation, {"time": 9, "shape": (2, 1, 2, 8, 8)}))
+    x = {name: jnp.asarray(a, jnp.float32) for name, a in inputs.items()}
+    alone = sorted(x)[len(member) % len(x)]  # the same in both sequences, another argument for every member
+    x[alone] = jnp.broadcast_to(x[alone][:1], x[alone].shape)
+    mesh = jax.make_mesh((2,), ("data",))
+
+    def loss(x):
+        o, state = op_of(member)(**x, implementation=implementation)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(state**2)
+
+    gradients = jax.jit(jax.grad(loss))
+    want = gradients(x)
+    cut = {name: P() if name == alone else P("data") for name in x}
+    assert_close(gradients({name: jax.device_put(a, NamedSharding(mesh, cut[name])) for name, a in x.items()}), want)
+
+    def local(x):
+        return jax.lax.psum(loss(x), "data")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(cut,), out_specs=P(), check_vma=implementation != "pallas")
+    one = x | {alone: x[alone][:1]}
+    got = jax.jit(jax.grad(mapped))(
+        {name: jax.device_put(a, NamedSharding(mesh, cut[name])) for name, a in one.items()}
+    )
+    assert_close(got, want | {alone: jnp.sum(want[alone], 0, keepdims=True)})
