@@ -4,8 +4,8 @@ An output depends on the tokens of its segment up to its own, a cotangent on tho
 over all tokens of a chunk do not keep to that: they multiply what does not count by zero, and zero times NaN or infinity
 is NaN. But they hide nothing either. Whatever a token writes passes through the products that carry the state, where NaN
 and infinity stay what they are, so the final state says whether anything was not finite; on the way back the cotangents
-of the initial state and of the gates do. Where one of them says so, the whole call is computed by the definition, token
-by token, in which what does not count is selected away. Otherwise that costs a look at one state.
+of the initial state and of the gates do. Where one of them says so, the heads and sequences of which it does are computed by
+the definition, token by token, in which what does not count is selected away. Otherwise that costs a look at one state.
 
 This is also the one place where the op is differentiated: implementations give outputs and cotangents.
 """
@@ -26,14 +26,14 @@ from delta_jax.ops.implementation import Arrays, Implementation, Options
 def run(implementation: Implementation, options: Options, arrays: Arrays) -> tuple[Array, Array]:
     """Outputs and final state; differentiable in reverse mode."""
     o, state, _ = implementation.forward(arrays, options, False)
-    return _outputs(arrays, options, o, state, _finite(state))
+    return _outputs(arrays, options, o, state, _finite_heads(state))
 
 
 def _forward(
     implementation: Implementation, options: Options, arrays: Arrays
 ) -> tuple[tuple[Array, Array], tuple[Arrays, Any, Array]]:
     o, state, kept = implementation.forward(arrays, options, True)
-    finite = _finite(state)
+    finite = _finite_heads(state)
     return _outputs(arrays, options, o, state, finite), (arrays, checkpoint_name(kept, "delta_rule_states"), finite)
 
 
@@ -47,40 +47,63 @@ def _backward(
     found, d_initial = implementation.backward(arrays, kept, *cotangents, options)
     if arrays.initial_state is not None:
         found = found._replace(initial_state=d_initial.astype(arrays.initial_state.dtype))
+    finite = finite & _finite_heads(d_initial)
+    if (
+        found.g is not None
+    ):  # sums over tokens of products of what passed through the state, which may overflow by themselves
+        finite = finite & _finite_heads(jnp.swapaxes(found.g, 1, 2))
 
     def by_definition() -> Arrays:
         def op(given: Arrays) -> tuple[Array, Array]:
             return recurrence.recurrent_with_select(*given._replace(reset=arrays.reset), **options._asdict())
 
-        return jax.vjp(op, arrays._replace(reset=None))[1](cotangents)[0]
+        return _of_finite_heads(finite, found, jax.vjp(op, arrays._replace(reset=None))[1](cotangents)[0])
 
-    finite = finite & _finite(d_initial)
-    if (
-        found.g is not None
-    ):  # sums over tokens of products of what passed through the state, which may overflow by themselves
-        finite = finite & _finite(found.g)
-    return (jax.lax.cond(finite, lambda: found, by_definition),)
+    return (jax.lax.cond(_all(finite), lambda: found, by_definition),)
 
 
 run.defvjp(_forward, _backward)
 
 
 def _outputs(arrays: Arrays, options: Options, o: Array, state: Array, finite: Array) -> tuple[Array, Array]:
-    by_definition = functools.partial(recurrence.recurrent, *arrays, **options._asdict())
-    return jax.lax.cond(finite, lambda: (o, state), by_definition)
+    def by_definition() -> tuple[Array, Array]:
+        exact_o, exact_state = recurrence.recurrent(*arrays, **options._asdict())
+        return _select(finite, o, exact_o, 2), _select(finite, state, exact_state, 1)
+
+    return jax.lax.cond(_all(finite), lambda: (o, state), by_definition)
+
+
+def _finite_heads(x: Array) -> Array:
+    """Of which heads all is finite, `[batch, heads]`."""
+    return jnp.all(jnp.isfinite(jax.lax.stop_gradient(x)), tuple(range(2, x.ndim)))
+
+
+def _of_finite_heads(finite: Array, found: Arrays, exact: Arrays) -> Arrays:
+    """What was found for the heads that are finite, what is exact for the others."""
+    heads = {"q": 2, "k": -2, "v": -2, "beta": -1, "g": 2, "erase": -2, "initial_state": 1}
+    return found._replace(
+        **{
+            name: _select(finite, getattr(found, name), getattr(exact, name), axis)
+            for name, axis in heads.items()
+            if getattr(found, name) is not None
+        }
+    )
+
+
+def _select(finite: Array, x: Array, exact: Array, axis: int) -> Array:
+    """`x` where all value heads of the head on this axis are finite, else `exact`."""
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = x.shape[0], x.shape[axis]
+    return jnp.where(jnp.all(finite.reshape(x.shape[0], x.shape[axis], -1), -1).reshape(shape), x, exact)
 
 
 @jax.custom_batching.custom_vmap
-def _all_finite(x: Array) -> Array:
-    return jnp.all(jnp.isfinite(x))
+def _all(finite: Array) -> Array:
+    return jnp.all(finite)
 
 
-@_all_finite.def_vmap
-def _(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
+@_all.def_vmap
+def _(size: int, batched: list[bool], finite: Array) -> tuple[Array, bool]:
     """One answer for all that is mapped, so that a condition stays one and does not become the selection of two results."""
     del size, batched
-    return _all_finite(x), False
-
-
-def _finite(state: Array) -> Array:
-    return _all_finite(jax.lax.stop_gradient(state))
+    return _all(finite), False
