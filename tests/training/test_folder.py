@@ -161,16 +161,18 @@ def test_a_run_is_read_with_the_tokenizer_it_was_trained_with(
 ) -> None:
     """From another folder, in which the path it was trained with names another tokenizer."""
 
-    def make(folder: str, words: list[str]) -> Path:
-        ids = {word: index for index, word in enumerate(["<|endoftext|>", "[UNK]", *words])}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    def make(folder: str, characters: list[str]) -> Path:
+        ids = {character: index for index, character in enumerate(["<|endoftext|>", *characters])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
         tokenizer.add_special_tokens(["<|endoftext|>"])
         (tmp_path / folder).mkdir()
         tokenizer.save(str(tmp_path / folder / "mine.json"))
         return tmp_path / folder
 
-    here, elsewhere = make("here", ["good", "bad"]), make("elsewhere", ["bad", "good"])
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    here, elsewhere = make("here", alphabet), make("elsewhere", alphabet[::-1])
     changed = table(data={**table()["data"], "tokenizer": "mine.json"}, evaluate_every=1000)
     config = load_config(TrainConfig, changed)
     monkeypatch.chdir(here)
@@ -178,7 +180,7 @@ def test_a_run_is_read_with_the_tokenizer_it_was_trained_with(
     monkeypatch.chdir(elsewhere)
     restored, _ = restore_model(config.output)
     assert restored.data.tokenizer == str(Path(config.output) / "tokenizer.json")
-    assert load_tokenizer(restored.data.tokenizer).decode([2]) == "good"
+    assert load_tokenizer(restored.data.tokenizer).decode([1 + alphabet.index("g")]) == "g"
     with pytest.raises(ValueError, match=r"the data is not what checkpoint 40 .* was trained on: .*tokenizer"):
         train(config, devices=jax.devices()[:1], progress=False)
     copy = {**changed["data"], "tokenizer": restored.data.tokenizer}
