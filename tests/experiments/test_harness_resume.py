@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 STEPS = 30
 FIRST, SECOND = "short.rotary.json", "short.no_positions.json"

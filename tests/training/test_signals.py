@@ -100,8 +100,8 @@ def long_evaluation(table: Table, tmp_path: Path) -> dict[str, Any]:
     corpus = tmp_path / "long"
     corpus.mkdir()
     for index in range(2):
-        (corpus / f"{index}.txt").write_text("some words and more " * 250_000)
-    return table(data={"path": str(corpus), "shuffle_rows": 16, "validation_fraction": 0.5}, evaluation_batches=None)
+        (corpus / f"{index}.txt").write_text(f"some words and {index} more " * 250_000)
+    return table(data={"path": str(corpus), "shuffle_rows": 16, "validation_fraction": 1e-6}, evaluation_batches=None)
 
 
 @pytest.mark.slow
