@@ -11,6 +11,7 @@ This is also the one place where the op is differentiated: implementations give 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,25 +53,52 @@ def _backward(
         found.g is not None
     ):  # sums over tokens of products of what passed through the state, which may overflow by themselves
         finite = finite & _finite_heads(jnp.swapaxes(found.g, 1, 2))
+    return (_unless_all(functools.partial(_exact_cotangents, options), finite, found, (arrays, cotangents)),)
 
-    def by_definition() -> Arrays:
-        def op(given: Arrays) -> tuple[Array, Array]:
-            return recurrence.recurrent_with_select(*given._replace(reset=arrays.reset), **options._asdict())
 
-        return _of_finite_heads(finite, found, jax.vjp(op, arrays._replace(reset=None))[1](cotangents)[0])
+def _exact_cotangents(
+    options: Options, finite: Array, found: Arrays, given: tuple[Arrays, tuple[Array, Array]]
+) -> Arrays:
+    arrays, cotangents = given
 
-    return (jax.lax.cond(_all(finite), lambda: found, by_definition),)
+    def op(given: Arrays) -> tuple[Array, Array]:
+        return recurrence.recurrent_with_select(*given._replace(reset=arrays.reset), **options._asdict())
+
+    return _of_finite_heads(finite, found, jax.vjp(op, arrays._replace(reset=None))[1](cotangents)[0])
 
 
 run.defvjp(_forward, _backward)
 
 
 def _outputs(arrays: Arrays, options: Options, o: Array, state: Array, finite: Array) -> tuple[Array, Array]:
-    def by_definition() -> tuple[Array, Array]:
-        exact_o, exact_state = recurrence.recurrent(*arrays, **options._asdict())
-        return _select(finite, o, exact_o, 2), _select(finite, state, exact_state, 1)
+    return _unless_all(functools.partial(_exact_outputs, options), finite, (o, state), arrays)
 
-    return jax.lax.cond(_all(finite), lambda: (o, state), by_definition)
+
+def _exact_outputs(options: Options, finite: Array, found: tuple[Array, Array], arrays: Arrays) -> tuple[Array, Array]:
+    o, state = recurrence.recurrent(*arrays, **options._asdict())
+    return _select(finite, found[0], o, 2), _select(finite, found[1], state, 1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _unless_all[Found](exact: Callable[[Array, Found, Any], Found], finite: Array, found: Found, given: Any) -> Found:
+    """What was found if all is finite, else what is exact.
+
+    A loop of one turn or none: its results lie where its arguments do, and a condition would copy them.
+    """
+
+    def body(carry: tuple[Array, Found]) -> tuple[Array, Found]:
+        # Tied to the carry, or the compiler would take the work out of the loop, which is to do it in every call.
+        pending, found, here = jax.lax.optimization_barrier((*carry, given))
+        return pending & ~pending, exact(finite, found, here)
+
+    result: Found = jax.lax.while_loop(lambda carry: carry[0], body, (~_all(finite), found))[1]
+    return result
+
+
+@_unless_all.defjvp
+def _(exact: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Derivatives of what is differentiated once more are those of what was found."""
+    return _unless_all(exact, *primals), tangents[1]
 
 
 def _finite_heads(x: Array) -> Array:
