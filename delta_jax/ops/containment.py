@@ -22,6 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from delta_jax.ops import recurrence
 from delta_jax.ops.implementation import Arrays, Implementation, Options
 
+# The axis of heads of every array but `reset`.
+HEADS = {"q": 2, "k": -2, "v": -2, "beta": -1, "g": 2, "erase": -2, "initial_state": 1}
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def run(implementation: Implementation, options: Options, arrays: Arrays) -> tuple[Array, Array]:
@@ -59,12 +62,35 @@ def _backward(
 def _exact_cotangents(
     options: Options, finite: Array, found: Arrays, given: tuple[Arrays, tuple[Array, Array]]
 ) -> Arrays:
-    arrays, cotangents = given
+    """Key head by key head, in place: memory set aside for what never happens would make every call slower."""
+    arrays, (d_o, d_state) = given
+    groups = arrays.q.shape[2]
 
-    def op(given: Arrays) -> tuple[Array, Array]:
-        return recurrence.recurrent_with_select(*given._replace(reset=arrays.reset), **options._asdict())
+    def of_group(group: Array, found: Arrays) -> Arrays:
+        def part(x: Array, axis: int) -> Array:
+            size = x.shape[axis] // groups
+            return jax.lax.dynamic_slice_in_dim(x, group * size, size, axis % x.ndim)
 
-    return _of_finite_heads(finite, found, jax.vjp(op, arrays._replace(reset=None))[1](cotangents)[0])
+        def parts(x: Arrays) -> Arrays:
+            there = {name: getattr(x, name) for name in HEADS}
+            mine = {name: part(a, HEADS[name]) for name, a in there.items() if a is not None}
+            return x._replace(reset=None, **mine)
+
+        def op(mine: Arrays) -> tuple[Array, Array]:
+            return recurrence.recurrent_with_select(*mine._replace(reset=arrays.reset), **options._asdict())
+
+        exact = jax.vjp(op, parts(arrays))[1]((part(d_o, 2), part(d_state, 1)))[0]
+        mine, updated = part(finite, 1), {}
+        for name, axis in HEADS.items():
+            x = getattr(found, name)
+            if x is not None:
+                update = _select(mine, part(x, axis), getattr(exact, name), axis)
+                start = group * update.shape[axis]
+                updated[name] = jax.lax.dynamic_update_slice_in_dim(x, update, start, axis % x.ndim)
+        return found._replace(**updated)
+
+    result: Arrays = jax.lax.fori_loop(0, groups, of_group, found)
+    return result
 
 
 run.defvjp(_forward, _backward)
@@ -104,18 +130,6 @@ def _(exact: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[
 def _finite_heads(x: Array) -> Array:
     """Of which heads all is finite, `[batch, heads]`."""
     return jnp.all(jnp.isfinite(jax.lax.stop_gradient(x)), tuple(range(2, x.ndim)))
-
-
-def _of_finite_heads(finite: Array, found: Arrays, exact: Arrays) -> Arrays:
-    """What was found for the heads that are finite, what is exact for the others."""
-    heads = {"q": 2, "k": -2, "v": -2, "beta": -1, "g": 2, "erase": -2, "initial_state": 1}
-    return found._replace(
-        **{
-            name: _select(finite, getattr(found, name), getattr(exact, name), axis)
-            for name, axis in heads.items()
-            if getattr(found, name) is not None
-        }
-    )
 
 
 def _select(finite: Array, x: Array, exact: Array, axis: int) -> Array:
