@@ -15,6 +15,8 @@ import jax
 from jax import Array
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from delta_jax.ops.precision import varying_like
+
 Axes = tuple[str | None, ...]  # what the axes of an array are: "batch" and "heads" are cut, the others are not
 
 
@@ -102,14 +104,4 @@ def _cut_of(arrays: Sequence[Array | None], axes: Sequence[Axes], mesh: Abstract
 
 def _varying_alike(arrays: Sequence[Array | None]) -> list[Array | None]:
     """The arrays, each marked as varying over every axis of `jax.shard_map` over which one of them varies."""
-
-    def varying(x: Array) -> frozenset[str]:
-        return jax.typeof(x).manual_axis_type.varying
-
-    all_axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
-
-    def mark(x: Array) -> Array:
-        axes = tuple(sorted(all_axes - varying(x)))
-        return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-    return [None if x is None else mark(x) for x in arrays]
+    return [None if x is None else varying_like(x, *arrays) for x in arrays]
