@@ -18,8 +18,12 @@ from benchmarks.tpu_schedule.compiler import schedule  # sets the environment: b
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
-from delta_jax.ops.implementation import XLA, Arrays, Implementation, Options, pallas  # isort: skip
+from delta_jax.ops.arrays import Arrays, Options  # isort: skip
+from delta_jax.ops.containment import Passes  # isort: skip
+from delta_jax.ops.implementations import CHUNKWISE  # isort: skip
+from delta_jax.ops.kernels import passes_of  # isort: skip
 from pallas_kernels import tpu  # isort: skip
+from pallas_kernels.inputs import Inputs  # isort: skip
 from pallas_kernels.tpu import op  # isort: skip
 
 
@@ -54,7 +58,7 @@ EVERYWHERE, ALL_SHAPES = CASES[:4], ("v5e", "v6e")  # the other generations: one
 BY_XLA = {"v6e": ("gate per head",)}  # a minute of compiling
 
 
-def programs(case: Case, implementation: Implementation) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+def programs(case: Case, passes: Passes) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     """The functions of a case with the shapes of their arguments: heads side by side, as a projection leaves them."""
     dtype, batch, heads = jnp.dtype(case.dtype), 1, case.heads
 
@@ -77,13 +81,13 @@ def programs(case: Case, implementation: Implementation) -> dict[str, tuple[Call
         return Arrays(cut(q, case.key), cut(k, case.key), cut(v, case.value), beta, g, None, None, None)
 
     def forward(*x: jax.Array) -> jax.Array:
-        o, _, _ = implementation.forward(arrays(*x), options, False)
+        o, _, _ = passes.forward(arrays(*x), options, False)
         return o.reshape(*o.shape[:2], -1)
 
     def forward_backward(d_o: jax.Array, *x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         given, pull = jax.vjp(arrays, *x)
-        o, state, kept = implementation.forward(given, options, True)
-        cotangents, _ = implementation.backward(given, kept, d_o.reshape(o.shape), jnp.zeros_like(state), options)
+        o, state, kept = passes.forward(given, options, True)
+        cotangents, _ = passes.backward(given, options, kept, d_o.reshape(o.shape), jnp.zeros_like(state))
         return o.reshape(*o.shape[:2], -1), pull(cotangents)
 
     return {"forward": (forward, arguments), "forward_backward": (forward_backward, [values, *arguments])}
@@ -95,7 +99,7 @@ def step_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     def step(
         state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None = None
     ) -> Any:
-        return tpu.delta_rule_step(state, q, k, v, beta, g, k, case.key**-0.5)
+        return tpu.delta_rule_step(state, Inputs(q, k, v, beta, g, k), case.key**-0.5)
 
     def shape(*size: int, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((case.decode_batch, case.heads, *size), kind)
@@ -117,10 +121,10 @@ def main() -> None:
     versions = {name: version(name) for name in ("delta_jax", "jax", "libtpu")}
     say = functools.partial(print, flush=True)
     for case in CASES if generation in ALL_SHAPES else EVERYWHERE:
-        jobs = [("pallas", name, *job) for name, job in programs(case, pallas(tpu)).items()]
+        jobs = [("pallas", name, *job) for name, job in programs(case, passes_of(tpu)).items()]
         jobs.append(("pallas", "step", *step_program(case)))
         if case.name in BY_XLA.get(generation, ()):
-            jobs.append(("xla", "forward", *programs(case, XLA)["forward"]))
+            jobs.append(("xla", "forward", *programs(case, CHUNKWISE)["forward"]))
         for implementation, direction, function, arguments in jobs:
             about = {"generation": generation, "case": asdict(case), "implementation": implementation}
             about |= {"direction": direction, "versions": versions}

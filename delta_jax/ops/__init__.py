@@ -5,10 +5,10 @@ from delta_jax.ops.api import (
     delta_product_step,
     delta_rule,
     delta_rule_step,
-    implementations,
     linear_attention,
     linear_attention_step,
 )
+from delta_jax.ops.implementations import implementations
 from delta_jax.ops.padding import skip_tokens
 from delta_jax.ops.segments import segment_states
 

@@ -1,65 +1,15 @@
-"""The public door of the op: checks the arguments and picks an implementation."""
+"""The public doors of the op: each checks its arguments and hands them to the implementation that runs."""
 
-import functools
-import re
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from delta_jax.ops import containment, recurrence
 from delta_jax.ops.arguments import Arguments, arguments_of, forward_mode_explained, require_chunk_size, with_scale
-from delta_jax.ops.implementation import XLA, Arrays, Options, pallas
+from delta_jax.ops.arrays import Arrays, Options
+from delta_jax.ops.implementations import choose
 from delta_jax.ops.partition import Axes, by_parts
-from delta_jax.ops.precision import accumulator_dtype
-
-_differentiable = jax.jit(containment.run, static_argnums=(0, 1))
-
-
-IMPLEMENTATIONS: dict[str, Callable[[Options, Arrays], tuple[Array, Array]]] = {
-    "recurrent": jax.jit(lambda options, arrays: recurrence.recurrent(*arrays, **options._asdict()), static_argnums=0),
-    "xla": functools.partial(_differentiable, XLA),
-    "pallas": lambda options, arrays: _differentiable(pallas(kernels()), options, arrays),
-}
-
-
-def platform() -> str:
-    """The kind of device that the code being traced is for: that of the current mesh if it names one, else the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def hopper() -> bool:
-    """Whether that device is a GPU of NVIDIA's Hopper generation."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return re.search(r"\bG?H(20|100|200|800)\b", device.device_kind) is not None
-
-
-def kernels() -> ModuleType:
-    """The kernels for the device that the code being traced is for."""
-    if platform() == "gpu":
-        from pallas_kernels import gpu
-
-        return gpu
-    from pallas_kernels import tpu
-
-    return tpu
-
-
-def implementations() -> dict[str, str | None]:
-    """What `implementation=` accepts here: None beside a name that can run, else the sentence that says why it cannot."""
-    return {name: _unavailable(name) for name in IMPLEMENTATIONS}
-
-
-def _unavailable(name: str) -> str | None:
-    if name != "pallas" or platform() == "tpu" or (platform() == "gpu" and hopper()):
-        return None
-    here = "another GPU" if platform() == "gpu" else f"a {platform()}"
-    return f"the Pallas kernels run on TPUs and on Hopper GPUs, and this is {here}"
 
 
 def delta_rule(
@@ -247,35 +197,16 @@ def linear_attention_step(
 def _run_step(
     arguments: Arguments, scale: Any, implementation: str | None, *, erases: bool = True
 ) -> tuple[Array, Array]:
-    implementation = _choose(implementation, arguments.q, arguments.v)
+    chosen = choose(implementation, arguments)
     scale, q = with_scale(scale, arguments.q, arguments.k.shape[-1] ** -0.5)
+    options = Options(scale, None, erases)
 
     def run(*arrays: Any) -> tuple[Array, Array]:
-        q, k, v, beta, g, erase, state = arrays
-        token = Arguments(q, k, v, beta, g, erase, state, None)
-        return _step(token, arguments.v.dtype, scale, implementation, erases)
+        return chosen.step(Arrays._make((*arrays, None)), options)
 
     axes, given = _axes(arguments, step=True), arguments._replace(q=q)
-    return by_parts(run, given[:-1], axes[:-1], (axes.q, axes.initial_state), kernels=implementation == "pallas")
-
-
-def _step(
-    arguments: Arguments, output: jnp.dtype, scale: float, implementation: str, erases: bool
-) -> tuple[Array, Array]:
-    dtype, heads = accumulator_dtype(output), arguments.v.shape[-2]
-    q, k, v, beta, g, erase, state, _ = jax.tree.map(lambda x: x.astype(dtype), arguments)
-    repeat = functools.partial(recurrence.repeat_heads, num_heads=heads)
-    q, k = repeat(q), repeat(k)
-    if erases:
-        erase = k if erase is None else repeat(erase)
-    if implementation == "pallas":
-        for write in recurrence.one_by_one(k, v, beta, erase):  # only the last of these outputs is a token's
-            k_j, v_j, beta_j, erase_j = write
-            o, state = kernels().delta_rule_step(state, q, k_j, v_j, beta_j, g, erase_j, scale)
-            g = None
-    else:
-        o, state = recurrence.step(state, q, k, v, beta, g, erase, scale)
-    return o.astype(output), state
+    results = axes.q, axes.initial_state
+    return by_parts(run, given[:-1], axes[:-1], results, kernels=not chosen.cut_by_compiler)
 
 
 def _run(
@@ -286,11 +217,9 @@ def _run(
     *,
     erases: bool = True,
 ) -> tuple[Array, Array]:
-    implementation = _choose(implementation, arguments.q, arguments.v)
+    chosen = choose(implementation, arguments)
     require_chunk_size(chunk_size)
     scale, q = with_scale(scale, arguments.q, arguments.q.shape[-1] ** -0.5)
-    if implementation == "pallas":  # the others take queries of any precision
-        q = q.astype(arguments.q.dtype)
     options = Options(scale, chunk_size, erases)
 
     def run(*arrays: Any) -> tuple[Array, Array]:
@@ -298,13 +227,12 @@ def _run(
         reset = None
         if segment_ids is not None:
             reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        return IMPLEMENTATIONS[implementation](options, Arrays(*given, reset))  # type: ignore[call-arg]
+        return chosen.run(Arrays._make((*given, reset)), options)
 
-    axes = _axes(arguments)
+    axes, given = _axes(arguments), arguments._replace(q=q)
+    results = axes.q, axes.initial_state
     with forward_mode_explained():
-        return by_parts(
-            run, arguments._replace(q=q), axes, (axes.q, axes.initial_state), kernels=implementation == "pallas"
-        )
+        return by_parts(run, given, axes, results, kernels=not chosen.cut_by_compiler)
 
 
 class _Axes(NamedTuple):
@@ -326,19 +254,3 @@ def _axes(arguments: Arguments, *, step: bool = False) -> _Axes:
     heads = ("heads", None)
     q, written, state = (*time, *heads), (*of_writes, *heads), ("batch", *heads, None)
     return _Axes(q, written, written, written[:-1], q, written, state, time)
-
-
-def _choose(wanted: str | None, q: Array, v: Array) -> str:
-    """The implementation that runs; a ValueError says why one asked for by name cannot."""
-    if wanted not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={wanted!r} cannot run here: the names are {', '.join(IMPLEMENTATIONS)}.")
-    if wanted is not None and wanted != "pallas":
-        return wanted
-    if wanted is None and platform() == "gpu":  # these kernels have not run on a GPU yet: only by name
-        return "xla"
-    reason = _unavailable("pallas")
-    if reason is None:
-        reason = kernels().unsupported(q, v)
-    if reason is not None and wanted == "pallas":
-        raise ValueError(f"implementation='pallas' cannot run here: {reason}.")
-    return "xla" if reason else "pallas"

@@ -19,7 +19,7 @@ from delta_jax.ops.precision import accumulator_dtype, einsum, transposed
 from delta_jax.ops.recurrence import repeat_heads
 
 
-class Inputs(NamedTuple):
+class Sets(NamedTuple):
     """The op's arrays over all tokens, `[batch, time, sets, heads, dim]`; None where a member has none."""
 
     q: Array
@@ -31,8 +31,8 @@ class Inputs(NamedTuple):
     reset: Array | None  # true where a segment starts; not differentiated
 
 
-class Options(NamedTuple):
-    """What the shapes do not say; static."""
+class Blocking(NamedTuple):
+    """How the tokens are cut, and what else the shapes do not say; static."""
 
     scale: float
     chunk: int  # tokens a chunk
@@ -65,23 +65,23 @@ class Pass(NamedTuple):
     reads: list[Array]
 
 
-def prepare(inputs: Inputs, index: Array, options: Options) -> Factors:
+def prepare(inputs: Sets, index: Array, blocking: Blocking) -> Factors:
     """Everything of group `index` that does not depend on the state."""
     heads, dtype = inputs.v.shape[3], accumulator_dtype(inputs.v.dtype)
-    q, k, v = (enter(x, index, options, dtype, heads) for x in (inputs.q, inputs.k, inputs.v))
-    beta = None if inputs.beta is None else enter(inputs.beta, index, options, dtype)
+    q, k, v = (enter(x, index, blocking, dtype, heads) for x in (inputs.q, inputs.k, inputs.v))
+    beta = None if inputs.beta is None else enter(inputs.beta, index, blocking, dtype)
     decay = None
     if inputs.g is not None or inputs.reset is not None:
-        g = jnp.zeros((*q.shape[:-1], 1), dtype) if inputs.g is None else enter(inputs.g, index, options, dtype)
-        reset = None if inputs.reset is None else enter(inputs.reset, index, options, jnp.bool_)[..., 0, :, 0]
+        g = jnp.zeros((*q.shape[:-1], 1), dtype) if inputs.g is None else enter(inputs.g, index, blocking, dtype)
+        reset = None if inputs.reset is None else enter(inputs.reset, index, blocking, jnp.bool_)[..., 0, :, 0]
         decay = chunk_decay(g[..., 0, :, :], reset)
-    rows = options.scale * q
-    if options.erases:
-        erase = k if inputs.erase is None else enter(inputs.erase, index, options, dtype, heads)
+    rows = blocking.scale * q
+    if blocking.erases:
+        erase = k if inputs.erase is None else enter(inputs.erase, index, blocking, dtype, heads)
         rows = jnp.concatenate([erase, rows], -3)
     scores = decayed_scores(rows, k, decay)
     inverse = None
-    if options.erases:
+    if blocking.erases:
         a = scores[..., :-1, :, :, :]
         inverse = _inverse(a if beta is None else beta[..., None] * a)
     reads, writes = rows, k
@@ -104,20 +104,20 @@ def _inverse(a: Array) -> Array:
     return transposed_sets(x).reshape(*a.shape[:-4], writes * chunk, writes * chunk)
 
 
-def carry(factors: Factors, state: Array, options: Options) -> Pass:
+def carry(factors: Factors, state: Array, blocking: Blocking) -> Pass:
     """Carries the state through the chunks of a group."""
     result = Pass(state, [], [], [], [])
     write_keys = transposed(factors.writes)
-    for n in range(options.group):
+    for n in range(blocking.group):
         read = einsum("bhik,bhkv->bhiv", factors.reads[n], state)
-        new = factors.v[n] - read[..., : -options.chunk, :] if options.erases else factors.v[n]
+        new = factors.v[n] - read[..., : -blocking.chunk, :] if blocking.erases else factors.v[n]
         write = new if factors.beta is None else factors.beta[n] * new
         if factors.inverse is not None:
             write = einsum("bhij,bhjv->bhiv", factors.inverse[n], write)
         result.states.append(state)
         result.news.append(new)
         result.writes.append(write)
-        result.reads.append(read[..., -options.chunk :, :])
+        result.reads.append(read[..., -blocking.chunk :, :])
         state = through_chunk(state, factors.decay, n) + einsum("bhkj,bhjv->bhkv", write_keys[n], write)
     return result._replace(end=state)
 
@@ -133,20 +133,20 @@ def through_chunk(state: Array, decay: Decay | None, n: int) -> Array:
     return state if decay is None else jnp.swapaxes(decay.whole[n], -1, -2) * state
 
 
-def visible(options: Options) -> np.ndarray:
+def visible(blocking: Blocking) -> np.ndarray:
     """Which scores `[rows, C, n, C]` count: those with earlier writes for erasing, with all of its token for the query."""
-    row, token, write, other = np.indices((options.writes + 1, options.chunk, options.writes, options.chunk))
+    row, token, write, other = np.indices((blocking.writes + 1, blocking.chunk, blocking.writes, blocking.chunk))
     seen = (token > other) | ((token == other) & (row > write))
-    return seen if options.erases else seen[-1:]
+    return seen if blocking.erases else seen[-1:]
 
 
-def enter(x: Array, index: Array, options: Options, dtype: DTypeLike, heads: int | None = None) -> Array:
+def enter(x: Array, index: Array, blocking: Blocking, dtype: DTypeLike, heads: int | None = None) -> Array:
     """Group `index` of `[batch, time, sets, heads, dim]` as `[group, batch, heads, sets, chunk, dim]`, keys repeated."""
-    tokens = options.group * options.chunk
+    tokens = blocking.group * blocking.chunk
     x = jax.lax.dynamic_slice_in_dim(x, index * tokens, tokens, 1).astype(dtype)
     if heads is not None:
         x = repeat_heads(x, heads)
-    x = x.reshape(x.shape[0], options.group, options.chunk, *x.shape[2:])
+    x = x.reshape(x.shape[0], blocking.group, blocking.chunk, *x.shape[2:])
     return jnp.transpose(x, (1, 0, 4, 3, 2, 5))
 
 

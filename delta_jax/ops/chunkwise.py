@@ -19,17 +19,20 @@ Source: arXiv 2406.06484 section 3.2 and arXiv 2412.06464 section 3.3, for an er
 several writes a token.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
+from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.chunks import (
-    Inputs,
-    Options,
+    Blocking,
+    Factors,
+    Pass,
+    Sets,
     carry,
     enter,
     join,
@@ -50,110 +53,87 @@ WRITES_PER_GROUP = 128
 
 
 def forward(
-    q: Float[Array, "batch time key_heads key"],
-    k: Float[Array, "batch time *writes key_heads key"],
-    v: Float[Array, "batch time *writes heads value"],
-    beta: Float[Array, "batch time *writes heads"] | None,
-    g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None,
-    erase: Float[Array, "batch time *writes erase_heads key"] | None,
-    initial_state: Float[Array, "batch heads key value"] | None,
-    reset: Bool[Array, "batch time"] | None,
-    *,
-    scale: float,
-    chunk_size: int | None,
-    erases: bool,
+    arrays: Arrays, options: Options, keep: bool
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"], Array]:
-    """The chunkwise form over all tokens; arguments as in `delta_jax.ops.recurrence.recurrent`.
+    """The chunkwise form over all tokens.
 
     Returns:
-      The outputs, the final state, and for the backward the states before every group of chunks.
+      The outputs, the final state, and for the backward the states before every group of chunks, which whoever does not
+      keep them need not compute.
     """
-    arrays = Inputs(q, k, v, beta, g, erase, reset)
-    options = _options(arrays, scale, chunk_size, erases)
-    inputs = _in_sets(arrays, options)
-    if initial_state is None:
-        initial_state = jnp.zeros((v.shape[0], v.shape[-2], k.shape[-1], v.shape[-1]), accumulator_dtype(v.dtype))
+    del keep
+    k, v, initial = arrays.k, arrays.v, arrays.initial_state
+    blocking = _blocking(arrays, options)
+    inputs = _in_sets(arrays, blocking)
+    if initial is None:
+        initial = jnp.zeros((v.shape[0], v.shape[-2], k.shape[-1], v.shape[-1]), accumulator_dtype(v.dtype))
 
     def body(state: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-        factors = prepare(inputs, index, options)
-        done = carry(factors, state, options)
+        factors = prepare(inputs, index, blocking)
+        done = carry(factors, state, blocking)
         own = einsum("...ij,...jv->...iv", query_scores(factors), jnp.stack(done.writes))
         o = (jnp.stack(done.reads) + own)[..., None, :, :]
         return done.end, (leave(o)[:, :, 0].astype(v.dtype), state)
 
-    state = varying_like(initial_state.astype(accumulator_dtype(v.dtype)), *inputs)
-    state, (o, states) = jax.lax.scan(body, state, jnp.arange(_groups(inputs, options)))
+    state = varying_like(initial.astype(accumulator_dtype(v.dtype)), *inputs)
+    state, (o, states) = jax.lax.scan(body, state, jnp.arange(_groups(inputs, blocking)))
     return join(o)[:, : v.shape[1]], state, states
 
 
 def backward(
-    q: Float[Array, "batch time key_heads key"],
-    k: Float[Array, "batch time *writes key_heads key"],
-    v: Float[Array, "batch time *writes heads value"],
-    beta: Float[Array, "batch time *writes heads"] | None,
-    g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None,
-    erase: Float[Array, "batch time *writes erase_heads key"] | None,
-    initial_state: Float[Array, "batch heads key value"] | None,
-    reset: Bool[Array, "batch time"] | None,
+    arrays: Arrays,
+    options: Options,
     states: Float[Array, "groups batch heads key value"],
     d_o: Float[Array, "batch time heads value"],
     d_state: Float[Array, "batch heads key value"],
-    *,
-    scale: float,
-    chunk_size: int | None,
-    erases: bool,
-) -> tuple[Any, ...]:
-    """Cotangents of the first six arguments of `forward` and, always, of the initial state, in its results' dtype.
+) -> tuple[Arrays, Float[Array, "batch heads key value"]]:
+    """Cotangents of the arrays but the initial state, and of that one by itself, in its results' dtype.
 
     `states` is what `forward` keeps, `d_o` and `d_state` are the cotangents of its results.
     """
-    del initial_state
-    arrays = Inputs(q, k, v, beta, g, erase, reset)
-    options = _options(arrays, scale, chunk_size, erases)
-    inputs = _in_sets(arrays, options)
-    padding = inputs.v.shape[1] - v.shape[1]
+    blocking, time = _blocking(arrays, options), arrays.v.shape[1]
+    inputs = _in_sets(arrays, blocking)
+    padding = inputs.v.shape[1] - time
     d_o = jnp.pad(d_o, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else d_o
 
-    def body(d_state: Array, group: tuple[Array, Array]) -> tuple[Array, Inputs]:
-        return _group_backward(inputs, *group, d_o, d_state, options)
+    def body(d_state: Array, group: tuple[Array, Array]) -> tuple[Array, Sets]:
+        return _group_backward(inputs, *group, d_o, d_state, blocking)
 
     d_state, d_inputs = jax.lax.scan(body, d_state, (jnp.arange(states.shape[0]), states), reverse=True)
-    *d_arrays, _ = jax.tree.map(
-        lambda d, x: join(d)[:, : v.shape[1]].reshape(x.shape).astype(x.dtype), d_inputs, arrays._replace(reset=None)
-    )
-    return *d_arrays, d_state
+    found = Arrays(*d_inputs[:6], None, None)
+    like = arrays._replace(initial_state=None, reset=None)
+    return jax.tree.map(lambda d, x: join(d)[:, :time].reshape(x.shape).astype(x.dtype), found, like), d_state
 
 
-def _options(arrays: Inputs, scale: float, chunk_size: int | None, erases: bool) -> Options:
+def _blocking(arrays: Arrays, options: Options) -> Blocking:
     """How many tokens a chunk has and how many chunks a group."""
-    q, k = arrays.q, arrays.k
-    writes = k.shape[2] if k.ndim > q.ndim else 1
-    default = DEFAULT_CHUNK if k.shape[-1] > 16 else SMALL_HEADS_CHUNK
-    chunk = chunk_size or power_of_two(max(default // writes, 1))
-    chunks = -(-q.shape[1] // chunk)
+    writes = arrays.writes
+    default = DEFAULT_CHUNK if arrays.k.shape[-1] > 16 else SMALL_HEADS_CHUNK
+    chunk = options.chunk_size or power_of_two(max(default // writes, 1))
+    chunks = -(-arrays.q.shape[1] // chunk)
     group = power_of_two(WRITES_PER_GROUP // (chunk * writes))
     if isinstance(chunks, int):  # else a symbolic dimension of `jax.export`, while a group's chunks are unrolled
         group = -(-chunks // -(-chunks // group))
-    return Options(scale, chunk, group, writes, erases)
+    return Blocking(options.scale, chunk, group, writes, options.erases)
 
 
-def _groups(inputs: Inputs, options: Options) -> int:
-    return inputs.v.shape[1] // (options.chunk * options.group)
+def _groups(inputs: Sets, blocking: Blocking) -> int:
+    return inputs.v.shape[1] // (blocking.chunk * blocking.group)
 
 
-def _in_sets(arrays: Inputs, options: Options) -> Inputs:
+def _in_sets(arrays: Arrays, blocking: Blocking) -> Sets:
     """The op's arrays as `[batch, time, sets, heads, dim]`, their tokens filled up to whole groups."""
-    q, k, v, beta, g, erase, reset = arrays
+    q, k, v, beta, g, erase, _, reset = arrays
     batch, time = q.shape[:2]
-    heads, writes = v.shape[-2], options.writes
-    tokens = options.group * options.chunk
+    heads, writes = v.shape[-2], blocking.writes
+    tokens = blocking.group * blocking.chunk
     padding = -(-time // tokens) * tokens - time  # of a symbolic time too it is clear that whole groups result
 
     def sets(x: Array, *shape: int) -> Array:
         x = x.reshape(batch, time, *shape)
         return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))) if padding else x
 
-    return Inputs(
+    return Sets(
         sets(q, 1, *q.shape[-2:]),
         sets(k, writes, *k.shape[-2:]),
         sets(v, writes, heads, v.shape[-1]),
@@ -170,77 +150,106 @@ def power_of_two(limit: int) -> int:
 
 
 def _group_backward(
-    inputs: Inputs, index: Array, state: Array, d_o: Array, d_state: Array, options: Options
-) -> tuple[Array, Inputs]:
-    """Cotangents of a group's first state and inputs, from those of its outputs and last state; last chunk first."""
-    factors = prepare(inputs, index, options)
-    done = carry(factors, state, options)
+    inputs: Sets, index: Array, state: Array, d_o: Array, d_state: Array, blocking: Blocking
+) -> tuple[Array, Sets]:
+    """Cotangents of a group's first state and inputs, from those of its outputs and last state."""
+    factors = prepare(inputs, index, blocking)
+    done = carry(factors, state, blocking)
+    d_o = enter(d_o[:, :, None], index, blocking, d_state.dtype)[..., 0, :, :]
+    d_state, found = _carry_back(factors, done, d_o, d_state, blocking)
+    d_v, d_beta, d_scores = _writes_backward(factors, done, d_o, found.rights, blocking)
 
-    def parted(x: Array) -> Array:
-        return x.reshape(*x.shape[:-2], -1, options.chunk, x.shape[-1])
-
-    d_o = enter(d_o[:, :, None], index, options, d_state.dtype)[..., 0, :, :]
-    beta, decay, writes = factors.beta, factors.decay, options.writes
-    # With a sign on the erase rows the state's cotangent is one product with [d_new; d_o].
-    signs = np.repeat([-1.0, 1.0], [writes * options.chunk * options.erases, options.chunk])
-    sign = constant(signs[:, None], d_o)
-    read_keys = transposed(factors.reads * sign)
-    inverse = None if factors.inverse is None else transposed(factors.inverse)
-    from_outputs = einsum("...ij,...jv->...iv", transposed(query_scores(factors)), d_o)
-    d_rights, d_reads, d_writes, d_wholes = [], [], [], []
-    for n in reversed(range(options.group)):
-        d_right = from_outputs[n] + einsum("bhjk,bhkv->bhjv", factors.writes[n], d_state)
-        if inverse is not None:
-            d_right = einsum("bhij,bhjv->bhiv", inverse[n], d_right)
-        d_read = d_o[n]
-        if options.erases:
-            d_new = d_right if beta is None else beta[n] * d_right
-            d_read = jnp.concatenate([d_new, d_read], -2)
-        d_rights.append(d_right)
-        d_reads.append(einsum("bhiv,bhkv->bhik", d_read, done.states[n]))
-        d_writes.append(einsum("bhjv,bhkv->bhjk", done.writes[n], d_state))
-        d_wholes.append(jnp.sum(done.states[n] * d_state, -1)[..., None, :])
-        d_state = through_chunk(d_state, decay, n) + einsum("bhki,bhiv->bhkv", read_keys[n], d_read)
-    d_right, d_read, d_write, d_whole = (jnp.stack(x[::-1]) for x in (d_rights, d_reads, d_writes, d_wholes))
-    d_read = (d_read * sign).reshape(factors.rows.shape)
-    d_write = d_write.reshape(factors.k.shape)
-
-    # The writes solve (I + A) R = b B, so d_A = -d_right R^T.
-    d_products = jnp.concatenate([-d_right, d_o], -2) if options.erases else d_o
-    d_products = einsum("...iv,...jv->...ij", d_products, jnp.stack(done.writes))
-    d_scores = masked(visible(options), d_products.reshape(factors.scores.shape))
-    d_v, d_beta = d_right, None
-    if beta is not None:
-        d_v, d_beta = beta * d_right, jnp.sum(d_right * jnp.stack(done.news), -1, keepdims=True)
-        if options.erases:
-            d_a = d_scores[..., :-1, :, :, :]
-            d_beta = d_beta + jnp.sum(d_a * factors.scores[..., :-1, :, :, :], (-2, -1)).reshape(d_beta.shape)
-            d_a = beta.reshape(*d_a.shape[:-2], 1, 1) * d_a
-            d_scores = jnp.concatenate([d_a, d_scores[..., -1:, :, :, :]], -4)
+    decay = factors.decay
     d_rows, d_k, d_g = decayed_scores_backward(d_scores, factors.scores, factors.rows, factors.k, decay)
+    d_read, d_write = found.reads.reshape(factors.rows.shape), found.writes.reshape(factors.k.shape)
     if decay is None:
         d_rows, d_k = d_rows + d_read, d_k + d_write
     else:
         d_rows, d_k = d_rows + d_read * decay.start[..., None, :, :], d_k + d_write * decay.end[..., None, :, :]
     if inputs.g is not None and decay is not None and d_g is not None:
-        terms = [factors.reads * merged(d_read), factors.writes * merged(d_write), decay.whole * d_whole]
+        terms = [factors.reads * merged(d_read), factors.writes * merged(d_write), decay.whole * found.wholes]
         if inputs.g.shape[-1] == 1:
             terms = [jnp.sum(x, -1, keepdims=True) for x in terms]
-        start, end = (jnp.sum(parted(x), -3) for x in terms[:2])
+        start, end = (jnp.sum(_by_set(x, blocking), -3) for x in terms[:2])
         d_g = leave((d_g + boundary_gate_gradient(start, end, terms[2]))[..., None, :, :])
 
     key_heads, d_erase = inputs.k.shape[3], None
-    if options.erases and inputs.erase is None:
+    if blocking.erases and inputs.erase is None:
         d_k = d_k + d_rows[..., :-1, :, :]
     elif inputs.erase is not None:
         d_erase = leave(d_rows[..., :-1, :, :], inputs.erase.shape[3])
-
-    return d_state, Inputs(
-        q=leave(options.scale * d_rows[..., -1:, :, :], key_heads),
+    return d_state, Sets(
+        q=leave(blocking.scale * d_rows[..., -1:, :, :], key_heads),
         k=leave(d_k, key_heads),
-        v=leave(parted(d_v)),
-        beta=None if d_beta is None else leave(parted(d_beta)),
+        v=leave(_by_set(d_v, blocking)),
+        beta=None if d_beta is None else leave(_by_set(d_beta, blocking)),
         g=None if inputs.g is None else d_g,
         erase=d_erase,
         reset=None,
     )
+
+
+class _PassCotangents(NamedTuple):
+    """What the sequential part of the backward finds of every chunk: cotangents of b B and of `Factors` of these names."""
+
+    rights: Array  # [group, batch, heads, n C, V]
+    reads: Array  # [..., rows C, K]
+    writes: Array  # [..., n C, K]
+    wholes: Array  # of the decays over the chunk, [..., 1, K]
+
+
+def _carry_back(
+    factors: Factors, done: Pass, d_o: Array, d_state: Array, blocking: Blocking
+) -> tuple[Array, _PassCotangents]:
+    """The state's cotangent through the chunks of a group, last chunk first."""
+    beta, decay = factors.beta, factors.decay
+    # With a sign on the erase rows the state's cotangent is one product with [d_new; d_o].
+    signs = np.repeat([-1.0, 1.0], [blocking.writes * blocking.chunk * blocking.erases, blocking.chunk])
+    sign = constant(signs[:, None], d_o)
+    read_keys = transposed(factors.reads * sign)
+    inverse = None if factors.inverse is None else transposed(factors.inverse)
+    from_outputs = einsum("...ij,...jv->...iv", transposed(query_scores(factors)), d_o)
+    chunks: list[_PassCotangents] = []
+    for n in reversed(range(blocking.group)):
+        d_right = from_outputs[n] + einsum("bhjk,bhkv->bhjv", factors.writes[n], d_state)
+        if inverse is not None:
+            d_right = einsum("bhij,bhjv->bhiv", inverse[n], d_right)
+        d_read = d_o[n]
+        if blocking.erases:
+            d_new = d_right if beta is None else beta[n] * d_right
+            d_read = jnp.concatenate([d_new, d_read], -2)
+        chunks.append(
+            _PassCotangents(
+                rights=d_right,
+                reads=einsum("bhiv,bhkv->bhik", d_read, done.states[n]),
+                writes=einsum("bhjv,bhkv->bhjk", done.writes[n], d_state),
+                wholes=jnp.sum(done.states[n] * d_state, -1)[..., None, :],
+            )
+        )
+        d_state = through_chunk(d_state, decay, n) + einsum("bhki,bhiv->bhkv", read_keys[n], d_read)
+    found = jax.tree.map(lambda *x: jnp.stack(x), *chunks[::-1])
+    return d_state, found._replace(reads=found.reads * sign)
+
+
+def _writes_backward(
+    factors: Factors, done: Pass, d_o: Array, d_right: Array, blocking: Blocking
+) -> tuple[Array, Array | None, Array]:
+    """Cotangents of the values, the step sizes and the scores; the writes solve (I + A) R = b B, so d_A = -d_right R^T."""
+    beta = factors.beta
+    d_products = jnp.concatenate([-d_right, d_o], -2) if blocking.erases else d_o
+    d_products = einsum("...iv,...jv->...ij", d_products, jnp.stack(done.writes))
+    d_scores = masked(visible(blocking), d_products.reshape(factors.scores.shape))
+    if beta is None:
+        return d_right, None, d_scores
+    d_v, d_beta = beta * d_right, jnp.sum(d_right * jnp.stack(done.news), -1, keepdims=True)
+    if blocking.erases:
+        d_a = d_scores[..., :-1, :, :, :]
+        d_beta = d_beta + jnp.sum(d_a * factors.scores[..., :-1, :, :, :], (-2, -1)).reshape(d_beta.shape)
+        d_a = beta.reshape(*d_a.shape[:-2], 1, 1) * d_a
+        d_scores = jnp.concatenate([d_a, d_scores[..., -1:, :, :, :]], -4)
+    return d_v, d_beta, d_scores
+
+
+def _by_set(x: Array, blocking: Blocking) -> Array:
+    """Rows of all sets, `[..., sets C, dim]`, as `[..., sets, C, dim]`."""
+    return x.reshape(*x.shape[:-2], -1, blocking.chunk, x.shape[-1])

@@ -12,7 +12,7 @@ This is also the one place where the op is differentiated: implementations give 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +20,46 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from delta_jax.ops import recurrence
-from delta_jax.ops.implementation import Arrays, Implementation, Options
+from delta_jax.ops.arrays import Arrays, Options
 
 # The axis of heads of every array but `reset`.
 HEADS = {"q": 2, "k": -2, "v": -2, "beta": -1, "g": 2, "erase": -2, "initial_state": 1}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run(implementation: Implementation, options: Options, arrays: Arrays) -> tuple[Array, Array]:
+class Passes(NamedTuple):
+    """The op one way, and its gradient.
+
+    Attributes:
+      forward: of arrays, options and whether anything is kept for `backward`: the outputs, the final state, what is kept.
+      backward: of arrays, options, what was kept and the cotangents of both results: the cotangents of the arrays, and by
+        itself, in the dtype of states, that of the initial state, which is zero where none is given.
+    """
+
+    forward: Callable[[Arrays, Options, bool], tuple[Array, Array, Any]]
+    backward: Callable[[Arrays, Options, Any, Array, Array], tuple[Arrays, Array]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
+def _run(passes: Passes, arrays: Arrays, options: Options) -> tuple[Array, Array]:
     """Outputs and final state; differentiable in reverse mode."""
-    o, state, _ = implementation.forward(arrays, options, False)
+    o, state, _ = passes.forward(arrays, options, False)
     return _outputs(arrays, options, o, state, _finite_heads(state))
 
 
-def _forward(
-    implementation: Implementation, options: Options, arrays: Arrays
-) -> tuple[tuple[Array, Array], tuple[Arrays, Any, Array]]:
-    o, state, kept = implementation.forward(arrays, options, True)
+def _forward(passes: Passes, arrays: Arrays, options: Options) -> tuple[tuple[Array, Array], tuple[Arrays, Any, Array]]:
+    o, state, kept = passes.forward(arrays, options, True)
     finite = _finite_heads(state)
     return _outputs(arrays, options, o, state, finite), (arrays, checkpoint_name(kept, "delta_rule_states"), finite)
 
 
 def _backward(
-    implementation: Implementation,
+    passes: Passes,
     options: Options,
     residuals: tuple[Arrays, Any, Array],
     cotangents: tuple[Array, Array],
 ) -> tuple[Arrays]:
     arrays, kept, finite = residuals
-    found, d_initial = implementation.backward(arrays, kept, *cotangents, options)
+    found, d_initial = passes.backward(arrays, options, kept, *cotangents)
     if arrays.initial_state is not None:
         found = found._replace(initial_state=d_initial.astype(arrays.initial_state.dtype))
     finite = finite & _finite_heads(d_initial)
@@ -77,7 +88,7 @@ def _exact_cotangents(
             return x._replace(reset=None, **mine)
 
         def op(mine: Arrays) -> tuple[Array, Array]:
-            return recurrence.recurrent_with_select(*mine._replace(reset=arrays.reset), **options._asdict())
+            return recurrence.recurrent_with_select(mine._replace(reset=arrays.reset), options)
 
         exact = jax.vjp(op, parts(arrays))[1]((part(d_o, 2), part(d_state, 1)))[0]
         mine, updated = part(finite, 1), {}
@@ -93,7 +104,8 @@ def _exact_cotangents(
     return result
 
 
-run.defvjp(_forward, _backward)
+_run.defvjp(_forward, _backward)
+run = jax.jit(_run, static_argnums=(0, 2))
 
 
 def _outputs(arrays: Arrays, options: Options, o: Array, state: Array, finite: Array) -> tuple[Array, Array]:
@@ -101,7 +113,7 @@ def _outputs(arrays: Arrays, options: Options, o: Array, state: Array, finite: A
 
 
 def _exact_outputs(options: Options, finite: Array, found: tuple[Array, Array], arrays: Arrays) -> tuple[Array, Array]:
-    o, state = recurrence.recurrent(*arrays, **options._asdict())
+    o, state = recurrence.recurrent(arrays, options)
     return _select(finite, found[0], o, 2), _select(finite, found[1], state, 1)
 
 

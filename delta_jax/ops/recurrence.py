@@ -18,39 +18,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
+from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.precision import accumulator_dtype, einsum, varying_like
 
 
+class Token(NamedTuple):
+    """The arrays of one token, or of all with time first; keys are repeated for every value head."""
+
+    q: Float[Array, "batch heads key"]
+    k: Float[Array, "batch *writes heads key"]
+    v: Float[Array, "batch *writes heads value"]
+    beta: Float[Array, "batch *writes heads"] | None
+    g: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None
+    erase: Float[Array, "batch *writes heads key"] | None  # None erases nothing
+
+    def write_by_write(self) -> Iterator["Token"]:
+        """The token as its writes one after the other: the first has the gate, the last output is the token's."""
+        if self.k.ndim == 3:
+            yield self
+            return
+        for j in range(self.k.shape[1]):
+            written = self.k, self.v, self.beta, self.erase
+            k, v, beta, erase = jax.tree.map(lambda x, j=j: x[:, j], written)
+            yield Token(self.q, k, v, beta, self.g if j == 0 else None, erase)
+
+
 def step(
-    state: Float[Array, "batch heads key value"],
-    q: Float[Array, "batch heads key"],
-    k: Float[Array, "batch *writes heads key"],
-    v: Float[Array, "batch *writes heads value"],
-    beta: Float[Array, "batch *writes heads"] | None,
-    g: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None,
-    erase: Float[Array, "batch *writes heads key"] | None,
-    scale: float,
+    state: Float[Array, "batch heads key value"], token: Token, scale: float
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
-    """One token. Every argument has the state's dtype and as many heads; `erase=None` erases nothing."""
-    if g is not None:
-        state = state * jnp.exp(g if g.ndim == 3 else g[..., None])[..., None]
-    for k_j, v_j, beta_j, erase_j in one_by_one(k, v, beta, erase):
-        write = v_j if erase_j is None else v_j - einsum("bhk,bhkv->bhv", erase_j, state)
-        if beta_j is not None:
-            write = beta_j[..., None] * write
-        state = state + k_j[..., None] * write[..., None, :]
-    return scale * einsum("bhk,bhkv->bhv", q, state), state
-
-
-def one_by_one(k: Array, *others: Array | None) -> Iterator[tuple[Any, ...]]:
-    """The writes of a token one after the other, whether or not its keys `[batch, *writes, heads, key]` have that axis."""
-    if k.ndim == 3:
-        yield k, *others
-    else:
-        for j in range(k.shape[1]):
-            yield tuple(None if x is None else x[:, j] for x in (k, *others))
+    """One token. Every array has the state's dtype and as many heads."""
+    for write in token.write_by_write():
+        if write.g is not None:
+            state = state * jnp.exp(write.g if write.g.ndim == 3 else write.g[..., None])[..., None]
+        new = write.v if write.erase is None else write.v - einsum("bhk,bhkv->bhv", write.erase, state)
+        if write.beta is not None:
+            new = write.beta[..., None] * new
+        state = state + write.k[..., None] * new[..., None, :]
+    return scale * einsum("bhk,bhkv->bhv", token.q, state), state
 
 
 def repeat_heads(x: Float[Array, "*shape heads dim"], num_heads: int) -> Float[Array, "*shape {num_heads} dim"]:
@@ -58,55 +64,42 @@ def repeat_heads(x: Float[Array, "*shape heads dim"], num_heads: int) -> Float[A
     return x if x.shape[-2] == num_heads else jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
 
 
-def recurrent(
-    q: Float[Array, "batch time key_heads key"],
-    k: Float[Array, "batch time *writes key_heads key"],
-    v: Float[Array, "batch time *writes heads value"],
-    beta: Float[Array, "batch time *writes heads"] | None,
-    g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None,
-    erase: Float[Array, "batch time *writes erase_heads key"] | None,
-    initial_state: Float[Array, "batch heads key value"] | None,
-    reset: Bool[Array, "batch time"] | None,
-    *,
-    scale: float,
-    chunk_size: int | None,
-    erases: bool,
-) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
-    """The recurrence over all tokens; arguments as checked by `delta_jax.ops.api`, `reset` true where a segment starts.
+def token_of(arrays: Arrays, options: Options) -> Token:
+    """The arrays, of one token or all, with keys for every value head."""
+    repeat = functools.partial(repeat_heads, num_heads=arrays.v.shape[-2])
+    k, erase = repeat(arrays.k), None
+    if options.erases:
+        erase = k if arrays.erase is None else repeat(arrays.erase)
+    return Token(repeat(arrays.q), k, arrays.v, arrays.beta, arrays.g, erase)
 
-    The writes of a token have an axis of their own where there are several. `erase=None` erases with `k`; with `erases`
-    false nothing is erased. `chunk_size` plays no part.
-    """
-    del chunk_size
-    tokens, state = _by_token(q, k, v, beta, g, erase, initial_state, reset, erases)
-    state, o = jax.lax.scan(functools.partial(_token, scale), state, tokens)
+
+def one_token(arrays: Arrays, options: Options) -> tuple[Array, Array]:
+    """The output of a token in the dtype of its value, and the state after it."""
+    dtype = accumulator_dtype(arrays.v.dtype)
+    token, state = jax.tree.map(lambda x: x.astype(dtype), (token_of(arrays, options), arrays.initial_state))
+    o, state = step(state, token, options.scale)
+    return o.astype(arrays.v.dtype), state
+
+
+def recurrent(
+    arrays: Arrays, options: Options
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
+    """The recurrence over all tokens. `chunk_size` plays no part."""
+    tokens, state = _by_token(arrays, options)
+    state, o = jax.lax.scan(functools.partial(_token, options.scale), state, tokens)
     return jnp.moveaxis(o, 0, 1), state
 
 
-def recurrent_with_select(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-    initial_state: Array | None,
-    reset: Array | None,
-    *,
-    scale: float,
-    chunk_size: int | None,
-    erases: bool,
-) -> tuple[Array, Array]:
+def recurrent_with_select(arrays: Arrays, options: Options) -> tuple[Array, Array]:
     """`recurrent` for a gradient in reverse mode that gets past NaN and infinity.
 
     The gradient of a token is zero where nothing of it counts, even if the token or the state before it is not finite,
     so a loss over what comes before has its gradient. Memory grows with the cube root of time: states are computed again.
     """
-    del chunk_size
-    tokens, state = _by_token(q, k, v, beta, g, erase, initial_state, reset, erases)
-    time = q.shape[1]
+    tokens, state = _by_token(arrays, options)
+    time, token = arrays.q.shape[1], functools.partial(_selecting_token, options.scale)
     if not isinstance(time, int):  # a symbolic dimension of `jax.export`
-        state, o = jax.lax.scan(functools.partial(_selecting_token, scale), state, tokens)
+        state, o = jax.lax.scan(token, state, tokens)
         return jnp.moveaxis(o, 0, 1), state
     outer = math.ceil(time ** (1 / 3))
     middle = math.ceil((time / outer) ** 0.5)
@@ -117,68 +110,48 @@ def recurrent_with_select(
         x = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
         return x.reshape(outer, middle, inner, *x.shape[1:])
 
-    scan = functools.partial(jax.lax.scan, functools.partial(_selecting_token, scale))
+    scan = functools.partial(jax.lax.scan, token)
     for _ in range(2):
         scan = functools.partial(jax.lax.scan, jax.checkpoint(scan, prevent_cse=False))
     state, o = scan(state, jax.tree.map(parts, tokens))
     return jnp.moveaxis(o.reshape(-1, *o.shape[3:])[:time], 0, 1), state
 
 
-class Tokens(NamedTuple):
-    """The arrays of one token, or of all with time first, keys repeated for every value head."""
-
-    q: Array
-    k: Array
-    v: Array
-    beta: Array | None
-    g: Array | None
-    erase: Array | None
-    reset: Array | None
+# A token and whether a segment starts with it.
+_Placed = tuple[Token, Array | None]
 
 
-def _by_token(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-    initial_state: Array | None,
-    reset: Array | None,
-    erases: bool,
-) -> tuple[Tokens, Array]:
+def _by_token(arrays: Arrays, options: Options) -> tuple[_Placed, Array]:
     """All tokens, and the state before the first."""
-    batch, (heads, value_dim) = v.shape[0], v.shape[-2:]
-    dtype = accumulator_dtype(v.dtype)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, k.shape[-1], value_dim), dtype)
-    q, k = repeat_heads(q, heads), repeat_heads(k, heads)
-    if erases:
-        erase = k if erase is None else repeat_heads(erase, heads)
-    state = varying_like(initial_state.astype(dtype), q, k, v, beta, g, erase, reset)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), Tokens(q, k, v, beta, g, erase, reset)), state
+    dtype, state = accumulator_dtype(arrays.v.dtype), arrays.initial_state
+    if state is None:
+        batch, (heads, value) = arrays.v.shape[0], arrays.v.shape[-2:]
+        state = jnp.zeros((batch, heads, arrays.k.shape[-1], value), dtype)
+    state = varying_like(state.astype(dtype), *arrays._replace(initial_state=None))
+    tokens = token_of(arrays, options), arrays.reset
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens), state
 
 
-def _token(scale: float, state: Array, token: Tokens) -> tuple[Array, Array]:
-    if token.reset is not None:
-        state = jnp.where(token.reset[:, None, None, None], 0, state)
-    q, k, v, beta, g, erase, _ = jax.tree.map(lambda x: x.astype(state.dtype), token._replace(reset=None))
-    o, state = step(state, q, k, v, beta, g, erase, scale)
+def _token(scale: float, state: Array, placed: _Placed) -> tuple[Array, Array]:
+    token, reset = placed
+    if reset is not None:
+        state = jnp.where(reset[:, None, None, None], 0, state)
+    o, state = step(state, jax.tree.map(lambda x: x.astype(state.dtype), token), scale)
     return state, o.astype(token.v.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _selecting_token(scale: float, state: Array, token: Tokens) -> tuple[Array, Array]:
-    return _token(scale, state, token)
+def _selecting_token(scale: float, state: Array, placed: _Placed) -> tuple[Array, Array]:
+    return _token(scale, state, placed)
 
 
-def _token_forward(scale: float, state: Array, token: Tokens) -> tuple[tuple[Array, Array], tuple[Array, Tokens]]:
-    return _token(scale, state, token), (state, token)
+def _token_forward(scale: float, state: Array, placed: _Placed) -> tuple[tuple[Array, Array], tuple[Array, _Placed]]:
+    return _token(scale, state, placed), (state, placed)
 
 
 def _token_backward(
-    scale: float, residuals: tuple[Array, Tokens], cotangents: tuple[Array, Array]
-) -> tuple[Array, Tokens]:
+    scale: float, residuals: tuple[Array, _Placed], cotangents: tuple[Array, Array]
+) -> tuple[Array, tuple[Token, None]]:
     d_state, d_o = cotangents
     counts = jnp.any(d_state != 0, (-2, -1)) | jnp.any(d_o != 0, -1)
 
@@ -190,14 +163,12 @@ def _token_backward(
         mask = counts.reshape(counts.shape[0], *(1,) * writes, counts.shape[1], *(1,) * after_heads)
         return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
-    state, (q, k, v, beta, g, erase, reset) = residuals
-    of_gate = 0 if g is None else g.ndim - 2
-    given = Tokens(
-        select(q, 1), select(k, 1), select(v, 1), select(beta, 0), select(g, of_gate), select(erase, 1), None
-    )
-    _, pull = jax.vjp(lambda state, x: _token(scale, state, x._replace(reset=reset)), select(state, 2), given)
+    state, (token, reset) = residuals
+    of_gate = 0 if token.g is None else token.g.ndim - 2
+    given = Token(*(select(x, axes) for x, axes in zip(token, (1, 1, 1, 0, of_gate, 1), strict=True)))
+    _, pull = jax.vjp(lambda state, token: _token(scale, state, (token, reset)), select(state, 2), given)
     d_state, d_token = pull(cotangents)
-    return d_state, d_token
+    return d_state, (d_token, None)
 
 
 _selecting_token.defvjp(_token_forward, _token_backward)

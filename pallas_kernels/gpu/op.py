@@ -21,12 +21,7 @@ from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffi
 
 
 def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
+    arrays: Inputs,
     initial_state: Array | None,
     reset: Array | None,
     *,
@@ -36,11 +31,12 @@ def forward(
 ) -> tuple[Array, Array, None]:
     """Outputs over all tokens, `[batch, time, heads, value]`, and final states, `[batch, heads, key, value]`.
 
-    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Nothing is
+    The arrays are those of the op with one write a token, `erase=None` erases with `k` unless `erases` is false, `reset`
+    `[batch, time]` is true where a segment starts; `plan.unsupported` tells what the kernels cannot take. Nothing is
     kept for `backward`, whatever `keep` says.
     """
     del keep
-    inputs = _inputs(Inputs(q, k, v, beta, g, erase), reset)
+    inputs = _inputs(arrays, reset)
 
     def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array]:
         plan = plan_of(inputs, scale, erases)
@@ -51,16 +47,11 @@ def forward(
         return results.o, results.state[:, :, -1]
 
     o, state = joins_batch(run)(inputs, initial_state)
-    return o[:, : v.shape[1]], state, None
+    return o[:, : arrays.v.shape[1]], state, None
 
 
 def backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
+    arrays: Inputs,
     initial_state: Array | None,
     reset: Array | None,
     kept: None,
@@ -69,18 +60,18 @@ def backward(
     *,
     scale: float,
     erases: bool,
-) -> tuple[Array | None, ...]:
-    """Cotangents of the first six arguments of `forward`, and always, in float32, of the initial state.
+) -> tuple[Inputs, Array]:
+    """Cotangents of the arrays of `forward`, and always, in float32, of the initial state.
 
     They follow from the cotangents of its results. Once: this has no gradient itself.
     """
     del kept
-    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), Inputs(q, k, v, beta, g, erase))
-    d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - v.shape[1]), (0, 0), (0, 0)))
+    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), arrays)
+    d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - arrays.v.shape[1]), (0, 0), (0, 0)))
     find = joins_batch(functools.partial(_cotangents, scale, erases))
     d_inputs, d_state = find(inputs, initial_state, d_o, d_state)
     (d_arrays,) = pull(d_inputs)
-    return *d_arrays, d_state
+    return d_arrays, d_state
 
 
 def _inputs(arrays: Inputs, reset: Array | None) -> Inputs:

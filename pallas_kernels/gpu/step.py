@@ -36,6 +36,7 @@ from pallas_kernels.gpu.warpgroup import (
     stored,
     vectors,
 )
+from pallas_kernels.inputs import Inputs
 
 
 class Token(NamedTuple):
@@ -52,33 +53,16 @@ class Scratch(NamedTuple):
     full: Ref
 
 
-def delta_rule_step(
-    state: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-    scale: float,
-) -> tuple[Array, Array]:
-    """The step of `delta_jax.ops.recurrence.step` in float32: `state` `[batch, heads, key, value]`, a key for every head.
+def delta_rule_step(state: Array, token: Inputs, scale: float) -> tuple[Array, Array]:
+    """One token in float32: `state` `[batch, heads, key, value]`, arrays `[batch, heads, ...]`, a key for every head.
 
     Returns the output `[batch, heads, value]` in float32 and the new state. `erase=None` erases nothing.
     """
-    return joins_batch(functools.partial(_step, scale))(state, q, k, v, beta, g, erase)
+    return joins_batch(functools.partial(_step, scale))(state, token)
 
 
-def _step(
-    scale: float,
-    state: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-) -> tuple[Array, Array]:
+def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
+    q, k, v, beta, g, erase = token
     batch, heads, key, value = state.shape
     block, f32 = 32 if key == 256 else BLOCK, jnp.float32
     keys = [scale * q.astype(f32), k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)]

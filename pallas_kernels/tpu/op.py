@@ -20,12 +20,7 @@ from pallas_kernels.tpu.tile import Tokens
 
 
 def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
+    arrays: Inputs,
     initial_state: Array | None,
     reset: Array | None,
     *,
@@ -35,10 +30,11 @@ def forward(
 ) -> tuple[Array, Array, Kept | None]:
     """Outputs over all tokens, `[batch, time, heads, value]`, final states, `[batch, heads, key, value]`, and what is kept.
 
-    Arguments as in `delta_jax.ops.recurrence.recurrent`; `plan.unsupported` tells what the kernels cannot take. Without
+    The arrays are those of the op with one write a token, `erase=None` erases with `k` unless `erases` is false, `reset`
+    `[batch, time]` is true where a segment starts; `plan.unsupported` tells what the kernels cannot take. Without
     `keep` nothing is kept for `backward`.
     """
-    inputs = _inputs(Inputs(q, k, v, beta, g, erase), reset)
+    inputs = _inputs(arrays, reset)
 
     def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         plan = plan_of(inputs, scale, erases, forward_bytes)
@@ -47,16 +43,11 @@ def forward(
         return o.reshape(inputs.v.shape), state, kept
 
     o, state, kept = joins_batch(run)(inputs, initial_state)
-    return o[:, : v.shape[1]], state, kept
+    return o[:, : arrays.v.shape[1]], state, kept
 
 
 def backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
+    arrays: Inputs,
     initial_state: Array | None,
     reset: Array | None,
     kept: Kept,
@@ -65,17 +56,17 @@ def backward(
     *,
     scale: float,
     erases: bool,
-) -> tuple[Array | None, ...]:
-    """Cotangents of the first six arguments of `forward`, and always, in float32, of the initial state.
+) -> tuple[Inputs, Array]:
+    """Cotangents of the arrays of `forward`, and always, in float32, of the initial state.
 
     They follow from what `forward` kept, and the cotangents of its results. Once: this has no gradient itself.
     """
     del initial_state
-    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), Inputs(q, k, v, beta, g, erase))
-    d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - v.shape[1]), (0, 0), (0, 0)))
+    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), arrays)
+    d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - arrays.v.shape[1]), (0, 0), (0, 0)))
     d_inputs, d_state = joins_batch(functools.partial(_cotangents, scale, erases))(inputs, kept, d_o, d_state)
     (d_arrays,) = pull(d_inputs)
-    return *d_arrays, d_state
+    return d_arrays, d_state
 
 
 def _inputs(arrays: Inputs, reset: Array | None) -> Inputs:

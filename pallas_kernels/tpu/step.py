@@ -9,37 +9,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.batching import joins_batch
+from pallas_kernels.inputs import Inputs
 from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, vmem_bytes
 from pallas_kernels.tpu.products import TILE, column, transposed
 
 
-def delta_rule_step(
-    state: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-    scale: float,
-) -> tuple[Array, Array]:
-    """The step of `delta_jax.ops.recurrence.step` in float32: `state` `[batch, heads, key, value]`, a key for every head.
+def delta_rule_step(state: Array, token: Inputs, scale: float) -> tuple[Array, Array]:
+    """One token in float32: `state` `[batch, heads, key, value]`, arrays `[batch, heads, ...]`, a key for every head.
 
     Returns the output `[batch, heads, value]` in float32 and the new state. `erase=None` erases nothing.
     """
-    return joins_batch(functools.partial(_step, scale))(state, q, k, v, beta, g, erase)
+    return joins_batch(functools.partial(_step, scale))(state, token)
 
 
-def _step(
-    scale: float,
-    state: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    g: Array | None,
-    erase: Array | None,
-) -> tuple[Array, Array]:
+def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
+    q, k, v, beta, g, erase = token
     batch, heads, key, value = state.shape
     counts = head_counts(heads, heads, key, value)
     here = max((n for n in counts if n <= MAX_HEADS), default=counts[0])

@@ -18,7 +18,7 @@ from delta_jax import (
     linear_attention,
     linear_attention_step,
 )
-from delta_jax.ops import api
+from delta_jax.ops import device
 
 BATCH, TIME, KEY_HEADS, HEADS, KEY, VALUE = 2, 83, 2, 4, 16, 24
 # The kernels take head sizes that fill registers, and tiles of 128 tokens.
@@ -178,7 +178,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 def interpreted() -> Iterator[None]:
     """TPU kernels run in interpretation on the CPU: memory nobody wrote holds NaN, and a race is an error."""
     parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with mock.patch.object(api, "platform", return_value="tpu"), pltpu.force_tpu_interpret_mode(parameters):
+    with mock.patch.object(device, "platform", return_value="tpu"), pltpu.force_tpu_interpret_mode(parameters):
         yield
 
 

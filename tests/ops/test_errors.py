@@ -64,7 +64,7 @@ BAD = {
     },
     "scale must be a number or an array of no axes, got shape () and dtype bool": {"scale": jnp.ones((), bool)},
     "scale must be a finite number, got nan": {"scale": float("nan")},
-    "implementation='pallas' cannot run here: the Pallas kernels run on TPUs and on Hopper GPUs, and this is a cpu": {
+    "implementation='pallas' cannot run here: the Pallas kernels of mosaic_tpu run on TPUs, and this is a cpu; the Pallas kernels of mosaic_gpu run on Hopper": {
         "implementation": "pallas"
     },
     "implementation='fast' cannot run here: the names are": {"implementation": "fast"},

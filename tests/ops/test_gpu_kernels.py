@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from members import MEMBERS, beyond_rounding, evaluate, op_of, problem, relative_error, step_of
 
 from delta_jax import delta_rule
-from delta_jax.ops import api, implementations
+from delta_jax.ops import device, implementations
 from pallas_kernels.gpu import plan, warpgroup
 
 SIZES = {"time": 100, "shape": (1, 1, 1, 64, 64)}
@@ -25,8 +25,8 @@ some_members = pytest.mark.parametrize("member", ["gated_delta_net", "gated_delt
 def interpreted() -> Iterator[None]:
     """The kernels of a Hopper GPU run in interpretation on the CPU."""
     with (
-        mock.patch.object(api, "platform", return_value="gpu"),
-        mock.patch.object(api, "hopper", return_value=True),
+        mock.patch.object(device, "platform", return_value="gpu"),
+        mock.patch.object(device, "hopper", return_value=True),
         mock.patch.object(warpgroup, "INTERPRET", plgpu.InterpretGPUParams()),
     ):
         yield
@@ -182,6 +182,6 @@ def test_what_they_refuse():
             delta_rule(*arguments, implementation="pallas")
         assert delta_rule(*arguments)[0].shape == arguments[2].shape  # the automatic choice finds another way
     assert implementations()["pallas"] is None
-    with mock.patch.object(api, "hopper", return_value=False):
+    with mock.patch.object(device, "hopper", return_value=False):
         assert "this is another GPU" in implementations()["pallas"]
         assert delta_rule(q, q, q)[0].shape == q.shape

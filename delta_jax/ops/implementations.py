@@ -1,0 +1,139 @@
+"""The ways of computing the op, one record each, and which of them a call takes.
+
+A new one is a package of kernels, a record in `IMPLEMENTATIONS`, and a line in `delta_jax.testing.TRIALS`, by which the
+contract suite holds it to the definition.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import Array
+
+from delta_jax.ops import chunkwise, containment, device, recurrence
+from delta_jax.ops.arguments import Arguments
+from delta_jax.ops.arrays import Arrays, Options
+from delta_jax.ops.kernels import Kernels, passes_of, step_of
+
+
+class Implementation(NamedTuple):
+    """One way of computing the op.
+
+    Attributes:
+      name: what `implementation=` calls it.
+      unavailable: the sentence that says why it cannot run on the device that is traced for, or None.
+      unsupported: the sentence that says why it does not take these arguments, or None.
+      run: outputs and final state of a sequence, differentiable.
+      step: output and state of one token.
+      automatic: whether it may run where none is asked for.
+      cut_by_compiler: whether XLA can cut it over a mesh by itself.
+      group: another name by which it is asked for, which it shares with others.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[[Arguments], str | None]
+    run: Callable[[Arrays, Options], tuple[Array, Array]]
+    step: Callable[[Arrays, Options], tuple[Array, Array]]
+    automatic: bool
+    cut_by_compiler: bool
+    group: str | None = None
+
+
+def mosaic_tpu() -> Kernels:
+    """The kernels for TPUs, imported when they are first needed."""
+    from pallas_kernels import tpu
+
+    return tpu
+
+
+def mosaic_gpu() -> Kernels:
+    """The kernels for Hopper GPUs, imported when they are first needed."""
+    from pallas_kernels import gpu
+
+    return gpu
+
+
+def _of_kernels(
+    name: str, kernels: Callable[[], Kernels], devices: str, here: Callable[[], bool], *, automatic: bool
+) -> Implementation:
+    """The record of a package of Pallas kernels for some devices."""
+
+    def unavailable() -> str | None:
+        this = "another GPU" if device.platform() == "gpu" else f"a {device.platform()}"
+        return None if here() else f"the Pallas kernels of {name} run on {devices}, and this is {this}"
+
+    return Implementation(
+        name=name,
+        unavailable=unavailable,
+        unsupported=lambda given: kernels().unsupported(given.q, given.v),
+        run=lambda arrays, options: containment.run(passes_of(kernels()), arrays, options),
+        step=lambda arrays, options: step_of(kernels(), arrays, options),
+        automatic=automatic,
+        cut_by_compiler=False,
+        group="pallas",
+    )
+
+
+def _of_xla(name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *, automatic: bool) -> Implementation:
+    return Implementation(
+        name=name,
+        unavailable=lambda: None,
+        unsupported=lambda given: None,
+        run=run,
+        step=recurrence.one_token,
+        automatic=automatic,
+        cut_by_compiler=True,
+    )
+
+
+CHUNKWISE = containment.Passes(chunkwise.forward, chunkwise.backward)
+
+# The automatic choice is the first that may be and can run.
+IMPLEMENTATIONS = (
+    _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", automatic=True),
+    _of_kernels(
+        "mosaic_gpu", mosaic_gpu, "Hopper GPUs", device.hopper, automatic=False
+    ),  # they have not run on a GPU yet
+    _of_xla("xla", functools.partial(containment.run, CHUNKWISE), automatic=True),
+    _of_xla("recurrent", jax.jit(recurrence.recurrent, static_argnums=1), automatic=False),
+)
+
+
+def implementations() -> dict[str, str | None]:
+    """What `implementation=` accepts here: None beside a name that can run, else the sentence that says why it cannot."""
+    return {name: _why_not(_called(name), None) for name in _names()}
+
+
+def choose(wanted: str | None, given: Arguments) -> Implementation:
+    """The implementation that runs.
+
+    Raises:
+      ValueError: one that is asked for by name cannot; the sentence says why.
+    """
+    candidates = [one for one in IMPLEMENTATIONS if one.automatic] if wanted is None else _called(wanted)
+    if not candidates:
+        raise ValueError(f"implementation={wanted!r} cannot run here: the names are {', '.join(_names())}.")
+    for one in candidates:
+        if _why_not([one], given) is None:
+            return one
+    raise ValueError(f"implementation={wanted!r} cannot run here: {_why_not(candidates, given)}.")
+
+
+def _names() -> list[str]:
+    groups = {one.group for one in IMPLEMENTATIONS if one.group is not None}
+    return [one.name for one in reversed(IMPLEMENTATIONS)] + sorted(groups)
+
+
+def _called(name: str) -> list[Implementation]:
+    return [one for one in IMPLEMENTATIONS if name in (one.name, one.group)]
+
+
+def _why_not(candidates: list[Implementation], given: Arguments | None) -> str | None:
+    """Why none of some implementations can run here, with these arguments if there are such; None if one can."""
+    reasons = [one.unavailable() for one in candidates]
+    here = [one for one, reason in zip(candidates, reasons, strict=True) if reason is None]
+    if here:
+        reasons = [None if given is None else one.unsupported(given) for one in here]
+    return None if None in reasons else "; ".join(filter(None, reasons))

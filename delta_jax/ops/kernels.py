@@ -1,0 +1,112 @@
+"""A package of kernels as an implementation of the op: tokens of several writes, and what is cast."""
+
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from delta_jax.ops.arrays import Arrays, Options
+from delta_jax.ops.containment import Passes
+from delta_jax.ops.precision import accumulator_dtype
+from delta_jax.ops.recurrence import token_of
+from pallas_kernels.inputs import Inputs
+
+
+class Kernels(Protocol):
+    """What a package of kernels offers; `pallas_kernels.tpu` documents every function."""
+
+    def __hash__(self) -> int: ...
+
+    def unsupported(self, q: Array, v: Array, /) -> str | None: ...
+
+    def forward(
+        self,
+        inputs: Inputs,
+        initial_state: Array | None,
+        reset: Array | None,
+        /,
+        *,
+        scale: float,
+        erases: bool,
+        keep: bool,
+    ) -> tuple[Array, Array, Any]: ...
+
+    def backward(
+        self,
+        inputs: Inputs,
+        initial_state: Array | None,
+        reset: Array | None,
+        kept: Any,
+        d_o: Array,
+        d_state: Array,
+        /,
+        *,
+        scale: float,
+        erases: bool,
+    ) -> tuple[Inputs, Array]: ...
+
+    def delta_rule_step(self, state: Array, token: Inputs, scale: float, /) -> tuple[Array, Array]: ...
+
+
+@functools.cache
+def passes_of(kernels: Kernels) -> Passes:
+    """Forward and backward by a package of kernels."""
+
+    def forward(arrays: Arrays, options: Options, keep: bool) -> tuple[Array, Array, Any]:
+        writes, erases = arrays.writes, options.erases
+        o, state, kept = kernels.forward(
+            _inputs(arrays), arrays.initial_state, _reset(arrays), scale=options.scale, erases=erases, keep=keep
+        )
+        return o[:, writes - 1 :: writes], state, kept
+
+    def backward(arrays: Arrays, options: Options, kept: Any, d_o: Array, d_state: Array) -> tuple[Arrays, Array]:
+        inputs, pull = jax.vjp(_inputs, arrays._replace(initial_state=None, reset=None))
+        found, d_initial = kernels.backward(
+            inputs,
+            arrays.initial_state,
+            _reset(arrays),
+            kept,
+            _at_write(d_o, arrays.writes, arrays.writes - 1),
+            d_state,
+            scale=options.scale,
+            erases=options.erases,
+        )
+        return pull(found)[0], d_initial
+
+    return Passes(forward, backward)
+
+
+def step_of(kernels: Kernels, arrays: Arrays, options: Options) -> tuple[Array, Array]:
+    """One token by a package of kernels: the output in the dtype of its value, and the state after it."""
+    dtype = accumulator_dtype(arrays.v.dtype)
+    token, state = jax.tree.map(lambda x: x.astype(dtype), (token_of(arrays, options), arrays.initial_state))
+    for write in token.write_by_write():
+        o, state = kernels.delta_rule_step(state, Inputs(*write), options.scale)
+    return o.astype(arrays.v.dtype), state
+
+
+def _inputs(arrays: Arrays) -> Inputs:
+    """The kernels take one write a token: a token of n becomes n, of which the first is gated and the last queried.
+
+    They take queries of the values' precision alone, which a scale that is an array has left.
+    """
+    q, writes = arrays.q.astype(arrays.v.dtype), arrays.writes
+    if arrays.k.ndim == arrays.q.ndim:
+        return Inputs(q, *arrays[1:6])
+    written = (arrays.k, arrays.v, arrays.beta, arrays.erase)
+    k, v, beta, erase = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), written)
+    return Inputs(_at_write(q, writes, writes - 1), k, v, beta, _at_write(arrays.g, writes, 0), erase)
+
+
+def _reset(arrays: Arrays) -> Array | None:
+    return _at_write(arrays.reset, arrays.writes, 0)
+
+
+def _at_write(x: Any, writes: int, index: int) -> Any:
+    """What belongs to a token, `[batch, time, ...]`, at one of its writes, `[batch, time * writes, ...]`, else zero."""
+    if x is None or writes == 1:
+        return x
+    widths = ((0, 0), (0, 0), (index, writes - 1 - index)) + ((0, 0),) * (x.ndim - 2)
+    return jnp.pad(x[:, :, None], widths).reshape(x.shape[0], -1, *x.shape[2:])
