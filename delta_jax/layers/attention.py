@@ -19,12 +19,9 @@ from delta_jax.layers.checks import (
 )
 from delta_jax.layers.contained import contained
 from delta_jax.layers.norm import RMSNorm
-from delta_jax.ops.attention import Places, attend, rotate
+from delta_jax.ops.attention import Places, attend, require_attention, rotate
 
 __all__ = ["Attention"]
-
-IMPLEMENTATIONS = (None, "xla", "cudnn")
-
 
 class Attention(CachedAttention):
     """Causal softmax attention, over all of a segment or over a sliding window.
@@ -46,7 +43,7 @@ class Attention(CachedAttention):
             head's query first.)
         norm_eps: epsilon of the norms.
         initializer_std: standard deviation of every weight matrix at the start.
-        implementation: that of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        implementation: as in `delta_jax.ops.attention.attend`: None or "xla", or "cudnn" on NVIDIA GPUs.
         dtype: of the computation; softmax, norms and rotation are float32 regardless.
         param_dtype: of the parameters.
         rngs: where the initial parameters come from.
@@ -89,8 +86,7 @@ class Attention(CachedAttention):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f'implementation must be None, "xla" or "cudnn", got {implementation!r}')
+        require_attention(implementation)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -137,9 +133,8 @@ class Attention(CachedAttention):
         places: tuple[Places, Places] | None,
     ) -> Float[Array, "batch time hidden"]:
         k, v = entries
-        implementation = self.implementation if places is None else None
-        scale = self.head_dim**-0.5
-        o = attend(q, k, v, scale=scale, window=self.window, places=places, implementation=implementation)
+        options: dict[str, Any] = {"scale": self.head_dim**-0.5, "window": self.window}
+        o = attend(q, k, v, **options, places=places, implementation=self.implementation)
 
         def output(x: Array, o: Array) -> Array:
             return self.o_proj(o * jax.nn.sigmoid(self.g_proj(x)) if self.use_output_gate else o)

@@ -1,5 +1,6 @@
 """From a mixer's choice of inputs to the op: a whole sequence or one token, and cut over the mesh where that is needed."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
+from delta_jax.ops.arguments import Arguments
+from delta_jax.ops.implementations import choose
 from delta_jax.parallel import by_heads, indivisible
 
 __all__ = ["Rule", "RuleInputs", "apply_rule"]
@@ -47,16 +50,25 @@ def apply_rule(
     implementation: str | None,
 ) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"]]:
     """The output and the new state by the rule, by its step for a single token that continues a state."""
-    if implementation is None and indivisible(inputs.q.shape[0], inputs.q.shape[2]):
-        implementation = "xla"
+    given = Arguments(*inputs, state, segment_ids)
+    chosen = choose(implementation, given)
+    uncut = indivisible(inputs.q.shape[0], inputs.q.shape[2])
+    if implementation is None and uncut and not chosen.cut_by_compiler:
+        instead = choose(None, given, cut_by_compiler=True)
+        warnings.warn(
+            f"{uncut}, and the compiler cannot cut {chosen.name!r}: {instead.name!r} runs in its place. Ask for it by "
+            f"implementation={instead.name!r}, or make the mesh divide them.",
+            stacklevel=2,
+        )
+        chosen, implementation = instead, instead.name
     options: dict[str, Any] = {"scale": scale, "implementation": implementation}
     if state is not None and inputs.q.shape[1] == 1:
         whole = partial(_one_token, rule.step, options)
     else:
         whole = partial(_sequence, rule.whole, options | {"chunk_size": chunk_size})
-    if implementation in (None, "pallas"):  # XLA cuts over a mesh what it made itself, but not a kernel
-        return by_heads(whole, inputs, state, segment_ids, axes=inputs.axes_of_heads())
-    return whole(inputs, state, segment_ids)
+    if uncut and chosen.cut_by_compiler:
+        return whole(inputs, state, segment_ids)
+    return by_heads(whole, inputs, state, segment_ids, axes=inputs.axes_of_heads())
 
 
 def _given(inputs: RuleInputs) -> dict[str, Array]:

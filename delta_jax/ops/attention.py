@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from delta_jax.ops import device
 from delta_jax.ops.arguments import attention_arguments, checked_array
 from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
@@ -90,7 +91,7 @@ def attend(
     scale: float | Float[Array, ""],
     window: int | None = None,
     places: tuple[Places, Places] | None = None,
-    implementation: Any = None,
+    implementation: str | None = None,
     block: int = 1024,
 ) -> Float[Array, "batch time heads value"]:
     """Softmax attention; scores, softmax and sums in float32.
@@ -108,8 +109,8 @@ def attend(
         scale: of the products q k^T, a number or an array of no axes, which may be traced or learned.
         window: how many tokens a query sees, itself included; None is all.
         places: those of the queries and of the keys; None is one segment and S = T.
-        implementation: None or "xla"; or "cudnn", that of `jax.nn.dot_product_attention`, which takes all queries at once.
-            Products that overflow are then its own affair.
+        implementation: None or "xla"; or "cudnn", that of `jax.nn.dot_product_attention`, which takes all queries at once,
+            bfloat16 or float16, on NVIDIA GPUs. Products that overflow are then its own affair.
         block: queries of a block, at least.
 
     Returns:
@@ -119,6 +120,7 @@ def attend(
         ValueError: an argument does not fit; the sentence names it.
     """
     q, k, v, scale = attention_arguments(q, k, v, scale=scale, window=window, places=places)
+    require_attention(implementation, q)
     given = (None,) * 4 if places is None else (*places[0], *places[1])
     heads: Axes = ("batch", None, "heads", None)
 
@@ -133,6 +135,20 @@ def attend(
     return result
 
 
+def require_attention(implementation: str | None, q: Array | None = None) -> None:
+    """Raises a ValueError if there is no such implementation of attention, or it cannot take these queries here."""
+    if implementation not in (None, "xla", "cudnn"):
+        raise ValueError(f'implementation must be None, "xla" or "cudnn", got {implementation!r}')
+    if implementation == "cudnn" and q is not None:
+        reason = None
+        if device.platform() != "gpu":
+            reason = f"it runs on NVIDIA GPUs, and this is a {device.platform()}"
+        elif str(q.dtype) not in ("bfloat16", "float16"):
+            reason = f"it takes bfloat16 and float16, not {q.dtype}"
+        if reason is not None:
+            raise ValueError(f"implementation='cudnn' cannot run here: {reason}.")
+
+
 def _attend_in_blocks(
     q: Array,
     k: Array,
@@ -140,7 +156,7 @@ def _attend_in_blocks(
     scale: Any,
     window: int | None,
     places: tuple[Places, Places] | None,
-    implementation: Any,
+    implementation: str | None,
     block: int,
 ) -> Array:
     time, past = q.shape[1], k.shape[1] - q.shape[1]

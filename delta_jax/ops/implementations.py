@@ -106,13 +106,14 @@ def implementations() -> dict[str, str | None]:
     return {name: _why_not(_called(name), None) for name in _names()}
 
 
-def choose(wanted: str | None, given: Arguments) -> Implementation:
-    """The implementation that runs.
+def choose(wanted: str | None, given: Arguments, *, cut_by_compiler: bool = False) -> Implementation:
+    """The implementation that runs; with `cut_by_compiler` the automatic choice is among those that XLA can cut by itself.
 
     Raises:
       ValueError: one that is asked for by name cannot; the sentence says why.
     """
-    candidates = [one for one in IMPLEMENTATIONS if one.automatic] if wanted is None else _called(wanted)
+    candidates = _called(wanted) if wanted is not None else [one for one in IMPLEMENTATIONS if one.automatic]
+    candidates = [one for one in candidates if one.cut_by_compiler or not cut_by_compiler]
     if not candidates:
         raise ValueError(f"implementation={wanted!r} cannot run here: the names are {', '.join(_names())}.")
     for one in candidates:

@@ -271,6 +271,24 @@ def test_a_full_cache_is_refused_or_poisons_what_lies_beyond(name):
     np.testing.assert_allclose(fresh, whole[:, :1], atol=1e-6)
 
 
+def test_the_implementation_asked_for_runs_with_segments_and_caches(monkeypatch):
+    """cuDNN needs a GPU; that it is called does not."""
+    called, library = [], jax.nn.dot_product_attention
+
+    def recorded(*arrays, implementation, **options):
+        called.append(implementation)
+        return library(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    monkeypatch.setattr("delta_jax.ops.device.platform", lambda: "gpu")
+    layer, x = make("plain", implementation="cudnn", dtype=jnp.bfloat16), inputs().astype(jnp.bfloat16)
+    run(layer, x, jnp.zeros(x.shape[:2], jnp.int32))
+    cache = layer.init_cache(2, length=x.shape[1])
+    _, cache = layer(x[:, :-1], cache=cache, return_cache=True)
+    layer(x[:, -1:], cache=cache)
+    assert called == ["cudnn"] * 3
+
+
 def test_attention_without_a_window_wants_a_length():
     for length in (None, 0, 2.5):
         with pytest.raises(ValueError, match="length must be a positive integer"):

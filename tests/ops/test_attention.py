@@ -155,12 +155,24 @@ def test_the_library_gets_and_gives_nothing_that_is_masked(monkeypatch):
         return library(*arrays, implementation="xla", **options)
 
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", recorded)
-    q, k, v = drawn()
+    monkeypatch.setattr(attention.device, "platform", lambda: "gpu")
     bad = jnp.arange(TIME)[None, :, None, None] == 7
-    arrays = [jnp.where(bad, jnp.nan, x) for x in (q, k, v)]
+    arrays = [jnp.where(bad, jnp.nan, x).astype(jnp.float16) for x in drawn()]
     for placed, window in ((None, None), (None, 5), ((places(IDS), places(IDS)), None)):
         call = functools.partial(attend, scale=0.4, window=window, places=placed, implementation="cudnn")
         index = jnp.broadcast_to(jnp.arange(TIME)[None], IDS.shape)
         at = placed or (Places(jnp.zeros_like(index), index),) * 2
-        np.testing.assert_allclose(call(*arrays), oracle(*arrays, np.asarray(visible(*at, window))), atol=2e-6)
+        wide = [x.astype(jnp.float32) for x in arrays]
+        np.testing.assert_allclose(call(*arrays), oracle(*wide, np.asarray(visible(*at, window))), atol=4e-3)
     assert all(np.isfinite(x).all() for x in given)
+
+
+def test_an_implementation_that_cannot_run_says_why(monkeypatch):
+    q, k, v = drawn()
+    with pytest.raises(ValueError, match='must be None, "xla" or "cudnn", got \'fast\''):
+        attend(q, k, v, scale=0.4, implementation="fast")
+    with pytest.raises(ValueError, match="'cudnn' cannot run here: it runs on NVIDIA GPUs, and this is a cpu"):
+        attend(q, k, v, scale=0.4, implementation="cudnn")
+    monkeypatch.setattr(attention.device, "platform", lambda: "gpu")
+    with pytest.raises(ValueError, match="it takes bfloat16 and float16, not float32"):
+        attend(q, k, v, scale=0.4, implementation="cudnn")

@@ -218,4 +218,5 @@ def test_implementations_say_why_not():
     reasons = implementations()
     assert reasons["recurrent"] is None
     assert reasons["xla"] is None
-    assert "Pallas" in reasons["pallas"]
+    assert reasons["pallas"] == f"{reasons['mosaic_tpu']}; {reasons['mosaic_gpu']}"
+    assert "run on TPUs, and this is a cpu" in reasons["mosaic_tpu"]
