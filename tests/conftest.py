@@ -20,8 +20,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 OPTIMISED = tuple(Path(__file__).parent / name for name in ("ops", "tpu", "gpu"))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
+# A program compiled for a CPU keeps hundreds of mappings of memory, of which Linux gives a process 65530; the next
+# compilation after that is a crash.
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+
 
 def pytest_runtest_setup(item):
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
     params = getattr(getattr(item, "callspec", None), "params", {})
     interpreted = params.get("implementation") == "pallas" or item.path.name == "test_gpu_kernels.py"
     quick = interpreted or not any(item.path.is_relative_to(folder) for folder in OPTIMISED)
