@@ -19,25 +19,11 @@ from rich.progress import track
 
 from benchmarks.options import folder
 from benchmarks.report import write
-from tests.ops.members import (
-    BATCH,
-    HARD,
-    HEADS,
-    KEY,
-    KEY_HEADS,
-    MEMBERS,
-    SIZES,
-    VALUE,
-    evaluate,
-    interpreted,
-    problem,
-    reference,
-    relative_error,
-    rounded,
-)
+from delta_jax.testing import HARD, MEMBERS, TRIALS, evaluate, problem, reference, relative_error, rounded
+from delta_jax.testing.members import BATCH, HEADS, KEY, KEY_HEADS, VALUE
 
 TIME = 512
-IMPLEMENTATIONS = ("recurrent", "xla", "pallas")
+IMPLEMENTATIONS = ("recurrent", "xla", "mosaic_tpu")
 LONG, LENGTHS = IMPLEMENTATIONS[:2], (1024, 4096, 16384, 65536)
 Errors = dict[str, float]
 
@@ -68,9 +54,10 @@ def measure() -> dict[str, Any]:
     growth: dict[str, Any] = {}
     for member, implementation in track([(m, i) for m in MEMBERS for i in IMPLEMENTATIONS], "members"):
         jax.clear_caches()  # interpreted kernels are large programs
-        with interpreted() if implementation == "pallas" else contextlib.nullcontext():
+        trial = TRIALS[implementation]
+        with (trial.interpreted or contextlib.nullcontext)():
             for hard in HARD:
-                inputs, cotangents = problem(member, hard, **{"time": TIME} | SIZES.get(implementation, {}))
+                inputs, cotangents = problem(member, hard, **{"time": TIME} | trial.sizes)
                 want = reference(member, inputs, cotangents)
                 got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation)
                 float32.setdefault(member, {}).setdefault(implementation, {})[hard] = errors(got, want)
@@ -148,8 +135,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 Relative root-mean-square error against the recurrence in float64: of outputs and final state / of all gradients (the
 largest). Shape: batch {BATCH}, {TIME} tokens, {KEY_HEADS} key heads, {HEADS} value heads, keys of {KEY}, values of
-{VALUE}, an initial state, default chunk size. "pallas" are the TPU kernels, interpreted on this machine; batch, key heads,
-heads, key and value {SIZES["pallas"]["shape"]}, {SIZES["pallas"]["time"]} tokens.
+{VALUE}, an initial state, default chunk size. "mosaic_tpu" are the TPU kernels, interpreted on this machine; batch, key
+heads, heads, key and value {TRIALS["mosaic_tpu"].sizes["shape"]}, {TRIALS["mosaic_tpu"].sizes["time"]} tokens.
 {result["date"]}, JAX {versions["jax"]}, Python {versions["python"]}, {versions["device"]};
 made by `{result["command"]}`.
 

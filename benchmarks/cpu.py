@@ -14,7 +14,6 @@ Writes cpu.json and cpu.md into the folder given by --output.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from benchmarks.options import folder, number, seconds
 from benchmarks.problem import make_inputs, save
 from benchmarks.report import report_markdown, write
 from benchmarks.timing import MARK
+from experiments.harness.results import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"tokens": 2048, "heads": 8, "key_size": 128, "value_size": 128}
@@ -224,19 +224,6 @@ def summarise(ms: dict[str, list[list[float]]], rows: list[dict[str, Any]]) -> d
                 "fastest": fastest / min(map(min, ours)),
             }
     return summary
-
-
-def machine() -> dict[str, Any]:
-    """The processor, its number of cores, its load before the run, and the interpreter."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
 
 
 def main() -> None:

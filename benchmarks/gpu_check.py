@@ -12,27 +12,14 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ops"))
-
-from members import (  # type: ignore[import-not-found]
-    HARD,
-    MEMBERS,
-    beyond_rounding,
-    evaluate,
-    op_of,
-    problem,
-    relative_error,
-    step_of,
-)
-
 from delta_jax.ops import implementations
+from delta_jax.testing import HARD, MEMBERS, beyond_rounding, evaluate, op_of, problem, relative_error, step_of
 
 SHAPE = (2, 1, 2, 128, 128)  # batch, key heads, heads, key, value: one compiled program a member
 TIME = 300

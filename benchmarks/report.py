@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-BUSY = 0.5
-"""Load average before the run above which the page says that its figures are no measurement."""
+from experiments.harness.results import BUSY
 
 
 def report_markdown(result: dict[str, Any]) -> str:

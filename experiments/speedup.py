@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,9 +23,6 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu import machine
-from benchmarks.report import BUSY
-from benchmarks.timing import repeat
 from delta_jax.config import load_config, to_dict
 from delta_jax.layers import l2_normalize
 from delta_jax.layers.checks import require_positive_integers, require_positive_numbers
@@ -32,7 +30,7 @@ from delta_jax.ops import delta_rule
 from experiments.harness import Verdict
 from experiments.harness.layout import NUMBER
 from experiments.harness.page import markdown_table
-from experiments.harness.results import PACKAGES, check_writable, put, read
+from experiments.harness.results import BUSY, PACKAGES, check_writable, machine, put, read
 from experiments.harness.runner import default_folder, one_sentence, parse
 
 RECURRENT, CHUNKWISE = "recurrent", "xla"
@@ -242,7 +240,7 @@ def _measure(timing: Timing, size: int, stamp: dict[str, Any], console: Console)
     rows: dict[int, list[dict[str, float]]] = {length: [] for length in timing.lengths}
     for number in range(timing.rounds):
         for length in timing.lengths:
-            turns = {form: median(repeat(calls[length, form], timing.seconds)) for form in (RECURRENT, CHUNKWISE)}
+            turns = {form: _median(calls[length, form], timing.seconds) for form in (RECURRENT, CHUNKWISE)}
             rows[length].append({form: round(taken, 4) for form, taken in turns.items()})
         found = ", ".join(f"{length}: {_ratios(rows[length])[-1]:.1f}x" for length in timing.lengths)
         console.print(f"heads of {size}, round {number + 1}/{timing.rounds}: {found}", highlight=False, soft_wrap=True)
@@ -255,6 +253,13 @@ def _measure(timing: Timing, size: int, stamp: dict[str, Any], console: Console)
         "seconds": round(time.monotonic() - start, 1),
         "rounds": rows,
     }
+
+
+def _median(call: Callable[[], Any], seconds: float) -> float:
+    """Milliseconds of a call, of as many as take so many seconds."""
+    call()
+    calls = min(max(2, round(seconds / timeit.timeit(call, number=1))), 100)
+    return 1e3 * median(timeit.repeat(call, number=1, repeat=calls))
 
 
 def _call(timing: Timing, size: int, length: int, form: str) -> Callable[[], Any]:

@@ -30,7 +30,7 @@ def pytest_runtest_setup(item):
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
     params = getattr(getattr(item, "callspec", None), "params", {})
-    interpreted = params.get("implementation") == "pallas" or item.path.name == "test_gpu_kernels.py"
+    interpreted = str(params.get("implementation")).startswith("mosaic") or item.path.name == "test_gpu_kernels.py"
     quick = interpreted or not any(item.path.is_relative_to(folder) for folder in OPTIMISED)
     jax.config.update("jax_disable_most_optimizations", quick)
 

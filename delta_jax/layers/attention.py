@@ -23,6 +23,7 @@ from delta_jax.ops.attention import Places, attend, require_attention, rotate
 
 __all__ = ["Attention"]
 
+
 class Attention(CachedAttention):
     """Causal softmax attention, over all of a segment or over a sliding window.
 

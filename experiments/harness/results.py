@@ -268,6 +268,20 @@ def locked(path: Path) -> Iterator[bool]:
             yield True
 
 
+BUSY = 0.5  # the load average before a run above which its timings are no measurement
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its number of cores, the load at this moment, and the interpreter."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
 def _cpu_name() -> str:
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,37 +1,44 @@
-"""TPU kernels run in interpretation; a member's tests follow each other and share what was compiled."""
+"""Kernels run in interpretation where a test's parameter names them; a member's tests share what was compiled."""
 
 import jax
 import pytest
-from members import interpreted
+
+from delta_jax.testing import TRIALS
 
 
 def _of_kernels(node):
-    """The parameters of a test of the TPU kernels, None for any other."""
+    """The implementation, if it is interpreted, and the member that a test is about; None for any other test."""
     params = getattr(getattr(node, "callspec", None), "params", {})
-    return params if params.get("implementation") == "pallas" else None
+    name = params.get("implementation")
+    return (name, params.get("member")) if name in TRIALS and TRIALS[name].interpreted else None
 
 
 def pytest_collection_modifyitems(items):
-    kernels = [item for item in items if _of_kernels(item) and "member" in _of_kernels(item)]
+    kernels = [item for item in items if _of_kernels(item) and _of_kernels(item)[1]]
     for item in kernels:
-        item.add_marker(pytest.mark.xdist_group(f"kernels, {_of_kernels(item)['member']}"))
-    kernels.sort(key=lambda item: _of_kernels(item)["member"])
+        item.add_marker(pytest.mark.xdist_group(f"kernels, {_of_kernels(item)}"))
+    kernels.sort(key=_of_kernels)
     items[:] = [item for item in items if item not in set(kernels)] + kernels
 
 
 class _Compiled:
-    member = None  # whose interpreted kernels are in memory
+    about = None  # whose interpreted kernels are in memory
 
 
 @pytest.fixture(autouse=True)
 def _interpreted_where_asked_for(request):
-    params = _of_kernels(request.node)
-    if params is None:
+    about = _of_kernels(request.node)
+    if about is None:
         yield
         return
-    # An interpreted kernel is a large program; hundreds of them exhaust the process's memory maps.
-    if params.get("member") is None or params["member"] != _Compiled.member:
+    name, member = about
+    if (
+        member is None or about != _Compiled.about
+    ):  # what is interpreted is compiled as it is called, and so is the rest
         jax.clear_caches()
-    _Compiled.member = params.get("member")
-    with interpreted():
+    _Compiled.about = about
+    with TRIALS[name].interpreted():
         yield
+    if name == "mosaic_gpu":
+        jax.clear_caches()
+        _Compiled.about = None

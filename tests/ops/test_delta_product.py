@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from members import draw, evaluate, problem, reference, relative_error
 
 from delta_jax import delta_product, delta_product_step, delta_rule
+from delta_jax.testing import draw, evaluate, problem, reference, relative_error
 
 TIME = 21
 
@@ -74,7 +74,7 @@ def test_vmap_and_defaults():
         assert relative_error(np.asarray(got[n]), np.asarray(want)) < 2e-6
 
 
-@pytest.mark.parametrize("implementation", ["pallas"])
+@pytest.mark.parametrize("implementation", ["mosaic_tpu"])
 def test_on_the_kernels(implementation):
     """They see one write after the other; 50 tokens are two tiles of 128 writes."""
     options = {"time": 50, "shape": (1, 1, 2, 64, 64)}

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from members import MEMBERS, op_of, problem, relative_error
 
-from delta_jax import delta_product
+from delta_jax.testing import TRIALS, op_of, problem, relative_error
 
 CASES = [
-    pytest.param(implementation, member, marks=[pytest.mark.slow] if implementation == "pallas" else [])
-    for implementation in ("recurrent", "xla", "pallas")
-    for member in MEMBERS
-    if implementation != "pallas" or op_of(member) is not delta_product
+    pytest.param(name, member, marks=[pytest.mark.slow] if trial.interpreted else [])
+    for name, trial in TRIALS.items()
+    if "float32" in trial.dtypes
+    for member in trial.members
 ]
-SIZES = {"pallas": {"time": 20, "shape": (2, 1, 1, 64, 64)}}
+SIZES = {"mosaic_tpu": {"time": 20, "shape": (2, 1, 1, 64, 64)}}
 
 
 def assert_close(got, want):
@@ -44,7 +43,7 @@ def test_sequences_cut_and_arguments_replicated(implementation, member):
     def local(x):
         return jax.lax.psum(loss(x), "data")
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(cut,), out_specs=P(), check_vma=implementation != "pallas")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(cut,), out_specs=P(), check_vma=implementation != "mosaic_tpu")
     one = x | {alone: x[alone][:1]}
     got = jax.jit(jax.grad(mapped))(
         {name: jax.device_put(a, NamedSharding(mesh, cut[name])) for name, a in one.items()}

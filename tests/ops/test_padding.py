@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from members import QUICK, op_of, problem
 
 from delta_jax.ops import delta_rule, segment_states, skip_tokens
+from delta_jax.testing import op_of, problem
+from delta_jax.testing.comparison import QUICK
 
 TIME, SHAPE = 21, (2, 1, 2, 6, 5)
 MASK = np.zeros((2, TIME), bool)

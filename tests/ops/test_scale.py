@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from members import draw, relative_error
 
 from delta_jax import delta_product, delta_rule, delta_rule_step, linear_attention
 from delta_jax.ops.attention import attend
+from delta_jax.testing import draw, relative_error
 
 
 def inputs(dtype=jnp.float32, time=40, shape=(1, 2, 4, 8, 8)):
@@ -22,9 +22,9 @@ def assert_close(got, want, limit):
         assert relative_error(np.asarray(x, np.float64), np.asarray(y, np.float64)) <= limit
 
 
-@pytest.mark.parametrize("implementation", ["recurrent", "xla", "pallas"])
+@pytest.mark.parametrize("implementation", ["recurrent", "xla", "mosaic_tpu"])
 def test_values_and_gradients(implementation):
-    x = inputs(**({"shape": (1, 1, 1, 64, 64)} if implementation == "pallas" else {}))
+    x = inputs(**({"shape": (1, 1, 1, 64, 64)} if implementation == "mosaic_tpu" else {}))
 
     def loss(x, scale, implementation):
         o, state = delta_rule(**x, scale=scale, implementation=implementation)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from members import draw, relative_error
 
 from delta_jax import delta_rule, linear_attention
+from delta_jax.testing import draw, relative_error
 
-each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla", "pallas"])
-SIZES = {"pallas": {"shape": (1, 1, 1, 64, 64)}}  # what interpretation takes grows with the heads
+each_implementation = pytest.mark.parametrize("implementation", ["recurrent", "xla", "mosaic_tpu"])
+SIZES = {"mosaic_tpu": {"shape": (1, 1, 1, 64, 64)}}  # what interpretation takes grows with the heads
 
 
 def inputs(dtype=jnp.float32, time=40, gate="gate_head", shape=(2, 4, 4, 8, 8)):
@@ -39,7 +39,7 @@ def assert_close(got, want, limit=2e-6):
 @each_implementation
 @pytest.mark.parametrize("gate", ["gate_head", "gate_channel"])
 def test_vmap_of_values_and_gradients(implementation, gate):
-    shape = (2, 1, 1, 64, 64) if implementation == "pallas" else (2, 4, 4, 8, 8)
+    shape = (2, 1, 1, 64, 64) if implementation == "mosaic_tpu" else (2, 4, 4, 8, 8)
     x = inputs(gate=gate, shape=shape)
     stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a[::-1]]), x)
     function = jax.value_and_grad(functools.partial(loss, implementation=implementation))
@@ -137,20 +137,20 @@ def test_checkpoint_and_scan_over_layers(implementation):
 
 @each_implementation
 def test_shard_map_and_sharded_jit_over_batch_and_heads(implementation):
-    heads = 2 if implementation == "pallas" else 4
+    heads = 2 if implementation == "mosaic_tpu" else 4
     mesh = jax.make_mesh((2, heads), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    x = inputs(shape=(2, heads, heads, *((64, 64) if implementation == "pallas" else (8, 8))))
+    x = inputs(shape=(2, heads, heads, *((64, 64) if implementation == "mosaic_tpu" else (8, 8))))
     specs = jax.tree.map(lambda a: P("data", None, "tensor"), x)
     function = jax.value_and_grad(functools.partial(loss, implementation=implementation))
     want = function(x)
     sharded = jax.device_put(x, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
-    if implementation != "pallas":  # the compiler cannot cut a kernel
+    if implementation != "mosaic_tpu":  # the compiler cannot cut a kernel
         assert_close(jax.jit(function)(sharded), want)
 
     def local(x):
         return jax.lax.psum(loss(x, implementation), ("data", "tensor"))
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=implementation != "pallas")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=implementation != "mosaic_tpu")
     assert_close(jax.jit(jax.value_and_grad(mapped))(sharded), want)
 
 

@@ -1,16 +1,12 @@
 """The family as choices of the op's inputs, and the hard inputs every implementation has to get right."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import tpu as pltpu
 
-from delta_jax import (
+from delta_jax.ops import (
     delta_product,
     delta_product_step,
     delta_rule,
@@ -18,11 +14,8 @@ from delta_jax import (
     linear_attention,
     linear_attention_step,
 )
-from delta_jax.ops import device
 
 BATCH, TIME, KEY_HEADS, HEADS, KEY, VALUE = 2, 83, 2, 4, 16, 24
-# The kernels take head sizes that fill registers, and tiles of 128 tokens.
-SIZES: dict[str, dict[str, Any]] = {"pallas": {"time": 140, "shape": (1, 1, 2, 64, 64)}}
 Inputs = dict[str, np.ndarray]
 
 
@@ -35,7 +28,13 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, time: int = TIME, shape: tuple[int, ...] = ()) -> Inputs:
-    """Everything a member may need, float64; keys are correlated, as those of real text are."""
+    """Everything a member may need, float64; keys are correlated, as those of real text are.
+
+    Args:
+      rng: where the numbers come from.
+      time: tokens.
+      shape: batch, key heads, value heads, key size, value size.
+    """
     batch, key_heads, heads, key, value = shape or (BATCH, KEY_HEADS, HEADS, KEY, VALUE)
     normal = rng.standard_normal
     return {
@@ -87,6 +86,7 @@ def _three_writes(x: Inputs) -> Inputs:
 
 
 def op_of(member: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The op of which a member is a choice of inputs."""
     if member == "gated_delta_product":
         return delta_product
     no_erase = ("linear_attention", "gated_linear_attention", "mamba2")
@@ -160,91 +160,18 @@ HARD: dict[str, Callable[[Inputs], None]] = {
 def problem(
     member: str, hard: str = "plain", time: int = TIME, seed: int = 0, shape: tuple[int, ...] = ()
 ) -> tuple[Inputs, tuple[np.ndarray, np.ndarray]]:
-    """A member's inputs and the cotangents of its output and state: numbers of float32, which float64 holds exactly."""
+    """A member's inputs and the cotangents of its output and state: numbers of float32, which float64 holds exactly.
+
+    Args:
+      member: a name of `MEMBERS`.
+      hard: a name of `HARD`.
+      time: tokens.
+      seed: of the numbers.
+      shape: batch, key heads, value heads, key size, value size.
+    """
     rng = np.random.default_rng(seed)
     drawn = draw(rng, time, shape)
     HARD[hard](drawn)
     inputs = MEMBERS[member](drawn) | {"initial_state": drawn["initial_state"]}
     cotangents = rng.standard_normal(drawn["v"].shape), rng.standard_normal(drawn["initial_state"].shape)
     return jax.tree.map(lambda x: x.astype(np.float32).astype(np.float64), (inputs, cotangents))
-
-
-def rounded(x: np.ndarray) -> np.ndarray:
-    """The nearest numbers of bfloat16."""
-    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
-
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """TPU kernels run in interpretation on the CPU: memory nobody wrote holds NaN, and a race is an error."""
-    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with mock.patch.object(device, "platform", return_value="tpu"), pltpu.force_tpu_interpret_mode(parameters):
-        yield
-
-
-def evaluate(
-    member: str, inputs: Inputs, dtype: Any, cotangents: tuple[np.ndarray, np.ndarray], **options: Any
-) -> dict[str, np.ndarray]:
-    """Outputs, final state and all gradients of one member, as numpy arrays named o, state, d_q, d_k ..."""
-    arrays = {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
-    d_o, d_state = (jnp.asarray(x, dtype) for x in cotangents)
-    segment_ids = options.pop("segment_ids", None)
-    run = _compiled(member, tuple(sorted(options.items())))
-    return {name: np.asarray(x, np.float64) for name, x in run(arrays, segment_ids, d_o, d_state).items()}
-
-
-_CACHE: dict[Any, Any] = {}
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def _compiled(member: str, options: tuple[tuple[str, Any], ...]) -> Any:
-    key = (member, options, jax.config.jax_enable_x64)
-    if key not in _CACHE:
-
-        def run(arrays: Any, segment_ids: Any, d_o: Any, d_state: Any) -> dict[str, jax.Array]:
-            def op(arrays: Any) -> Any:
-                return op_of(member)(**arrays, segment_ids=segment_ids, **dict(options))
-
-            (o, state), vjp = jax.vjp(op, arrays)
-            (grads,) = vjp((d_o, d_state.astype(state.dtype)))
-            return {"o": o, "state": state} | {f"d_{name}": x for name, x in grads.items()}
-
-        # The reference takes longer to optimise than to run, and has bits to spare.
-        reference = jax.config.jax_enable_x64 and dict(options).get("implementation") == "recurrent"
-        _CACHE[key] = jax.jit(run, compiler_options=QUICK if reference else None)
-    return _CACHE[key]
-
-
-def reference(
-    member: str, inputs: Inputs, cotangents: tuple[np.ndarray, np.ndarray], **options: Any
-) -> dict[str, np.ndarray]:
-    """The recurrence in float64."""
-    with jax.enable_x64(True):
-        return evaluate(member, inputs, np.float64, cotangents, implementation="recurrent", **options)
-
-
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Root-mean-square error over the root mean square of the reference; infinite where that is 0 and `got` is not."""
-    error, size = np.sqrt(np.mean(np.square(got - want))), np.sqrt(np.mean(np.square(want)))
-    return float(error / size) if size else (0.0 if error == 0 else np.inf)
-
-
-def beyond_rounding(
-    member: str, hard: str, inputs: Inputs, cotangents: tuple[np.ndarray, np.ndarray], got: Inputs, **options: Any
-) -> list[str]:
-    """What of a bfloat16 result is further from the reference than twice what rounding inputs and results does to it.
-
-    On hard inputs rounding may do next to nothing; there the limit is at least four units of the last place, 2^-6.
-    """
-    want = reference(member, inputs, cotangents, **options)
-    nearest = {name: rounded(x) for name, x in inputs.items()}
-    best = reference(member, nearest, (rounded(cotangents[0]), rounded(cotangents[1])), **options)
-    found = []
-    for name, x in want.items():
-        limit = 2 * relative_error(best[name] if name == "state" else rounded(best[name]), x)
-        if hard != "plain":
-            limit = max(limit, 2.0**-6)
-        error = relative_error(got[name], x)
-        if not error <= limit:
-            found.append(f"{member}, {hard}, {name}: {error:.2e} > {limit:.2e}")
-    return found

@@ -1,0 +1,65 @@
+"""How every implementation is tried on a CPU: a line for each, by which the contract suite holds it to the definition."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+from unittest import mock
+
+from delta_jax.ops import delta_product, device
+from delta_jax.testing.members import MEMBERS, op_of
+
+
+class Trial(NamedTuple):
+    """What the suite does to an implementation.
+
+    Attributes:
+      dtypes: what it takes; with float32 it is held to the last bits, else to what rounding to bfloat16 does.
+      sizes: `time` and `shape` of `problem` that it takes; those of `problem` where there are none.
+      chunk_sizes: values of `chunk_size` that are tried.
+      interpreted: a context in which it runs on a CPU.
+    """
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    sizes: dict[str, Any] = {}  # noqa: RUF012
+    chunk_sizes: tuple[int | None, ...] = (None,)
+    interpreted: Callable[[], AbstractContextManager[None]] | None = None
+
+    @property
+    def members(self) -> list[str]:
+        """Those it is tried on. Kernels see several writes a token as several tokens, which needs no trial of each."""
+        return [name for name in MEMBERS if self.interpreted is None or op_of(name) is not delta_product]
+
+
+@contextlib.contextmanager
+def interpreted_tpu() -> Iterator[None]:
+    """TPU kernels run in interpretation on the CPU: memory nobody wrote holds NaN, and a race is an error."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with mock.patch.object(device, "platform", return_value="tpu"), pltpu.force_tpu_interpret_mode(parameters):
+        yield
+
+
+@contextlib.contextmanager
+def interpreted_gpu() -> Iterator[None]:
+    """The kernels of a Hopper GPU run in interpretation on the CPU, which needs a CPU of at least four devices."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.gpu import warpgroup
+
+    with (
+        mock.patch.object(device, "platform", return_value="gpu"),
+        mock.patch.object(device, "hopper", return_value=True),
+        mock.patch.object(warpgroup, "INTERPRET", plgpu.InterpretGPUParams()),
+    ):
+        yield
+
+
+TRIALS = {
+    "recurrent": Trial(),
+    "xla": Trial(chunk_sizes=(16, 64)),
+    # Head sizes that fill registers, and more than a tile of 128 tokens.
+    "mosaic_tpu": Trial(sizes={"time": 140, "shape": (1, 1, 2, 64, 64)}, interpreted=interpreted_tpu),
+    "mosaic_gpu": Trial(("bfloat16",), {"time": 100, "shape": (1, 1, 1, 64, 64)}, interpreted=interpreted_gpu),
+}
