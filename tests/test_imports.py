@@ -1,6 +1,7 @@
 """What may import what: the kernels stand alone, imports point downwards, and nothing shipped leans on the tests."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
