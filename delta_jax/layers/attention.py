@@ -19,7 +19,8 @@ from delta_jax.layers.checks import (
 )
 from delta_jax.layers.contained import contained
 from delta_jax.layers.norm import RMSNorm
-from delta_jax.ops.attention import Places, attend, require_attention, rotate
+from delta_jax.ops.attention import attend, require_attention, rotate
+from delta_jax.ops.segments import Positions
 
 __all__ = ["Attention"]
 
@@ -131,11 +132,11 @@ class Attention(CachedAttention):
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads channels"],
         entries: tuple[Array, ...],
-        places: tuple[Places, Places] | None,
+        positions: tuple[Positions, Positions] | None,
     ) -> Float[Array, "batch time hidden"]:
         k, v = entries
         options: dict[str, Any] = {"scale": self.head_dim**-0.5, "window": self.window}
-        o = attend(q, k, v, **options, places=places, implementation=self.implementation)
+        o = attend(q, k, v, **options, positions=positions, implementation=self.implementation)
 
         def output(x: Array, o: Array) -> Array:
             return self.o_proj(o * jax.nn.sigmoid(self.g_proj(x)) if self.use_output_gate else o)

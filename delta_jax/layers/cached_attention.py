@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from delta_jax.layers.contained import contained
 from delta_jax.layers.token_mixer import Mixed, TokenMixer, keep_rows
 from delta_jax.ops.arguments import require_count
-from delta_jax.ops.attention import Places, places
 from delta_jax.ops.padding import at_last, filled_ids, first_tokens, select_tokens
+from delta_jax.ops.segments import Positions, positions
 
 __all__ = ["AttentionCache", "CachedAttention"]
 
@@ -35,17 +35,17 @@ class AttentionCache(NamedTuple):
         """Forgets the past of the rows that are False."""
         return keep_rows(self, rows)
 
-    def places(self) -> Places:
-        """The places of what lies in the slots, relative to the token that comes next; empty slots are never seen."""
+    def positions(self) -> Positions:
+        """The positions of what lies in the slots, relative to the token that comes next; empty slots are never seen."""
         slots = self.entries[0].shape[1]
         last = self.position[:, None] - 1
         position = last - (last - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
-        return Places(jnp.zeros_like(position), jnp.where(position < 0, NEVER, position))
+        return Positions(jnp.zeros_like(position), jnp.where(position < 0, NEVER, position))
 
     def write(
         self,
         entries: tuple[Array, ...],
-        at: Places,
+        at: Positions,
         segment_id: Int[Array, " batch"],
         lengths: Int[Array, " batch"] | None = None,
     ) -> "AttentionCache":
@@ -55,9 +55,9 @@ class AttentionCache(NamedTuple):
         """
         slots, time = self.entries[0].shape[1], entries[0].shape[1]
         last = at_last(lengths, at.position, self.position - 1)[:, None]
-        run = at_last(lengths, at.run, jnp.zeros_like(self.position))[:, None]
-        old = self if time == 1 else self.keep(run[:, 0] == 0)
-        kept = (at.run == run) & (at.position > last - slots)
+        current = at_last(lengths, at.segment, jnp.zeros_like(self.position))[:, None]
+        old = self if time == 1 else self.keep(current[:, 0] == 0)
+        kept = (at.segment == current) & (at.position > last - slots)
         if lengths is not None:
             kept = kept & first_tokens(lengths, time)
         slot = jnp.where(kept, at.position % slots, slots)
@@ -95,9 +95,9 @@ class CachedAttention(TokenMixer):
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads key"],
         entries: tuple[Array, ...],
-        places: tuple[Places, Places] | None,
+        positions: tuple[Positions, Positions] | None,
     ) -> Float[Array, "batch time hidden"]:
-        """The output, from the queries, the entries of all tokens and the places of both; None is one segment."""
+        """The output, from the queries, the entries of all tokens and the positions of both; None is one segment."""
         raise NotImplementedError
 
     def init_cache(self, batch_size: int, *, length: int | None = None) -> AttentionCache:
@@ -160,16 +160,16 @@ class CachedAttention(TokenMixer):
             ids = jnp.broadcast_to(old.segment_id[:, None], (batch, time))
             if cache is not None:
                 self.check_room(cache=old, tokens=time if lengths is None else lengths)
-        here = places(ids, old.position)
+        here = positions(ids, old.position)
         q, entries = contained(lambda x: self.project(x, here.position), x)
         new = old.write(entries, here, ids[:, -1].astype(jnp.int32), lengths)
         if cache is None:  # padding comes last: whoever sees it is padding
             y = self._mix(x, q, entries, None if segment_ids is None else (here, here))
         elif time == 1:
-            y = self._mix(x, q, new.entries, (here, new.places()))
+            y = self._mix(x, q, new.entries, (here, new.positions()))
         else:
             both = tuple(jnp.concatenate(pair, axis=1) for pair in zip(old.entries, entries, strict=True))
-            there = Places(*(jnp.concatenate(pair, axis=1) for pair in zip(old.places(), here, strict=True)))
+            there = Positions(*(jnp.concatenate(pair, axis=1) for pair in zip(old.positions(), here, strict=True)))
             y = self._mix(x, q, both, (here, there))
         if self.window is None and cache is not None:
             fits = here.position < new.entries[0].shape[1]

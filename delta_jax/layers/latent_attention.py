@@ -14,7 +14,8 @@ from delta_jax.layers.checks import (
 )
 from delta_jax.layers.contained import contained
 from delta_jax.layers.norm import RMSNorm
-from delta_jax.ops.attention import Places, attend
+from delta_jax.ops.attention import attend
+from delta_jax.ops.segments import Positions
 
 __all__ = ["LatentAttention"]
 
@@ -113,24 +114,24 @@ class LatentAttention(CachedAttention):
         x: Float[Array, "batch time hidden"],
         q: Float[Array, "batch time heads key"],
         entries: tuple[Array, ...],
-        places: tuple[Places, Places] | None,
+        positions: tuple[Positions, Positions] | None,
     ) -> Float[Array, "batch time hidden"]:
-        o = (self._attend_latents if q.shape[1] == 1 else self._attend_expanded)(q, entries[0], places)
+        o = (self._attend_latents if q.shape[1] == 1 else self._attend_expanded)(q, entries[0], positions)
         return contained(self.o_proj, o.reshape(*x.shape[:2], -1))
 
-    def _attend_expanded(self, q: Array, entries: Array, places: tuple[Places, Places] | None) -> Array:
+    def _attend_expanded(self, q: Array, entries: Array, positions: tuple[Positions, Positions] | None) -> Array:
         latent, shared = jnp.split(entries, [self.latent_size], axis=-1)
         both = contained(self.kv_b_proj, latent).reshape(*latent.shape[:2], self.num_heads, -1)
         k, v = jnp.split(both, [self.key_dim], axis=-1)
         shared = jnp.broadcast_to(shared[:, :, None], (*k.shape[:3], self.shared_key_dim))
-        return attend(q, jnp.concatenate([k, shared], axis=-1), v, scale=self.scale, places=places)
+        return attend(q, jnp.concatenate([k, shared], axis=-1), v, scale=self.scale, positions=positions)
 
-    def _attend_latents(self, q: Array, entries: Array, places: tuple[Places, Places] | None) -> Array:
+    def _attend_latents(self, q: Array, entries: Array, positions: tuple[Positions, Positions] | None) -> Array:
         weight = self.kv_b_proj.kernel[...].astype(self.dtype).reshape(self.latent_size, self.num_heads, -1)
         to_key, to_value = jnp.split(weight, [self.key_dim], axis=-1)
         own, shared = jnp.split(q, [self.key_dim], axis=-1)
         own = contained(lambda own: jnp.einsum("bthk,lhk->bthl", own, to_key), own)
         q = jnp.concatenate([own, shared], axis=-1)
         one = entries[:, :, None]  # a single key head, whose key is its value too
-        o = attend(q, one, one, scale=self.scale, places=places)[..., : self.latent_size]
+        o = attend(q, one, one, scale=self.scale, positions=positions)[..., : self.latent_size]
         return contained(lambda o: jnp.einsum("bthl,lhv->bthv", o, to_value), o)

@@ -26,8 +26,9 @@ from delta_jax.layers.rule import Rule, RuleInputs, apply_rule
 from delta_jax.layers.token_mixer import Mixed, TokenMixer
 from delta_jax.ops import delta_rule, delta_rule_step
 from delta_jax.ops.arguments import require_count
-from delta_jax.ops.attention import places, rotate
+from delta_jax.ops.attention import rotate
 from delta_jax.ops.padding import at_last, filled_ids, first_tokens, select_tokens, skip_tokens
+from delta_jax.ops.segments import positions
 
 __all__ = ["Mixer", "MixerCache", "MixerOptions", "MixerSettings", "Rule", "RuleInputs"]
 
@@ -136,7 +137,7 @@ class Mixer(TokenMixer):
         else:
             segment_ids = ids = filled_ids(segment_ids, lengths, old.segment_id)
             old = old.keep(ids[:, 0] == old.segment_id)
-        position = places(ids, old.position).position
+        position = positions(ids, old.position).position
         q, k, v, tails = self._project(x, segment_ids, old, lengths)
         if self.dtype == jnp.float16:  # whose largest number a sum over tokens passes before the norm brings it back
             q, k, v = (y.astype(jnp.float32) for y in (q, k, v))

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -10,6 +9,7 @@ from delta_jax.ops.arguments import Arguments, arguments_of, forward_mode_explai
 from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.implementations import choose
 from delta_jax.ops.partition import Axes, by_parts
+from delta_jax.ops.segments import segment_starts
 
 
 def delta_rule(
@@ -226,7 +226,7 @@ def _run(
         *given, segment_ids = arrays
         reset = None
         if segment_ids is not None:
-            reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+            reset = segment_starts(segment_ids)
         return chosen.run(Arrays._make((*given, reset)), options)
 
     axes, given = _axes(arguments), arguments._replace(q=q)

@@ -187,7 +187,7 @@ def _listed(layouts: Sequence[Sequence[str]]) -> str:
 
 
 def attention_arguments(
-    q: Any, k: Any, v: Any, *, scale: Any, window: Any, places: Any
+    q: Any, k: Any, v: Any, *, scale: Any, window: Any, positions: Any
 ) -> tuple[Array, Array, Array, float]:
     """The arrays of `attend` once they are known to fit, and its scale; one that is an array has gone into q.
 
@@ -207,11 +207,11 @@ def attention_arguments(
         raise ValueError(f"v must have at most the {key} channels of k, got shape {v.shape}.")
     if window is not None:
         require_count("window", window)
-    if places is None and k.shape[1] != time:
-        raise ValueError(f"places must be given where k has other tokens than q, got {k.shape[1]} and {time}.")
-    for whose, x, tokens in zip(("queries", "keys"), places or (), (time, k.shape[1]), strict=False):
+    if positions is None and k.shape[1] != time:
+        raise ValueError(f"positions must be given where k has other tokens than q, got {k.shape[1]} and {time}.")
+    for whose, x, tokens in zip(("queries", "keys"), positions or (), (time, k.shape[1]), strict=False):
         for field, numbers_ in x._asdict().items():
-            checked_array(f"{field} of the {whose}' places", numbers_, {"batch": batch, "time": tokens}, "integers")
+            checked_array(f"{field} of the {whose}' positions", numbers_, {"batch": batch, "time": tokens}, "integers")
     dtype = q.dtype
     scale, q = with_scale(scale, q, key**-0.5)
     return q.astype(dtype), k, v, scale

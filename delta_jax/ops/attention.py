@@ -1,7 +1,7 @@
 """Softmax attention over packed sequences: positions inside segments, rotary embedding, and the masks."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +11,9 @@ from delta_jax.ops import device
 from delta_jax.ops.arguments import attention_arguments, checked_array
 from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
+from delta_jax.ops.segments import Positions
 
-__all__ = ["Places", "attend", "places", "rotate", "visible"]
-
-
-class Places(NamedTuple):
-    """Where tokens stand.
-
-    Attributes:
-        run: [B, T] int32, the stretch of equal segment ids that a token is in, counted from the first token.
-        position: [B, T] int32, tokens of its segment before it.
-    """
-
-    run: Int[Array, "batch time"]
-    position: Int[Array, "batch time"]
-
-
-def places(segment_ids: Int[Array, "batch time"], past: Int[Array, " batch"] | None = None) -> Places:
-    """Counts runs and positions; the first run continues a segment of which `past` tokens [B] have been seen."""
-    segment_ids = checked_array("segment_ids", segment_ids, {"batch": None, "time": None}, "integers")
-    if past is not None:
-        past = checked_array("past", past, {"batch": segment_ids.shape[0]}, "integers")
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
-    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    run = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
-    position = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-    if past is not None:
-        position = position + jnp.where(run == 0, past[:, None], 0)
-    return Places(run, position)
+__all__ = ["attend", "require_attention", "rotate", "visible"]
 
 
 def rotate(
@@ -74,10 +49,10 @@ def rotate(
     return jnp.concatenate([turned.astype(x.dtype), x[..., channels:]], axis=-1)
 
 
-def visible(queries: Places, keys: Places, window: int | None) -> Bool[Array, "batch 1 time keys"]:
+def visible(queries: Positions, keys: Positions, window: int | None) -> Bool[Array, "batch 1 time keys"]:
     """Which keys each query attends to: of its segment, not later, and among the last `window` tokens."""
     distance = queries.position[:, :, None] - keys.position[:, None, :]
-    mask = (queries.run[:, :, None] == keys.run[:, None, :]) & (distance >= 0)
+    mask = (queries.segment[:, :, None] == keys.segment[:, None, :]) & (distance >= 0)
     if window is not None:
         mask = mask & (distance < window)
     return mask[:, None]
@@ -90,7 +65,7 @@ def attend(
     *,
     scale: float | Float[Array, ""],
     window: int | None = None,
-    places: tuple[Places, Places] | None = None,
+    positions: tuple[Positions, Positions] | None = None,
     implementation: str | None = None,
     block: int = 1024,
 ) -> Float[Array, "batch time heads value"]:
@@ -108,7 +83,7 @@ def attend(
         k, v: [B, S, Hkv, K] and [B, S, Hkv, V] with V <= K; H is a multiple of Hkv. The last T are the queries' own.
         scale: of the products q k^T, a number or an array of no axes, which may be traced or learned.
         window: how many tokens a query sees, itself included; None is all.
-        places: those of the queries and of the keys; None is one segment and S = T.
+        positions: those of the queries and of the keys; None is one segment and S = T.
         implementation: None or "xla"; or "cudnn", that of `jax.nn.dot_product_attention`, which takes all queries at once,
             bfloat16 or float16, on NVIDIA GPUs. Products that overflow are then its own affair.
         block: queries of a block, at least.
@@ -119,16 +94,16 @@ def attend(
     Raises:
         ValueError: an argument does not fit; the sentence names it.
     """
-    q, k, v, scale = attention_arguments(q, k, v, scale=scale, window=window, places=places)
+    q, k, v, scale = attention_arguments(q, k, v, scale=scale, window=window, positions=positions)
     require_attention(implementation, q)
-    given = (None,) * 4 if places is None else (*places[0], *places[1])
+    given = (None,) * 4 if positions is None else (*positions[0], *positions[1])
     heads: Axes = ("batch", None, "heads", None)
 
     def run(q: Array, k: Array, v: Array, *given: Any) -> tuple[Array]:
-        places = None if given[0] is None else (Places(*given[:2]), Places(*given[2:]))
-        return (_attend_in_blocks(q, k, v, scale, window, places, implementation, block),)
+        positions = None if given[0] is None else (Positions(*given[:2]), Positions(*given[2:]))
+        return (_attend_in_blocks(q, k, v, scale, window, positions, implementation, block),)
 
-    shared = places is not None and places[0].run.shape[0] != q.shape[0]  # one row for all
+    shared = positions is not None and positions[0].segment.shape[0] != q.shape[0]  # one row for all
     by_token: Axes = (None if shared else "batch", None)
     (o,) = by_parts(run, (q, k, v, *given), (heads,) * 3 + (by_token,) * 4, (heads,), kernels=implementation == "cudnn")
     result: Array = o
@@ -155,25 +130,27 @@ def _attend_in_blocks(
     v: Array,
     scale: Any,
     window: int | None,
-    places: tuple[Places, Places] | None,
+    positions: tuple[Positions, Positions] | None,
     implementation: str | None,
     block: int,
 ) -> Array:
     time, past = q.shape[1], k.shape[1] - q.shape[1]
-    whole = places is None
-    if places is None:
+    whole = positions is None
+    if positions is None:
         index = jnp.arange(time, dtype=jnp.int32)[None]
-        places = (Places(jnp.zeros_like(index), index),) * 2
+        positions = (Positions(jnp.zeros_like(index), index),) * 2
     if implementation == "cudnn":
-        return _attend_cudnn(q, k, v, visible(*places, window), scale=scale, window=window, causal=whole)
+        return _attend_cudnn(q, k, v, visible(*positions, window), scale=scale, window=window, causal=whole)
     size = max(block, -(-time // 16)) if isinstance(time, int) else time  # a symbolic time is one block
     if time <= size:
-        return _attend(q, k, v, visible(*places, window), scale=scale)
+        return _attend(q, k, v, visible(*positions, window), scale=scale)
 
     def of_block(start: int) -> Array:
         first = 0 if window is None or past else max(0, start - window + 1)
         queries, keys = slice(start, start + size), slice(first, past + start + size)
-        mask = visible(Places(*(x[:, queries] for x in places[0])), Places(*(x[:, keys] for x in places[1])), window)
+        mask = visible(
+            Positions(*(x[:, queries] for x in positions[0])), Positions(*(x[:, keys] for x in positions[1])), window
+        )
         part: Array = jax.checkpoint(partial(_attend, scale=scale))(q[:, queries], k[:, keys], v[:, keys], mask)
         return part
 

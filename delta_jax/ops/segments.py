@@ -1,18 +1,56 @@
-"""The final state of every segment of packed sequences, by any op of the family."""
+"""Segments of packed sequences: where they start, where their tokens stand, and the final state of each.
+
+A segment is a stretch of equal ids: an id that comes back later is another segment.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from delta_jax.ops.attention import places
+from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.padding import skip_tokens
 from delta_jax.ops.partition import by_parts
 
-__all__ = ["segment_states"]
+__all__ = ["Positions", "positions", "segment_starts", "segment_states"]
+
+
+class Positions(NamedTuple):
+    """Where tokens stand.
+
+    Attributes:
+        segment: [B, T] int32, which of the row's segments a token is in, the first is 0.
+        position: [B, T] int32, tokens of its segment before it.
+    """
+
+    segment: Int[Array, "batch time"]
+    position: Int[Array, "batch time"]
+
+
+def segment_starts(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch time"]:
+    """Where another segment starts than that of the token before; false for the first token, which may continue one."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def segment_numbers(segment_ids: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
+    """Which of the row's segments each token is in, the first is 0."""
+    return jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def positions(segment_ids: Int[Array, "batch time"], past: Int[Array, " batch"] | None = None) -> Positions:
+    """Counts segments and positions; the first segment continues one of which `past` tokens [B] have been seen."""
+    segment_ids = checked_array("segment_ids", segment_ids, {"batch": None, "time": None}, "integers")
+    if past is not None:
+        past = checked_array("past", past, {"batch": segment_ids.shape[0]}, "integers")
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
+    segment = segment_numbers(segment_ids)
+    position = index - jax.lax.cummax(jnp.where(segment_starts(segment_ids), index, 0), axis=1)
+    if past is not None:
+        position = position + jnp.where(segment == 0, past[:, None], 0)
+    return Positions(segment, position)
 
 
 def segment_states(
@@ -28,8 +66,8 @@ def segment_states(
 
         o, states = segment_states(delta_rule, q=q, k=k, v=v, beta=beta, g=g, segment_ids=ids, max_segments=4)
 
-    A segment is a stretch of equal ids, as for the op. Every one becomes a row of `max_length` tokens of its own, filled
-    up with neutral ones (`skip_tokens`), so the op runs on `batch * max_segments` rows and nothing passes between them.
+    Every segment becomes a row of `max_length` tokens of its own, filled up with neutral ones (`skip_tokens`), so the op
+    runs on `batch * max_segments` rows and nothing passes between them.
     Differentiable; works for every member and implementation.
 
     Args:
@@ -54,8 +92,8 @@ def segment_states(
     for name, limit in {"max_segments": max_segments, "max_length": max_length}.items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise ValueError(f"{name} must be a positive integer, got {limit!r}")
-    run, position = places(segment_ids)
-    _check_limit("max_segments", max_segments, "segments in a row", run)
+    segment, position = positions(segment_ids)
+    _check_limit("max_segments", max_segments, "segments in a row", segment)
     _check_limit("max_length", max_length, "tokens in a segment", position)
 
     names = tuple(name for name, x in inputs.items() if x is not None)
@@ -89,15 +127,15 @@ def _separate(
     inputs: dict[str, Array],
 ) -> tuple[Array, Array]:
     batch, time = segment_ids.shape
-    run, position = places(segment_ids)
-    lengths = jnp.sum(run[:, None] == jnp.arange(max_segments)[None, :, None], axis=-1, dtype=jnp.int32)
+    segment, position = positions(segment_ids)
+    lengths = jnp.sum(segment[:, None] == jnp.arange(max_segments)[None, :, None], axis=-1, dtype=jnp.int32)
     starts = jnp.cumsum(lengths, axis=1) - lengths
-    index = jnp.arange(max_length, dtype=jnp.int32)[None, None]
-    place = jnp.minimum(starts[..., None] + index, time - 1).reshape(batch, -1)
-    mask = (index < lengths[..., None]).reshape(batch * max_segments, max_length)
+    token = jnp.arange(max_length, dtype=jnp.int32)[None, None]
+    index = jnp.minimum(starts[..., None] + token, time - 1).reshape(batch, -1)
+    mask = (token < lengths[..., None]).reshape(batch * max_segments, max_length)
 
     def unpack(x: Array) -> Array:
-        taken = jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
+        taken = jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
         return taken.reshape(*mask.shape, *x.shape[2:])
 
     given = skip_tokens(mask, **{name: unpack(x) for name, x in inputs.items()})
@@ -108,9 +146,9 @@ def _separate(
     states = states.reshape(batch, max_segments, *states.shape[1:])
     states = jnp.where((lengths > max_length)[..., None, None, None], jnp.nan, states)
 
-    fits = (run < max_segments) & (position < max_length)
-    place = jnp.where(fits, run * max_length + position, 0)[..., None, None]
-    o = jnp.take_along_axis(padded.reshape(batch, -1, *padded.shape[2:]), place, axis=1)
+    fits = (segment < max_segments) & (position < max_length)
+    index = jnp.where(fits, segment * max_length + position, 0)[..., None, None]
+    o = jnp.take_along_axis(padded.reshape(batch, -1, *padded.shape[2:]), index, axis=1)
     return jnp.where(fits[..., None, None], o, jnp.full((), jnp.nan, o.dtype)), states
 
 

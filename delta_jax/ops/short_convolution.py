@@ -7,6 +7,7 @@ from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.padding import first_tokens, select_tokens
 from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
+from delta_jax.ops.segments import segment_numbers
 
 __all__ = ["short_convolution"]
 
@@ -79,15 +80,15 @@ def _convolve(
     time, tail = x.shape[1], kernel.shape[0] - 1
     accumulate = accumulator_dtype(x.dtype)
     inputs = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
-    runs = None if segment_ids is None else _runs(segment_ids, tail)
+    segments = None if segment_ids is None else jnp.pad(segment_numbers(segment_ids), ((0, 0), (tail, 0)))
     finite = jnp.isfinite(inputs)  # zero times NaN would be in the kernel's gradient
     clean = jnp.where(finite, inputs, jnp.zeros((), x.dtype))
     y, lost = jnp.zeros(x.shape, accumulate), jnp.zeros(x.shape, jnp.bool_)
     for offset in range(tail + 1):
         here = slice(offset, offset + time)
         tap, bad = clean[:, here].astype(accumulate), ~finite[:, here]
-        if runs is not None and offset < tail:
-            same = (runs[:, here] == runs[:, tail:])[..., None]
+        if segments is not None and offset < tail:
+            same = (segments[:, here] == segments[:, tail:])[..., None]
             tap, bad = jnp.where(same, tap, 0.0), bad & same
         y, lost = y + tap * kernel[None, None, offset].astype(accumulate), lost | bad
     y = jnp.where(lost, jnp.nan, y)
@@ -98,17 +99,11 @@ def _convolve(
     def at_end(x: Array) -> Array:
         if lengths is None:
             return x[:, time:]
-        place = lengths[:, None] + jnp.arange(tail, dtype=lengths.dtype)[None]
-        return jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
+        index = lengths[:, None] + jnp.arange(tail, dtype=lengths.dtype)[None]
+        return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
     new_cache = at_end(inputs)
-    if runs is not None:
-        run = at_end(runs)
-        new_cache = jnp.where((run == run[:, -1:])[..., None], new_cache, jnp.zeros((), x.dtype))
+    if segments is not None:
+        segment = at_end(segments)
+        new_cache = jnp.where((segment == segment[:, -1:])[..., None], new_cache, jnp.zeros((), x.dtype))
     return y.astype(x.dtype), new_cache
-
-
-def _runs(segment_ids: Int[Array, "batch time"], tail: int) -> Int[Array, "batch tail_and_time"]:
-    """Numbers the stretches of equal ids, so that an id that comes back later is another segment."""
-    changes = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (tail + 1, 0)))
-    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Attention block by block, and the places of packed tokens."""
+"""Attention block by block, and the positions of packed tokens."""
 
 import functools
 
@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from delta_jax.ops import attention
-from delta_jax.ops.attention import Places, attend, places, visible
+from delta_jax.ops.attention import attend, visible
+from delta_jax.ops.segments import Positions, positions
 
 TIME, PAST = 19, 6
 IDS = jnp.array([[4] * 8 + [2] * 11, [1] * 3 + [0] * 4 + [1] * 12])
 
 
-def test_places_count_within_runs_of_equal_ids():
-    run, position = places(IDS, jnp.array([5, 7]))
-    np.testing.assert_array_equal(run, [[0] * 8 + [1] * 11, [0] * 3 + [1] * 4 + [2] * 12])
+def test_positions_count_within_segments():
+    segment, position = positions(IDS, jnp.array([5, 7]))
+    np.testing.assert_array_equal(segment, [[0] * 8 + [1] * 11, [0] * 3 + [1] * 4 + [2] * 12])
     np.testing.assert_array_equal(position[0], [*range(5, 13), *range(11)])
     np.testing.assert_array_equal(position[1], [*range(7, 10), *range(4), *range(12)])
 
@@ -24,7 +25,7 @@ def test_places_count_within_runs_of_equal_ids():
 @functools.partial(jax.jit, static_argnames=("window", "block"))
 def value_and_gradients(q, k, v, placed, window, block):
     def loss(q, k, v):
-        o = attend(q, k, v, scale=0.4, window=window, places=placed, block=block)
+        o = attend(q, k, v, scale=0.4, window=window, positions=placed, block=block)
         return jnp.sum(o * jnp.cos(jnp.arange(o.size, dtype=jnp.float32)).reshape(o.shape)), o
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -40,12 +41,12 @@ def test_blocks_change_nothing(kind, window):
     )
     placed = None
     if kind == "packed":
-        placed = (places(IDS), places(IDS))
+        placed = (positions(IDS), positions(IDS))
     elif past:
-        here = places(IDS, jnp.full((2,), past, jnp.int32))
+        here = positions(IDS, jnp.full((2,), past, jnp.int32))
         before = jnp.broadcast_to(jnp.arange(past, dtype=jnp.int32)[None], (2, past))
         joined = (jnp.concatenate(pair, axis=1) for pair in zip((jnp.zeros_like(before), before), here, strict=True))
-        placed = (here, Places(*joined))
+        placed = (here, Positions(*joined))
     whole = value_and_gradients(q, k, v, placed, window, TIME)
     parts = value_and_gradients(q, k, v, placed, window, 4)
     for one, other in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
@@ -88,7 +89,7 @@ def of_clean(q, k, v, placed, clean, window, block):
     """The output, and the gradients of a loss over clean tokens alone."""
 
     def loss(q, k, v):
-        o = attend(q, k, v, scale=0.4, window=window, places=placed, block=block)
+        o = attend(q, k, v, scale=0.4, window=window, positions=placed, block=block)
         weights = jnp.cos(jnp.arange(o.size, dtype=jnp.float32)).reshape(o.shape)
         return jnp.sum(o * weights, where=clean[..., None, None]), o
 
@@ -104,7 +105,7 @@ def drawn(heads=4):
 @pytest.mark.parametrize(("window", "block"), [(None, TIME), (5, 4)])
 def test_what_a_query_does_not_see_cannot_reach_it(poison, window, block):
     """Token 5 of one segment is poisoned, and all of the second row's middle one; the last tokens are in neither."""
-    placed = (places(IDS), places(IDS))
+    placed = (positions(IDS), positions(IDS))
     seen = np.asarray(visible(*placed, window))
     bad = np.zeros((2, TIME), bool)
     bad[0, 5], bad[1, 3:7] = True, True
@@ -126,7 +127,7 @@ def test_what_a_query_does_not_see_cannot_reach_it(poison, window, block):
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_poison_in_queries_keys_or_values_alone(which):
-    placed, arrays = (places(IDS), places(IDS)), drawn()
+    placed, arrays = (positions(IDS), positions(IDS)), drawn()
     arrays[which] = arrays[which].at[:, 9, 0, 1].set(jnp.nan)
     seen = np.asarray(visible(*placed, None))
     (_, o), gradients = of_clean(*arrays, placed, jnp.arange(TIME)[None] < jnp.full((2, 1), 9), None, TIME)
@@ -138,8 +139,8 @@ def test_poison_in_queries_keys_or_values_alone(which):
 
 def test_a_query_that_sees_nothing_gives_zeros():
     q, k, v = drawn()
-    here = places(IDS)
-    nowhere = Places(jnp.full_like(here.run, -1), here.position)
+    here = positions(IDS)
+    nowhere = Positions(jnp.full_like(here.segment, -1), here.position)
     (_, o), gradients = of_clean(q, k, v, (here, nowhere), jnp.ones((2, TIME), bool), None, TIME)
     assert not np.any(o)
     assert not any(np.any(d) for d in gradients)
@@ -158,10 +159,10 @@ def test_the_library_gets_and_gives_nothing_that_is_masked(monkeypatch):
     monkeypatch.setattr(attention.device, "platform", lambda: "gpu")
     bad = jnp.arange(TIME)[None, :, None, None] == 7
     arrays = [jnp.where(bad, jnp.nan, x).astype(jnp.float16) for x in drawn()]
-    for placed, window in ((None, None), (None, 5), ((places(IDS), places(IDS)), None)):
-        call = functools.partial(attend, scale=0.4, window=window, places=placed, implementation="cudnn")
+    for placed, window in ((None, None), (None, 5), ((positions(IDS), positions(IDS)), None)):
+        call = functools.partial(attend, scale=0.4, window=window, positions=placed, implementation="cudnn")
         index = jnp.broadcast_to(jnp.arange(TIME)[None], IDS.shape)
-        at = placed or (Places(jnp.zeros_like(index), index),) * 2
+        at = placed or (Positions(jnp.zeros_like(index), index),) * 2
         wide = [x.astype(jnp.float32) for x in arrays]
         np.testing.assert_allclose(call(*arrays), oracle(*wide, np.asarray(visible(*at, window))), atol=4e-3)
     assert all(np.isfinite(x).all() for x in given)

@@ -6,7 +6,8 @@ import pytest
 
 from delta_jax import delta_product, delta_rule, delta_rule_step, linear_attention
 from delta_jax.ops import implementations
-from delta_jax.ops.attention import Places, attend, places, rotate
+from delta_jax.ops.attention import attend, rotate
+from delta_jax.ops.segments import Positions, positions
 from delta_jax.ops.short_convolution import short_convolution
 
 
@@ -133,18 +134,18 @@ OTHERS = {
     "v must have at most the 3 channels of k": lambda: attend(ONE[..., :3], ONE[..., :3], ONE, scale=1.0),
     "v must have the dtype of q, float32, got bfloat16": lambda: attend(ONE, ONE, ONE.astype(jnp.bfloat16), scale=1.0),
     "window must be a positive integer, got True": lambda: attend(ONE, ONE, ONE, scale=1.0, window=True),
-    "places must be given where k has other tokens than q, got 5 and 3": lambda: attend(
+    "positions must be given where k has other tokens than q, got 5 and 3": lambda: attend(
         ONE[:, :3], ONE, ONE, scale=1.0
     ),
-    "position of the keys' places must have shape [batch=2, time=5]": lambda: attend(
-        ONE, ONE, ONE, scale=1.0, places=(Places(IDS, IDS), Places(IDS, IDS[:, :4]))
+    "position of the keys' positions must have shape [batch=2, time=5]": lambda: attend(
+        ONE, ONE, ONE, scale=1.0, positions=(Positions(IDS, IDS), Positions(IDS, IDS[:, :4]))
     ),
     "scale must be a number": lambda: attend(ONE, ONE, ONE, scale=jnp.ones(2)),
     "position must have shape [batch=2, time=5]": lambda: rotate(ONE, IDS[0], theta=10.0, channels=2),
     "position must be integers": lambda: rotate(ONE, jnp.ones((2, 5)), theta=10.0, channels=2),
     "channels must be an even number of the 4 channels of x, got 6": lambda: rotate(ONE, IDS, theta=10.0, channels=6),
     "theta must be a positive number, got True": lambda: rotate(ONE, IDS, theta=True, channels=2),
-    "segment_ids must have shape [batch, time], got shape (5,)": lambda: places(IDS[0]),
+    "segment_ids must have shape [batch, time], got shape (5,)": lambda: positions(IDS[0]),
 }
 
 

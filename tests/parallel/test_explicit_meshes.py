@@ -16,7 +16,8 @@ from delta_jax.layers import MIXERS, MixtureOfExperts, RMSNorm, SwiGLU
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig
 from delta_jax.models.loss import token_nats
 from delta_jax.ops import segment_states, skip_tokens
-from delta_jax.ops.attention import attend, places, rotate
+from delta_jax.ops.attention import attend, rotate
+from delta_jax.ops.segments import positions
 from delta_jax.ops.short_convolution import short_convolution
 from delta_jax.parallel import spec_of
 
@@ -113,9 +114,9 @@ def test_attention_convolution_and_loss() -> None:
     kernel = jnp.linspace(0.1, 1.0, 3 * 16, dtype=jnp.float32).reshape(3, 16)
 
     def attention(x: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
-        here = places(ids)
+        here = positions(ids)
         q = rotate(x["q"], here.position, theta=1e4, channels=4)
-        return attend(q, x["k"], x["v"][:, :, ::2], scale=0.3, window=4, places=(here, here), block=4)
+        return attend(q, x["k"], x["v"][:, :, ::2], scale=0.3, window=4, positions=(here, here), block=4)
 
     def convolution(x: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
         return short_convolution(x["q"].reshape(B, T, -1), kernel, segment_ids=ids)[0]
