@@ -26,6 +26,7 @@ __all__ = ["ExpertsConfig", "Layer", "MixerSpec", "ModelConfig", "PlacedMixer"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "block")
+RESIDUALS = ("delta_rule_states", "delta_rule_output", "mixer_output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +168,9 @@ class ModelConfig:
         initializer_std: standard deviation of every matrix at the start.
         remat: what the backward pass computes again to save memory: "none"; "dots", all but the matrix
             products with weights; "block", everything but the input of every block.
+        remat_save: what of that is kept after all, by name: "delta_rule_states" and "delta_rule_output", without which the op
+            runs forward once more; "mixer_output", what the mixer adds to the residual stream.
+        remat_offload: likewise what is kept in the host's memory, and fetched for the backward pass.
         dtype: of the computation. Norms, decays, states and logits are float32 regardless.
         param_dtype: of the parameters.
     """
@@ -184,6 +188,8 @@ class ModelConfig:
     zero_centered_norms: bool = False
     initializer_std: float = 0.02
     remat: str = "none"
+    remat_save: tuple[str, ...] = ()
+    remat_offload: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
 
@@ -232,6 +238,14 @@ class ModelConfig:
         for name, allowed in {"remat": REMAT_POLICIES, "dtype": DTYPES, "param_dtype": DTYPES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("remat_save", "remat_offload"):
+            names = getattr(self, name)
+            if not isinstance(names, tuple) or any(one not in RESIDUALS for one in names):
+                raise ValueError(f"{name} must hold names of {', '.join(RESIDUALS)}, got {names!r}")
+            if names and self.remat == "none":
+                raise ValueError(f"{name} must be empty with remat = 'none', which keeps everything, got {names!r}")
+        if set(self.remat_save) & set(self.remat_offload):
+            raise ValueError(f"remat_offload must not name what remat_save does, got {self.remat_offload!r}")
 
     def _check_places(self) -> None:
         places = [place for spec in self.placed for place in spec.layers]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -61,12 +62,13 @@ class Block(nnx.Module):
         """
         normed = self.mixer_norm(x)
         y, cache = self.mixer.with_cache(normed, segment_ids=segment_ids, cache=cache, lengths=lengths)
-        x = x + y
+        x, load = x + checkpoint_name(y, "mixer_output"), None
         if self.mlp is None:
             return BlockOutput(x, cache, None)
         if isinstance(self.mlp, SwiGLU):
-            return BlockOutput(x + self.mlp(self.mlp_norm(x)), cache, None)
-        y, load = self.mlp(self.mlp_norm(x), counted)
+            y = self.mlp(self.mlp_norm(x))
+        else:
+            y, load = self.mlp(self.mlp_norm(x), counted)
         return BlockOutput(x + y, cache, load)
 
 
@@ -238,7 +240,7 @@ class LanguageModel(nnx.Module):
             tokens, counted = front.move(tokens), front.move(front.mask if counted is None else front.mask & counted)
             segment_ids = None if segment_ids is None else front.move(segment_ids)
         keep_cache = return_cache or cache is not None
-        apply = _rematerialized(self.config.remat)
+        apply = _rematerialized(self.config)
         if cache is not None and segment_ids is None:
             for block, block_cache in zip(self.blocks, cache, strict=True):
                 block.mixer.check_room(cache=block_cache, tokens=tokens.shape[1] if lengths is None else lengths)
@@ -356,10 +358,19 @@ def _apply_block(
     return block(x, segment_ids=segment_ids, cache=cache, lengths=lengths, counted=counted)
 
 
-def _rematerialized(remat: str) -> Callable[..., Any]:
+def _rematerialized(config: ModelConfig) -> Callable[..., Any]:
     """`_apply_block` with a checkpoint policy; the scan around it makes prevent_cse needless."""
-    if remat == "none":
+    if config.remat == "none":
         return _apply_block
     policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if remat == "block" else policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(_apply_block, policy=policy, prevent_cse=False)
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=config.remat_save,
+        names_which_can_be_offloaded=config.remat_offload,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def or_products(*operation: Any, **options: Any) -> Any:
+        return policies.dots_with_no_batch_dims_saveable(*operation, **options) or policy(*operation, **options)
+
+    return jax.checkpoint(_apply_block, policy=or_products if config.remat == "dots" else policy, prevent_cse=False)

@@ -49,7 +49,10 @@ def _run(passes: Passes, arrays: Arrays, options: Options) -> tuple[Array, Array
 def _forward(passes: Passes, arrays: Arrays, options: Options) -> tuple[tuple[Array, Array], tuple[Arrays, Any, Array]]:
     o, state, kept = passes.forward(arrays, options, True)
     finite = _finite_heads(state)
-    return _outputs(arrays, options, o, state, finite), (arrays, checkpoint_name(kept, "delta_rule_states"), finite)
+    o, state = _outputs(arrays, options, o, state, finite)
+    # With both kept a backward pass that computes the rest again needs no second forward pass.
+    kept, finite = checkpoint_name((kept, finite), "delta_rule_states")
+    return (checkpoint_name(o, "delta_rule_output"), state), (arrays, kept, finite)
 
 
 def _backward(

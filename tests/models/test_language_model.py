@@ -125,21 +125,34 @@ def test_gradients_reach_every_parameter_of_every_layer():
 def test_remat_changes_memory_not_numbers():
     jax.config.update("jax_disable_most_optimizations", False)  # the limits are those of the code that users run
     plain = jax.tree.leaves(gradient(make(pattern=("gated_delta_net",)), tokens()))
-    for remat in ("dots", "block"):
-        again = jax.tree.leaves(gradient(make(pattern=("gated_delta_net",), remat=remat), tokens()))
+    names = {"remat_save": ("delta_rule_output",), "remat_offload": ("delta_rule_states", "mixer_output")}
+    for options in ({"remat": "dots"}, {"remat": "block"}, {"remat": "dots"} | names, {"remat": "block"} | names):
+        again = jax.tree.leaves(gradient(make(pattern=("gated_delta_net",), **options), tokens()))
         for one, other in zip(again, plain, strict=True):
             np.testing.assert_allclose(one, other, atol=3e-6, rtol=1e-4)
 
 
 def test_remat_saves_memory():
-    def residuals(remat):
-        model = make(remat=remat, pattern=("delta_net",), num_layers=32)
+    def residuals(remat, **names):
+        model = make(remat=remat, pattern=("delta_net",), num_layers=32, **names)
         _, backward = jax.eval_shape(lambda model: jax.vjp(lambda model: model(tokens()), model), model)
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
     none, dots, block = (residuals(remat) for remat in ("none", "dots", "block"))
     assert block < dots < none
     assert block < number_of_parameters(make(pattern=("delta_net",), num_layers=32)) + 48 * 2 * TIME * 12
+    assert residuals("block", remat_save=("mixer_output",)) == block + 32 * 2 * TIME * 12
+
+
+def test_what_is_saved_by_name_is_not_computed_again():
+    """With its states and its output kept, the op runs forward once."""
+
+    def loops(**names):
+        model = make(pattern=("gated_delta_net",), num_layers=1, remat="block", implementation="xla", **names)
+        return str(jax.make_jaxpr(gradient)(model, tokens())).count("scan[")
+
+    once = loops(remat_save=("delta_rule_states", "delta_rule_output"))
+    assert once < loops()
 
 
 def test_the_seed_decides_every_number():
