@@ -1,5 +1,6 @@
 """Every test runs with eight virtual CPU devices and without silent dtype or rank promotion."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -35,9 +36,32 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_disable_most_optimizations", quick)
 
 
+@contextlib.contextmanager
+def users_call():
+    """Without the checks of every signature that the suite adds: bad input meets those of the library."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
 @pytest.fixture
 def as_users_call():
-    """Without the checks of every signature that the suite adds: bad input meets those of the library."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with users_call():
+        yield
+
+
+def _raises(*arguments, raises=pytest.raises, **keywords):
+    """`pytest.raises`, inside of which calls are those of a user."""
+
+    @contextlib.contextmanager
+    def block():
+        with raises(*arguments, **keywords) as raised, users_call():
+            yield raised
+
+    return block()
+
+
+pytest.raises = _raises

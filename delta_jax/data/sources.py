@@ -7,7 +7,7 @@ import glob
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from delta_jax.data.config import DataConfig
 from delta_jax.data.formats import ArrayRecords, HuggingFaceRows, JsonLines, ParquetRows, TextFiles
@@ -25,6 +25,7 @@ _COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip"})
 _NOT_EMBEDDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
+@runtime_checkable
 class Documents(Protocol):
     """A corpus: `len(documents)` texts, each read when asked for.
 

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -31,6 +31,7 @@ DOCUMENT_TOKENS = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the pipeline and the command line need of a tokenizer.
 
@@ -57,7 +58,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of the ids; ids that stand for no text, such as `document_id`, are left out."""
         ...
 
@@ -78,11 +79,11 @@ class ByteTokenizer:
         ids = self.encode(text)
         return ids, np.ones_like(ids)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Exactly the bytes of the ids; 256 and above stand for none (a padded vocabulary has such ids)."""
         return bytes(value for value in map(int, ids) if value < 256)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """For display: bytes that are not UTF-8 show as the replacement character."""
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -130,7 +131,7 @@ class JsonTokenizer:
         covered = _bytes_before(text)[np.maximum.accumulate(ends)]
         return self._ids(encoding), np.diff(covered, prepend=0).astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of the ids, special tokens left out."""
         return str(self._tokenizer.decode([int(value) for value in ids], skip_special_tokens=True))
 

@@ -9,9 +9,7 @@ from jaxtyping import Array, Bool, Float
 __all__ = ["contained", "finite_tokens", "select_finite"]
 
 
-def contained[Result](
-    function: Callable[..., Result], *inputs: Float[Array, "*tokens channels"], tokens: int = 2
-) -> Result:
+def contained[Result](function: Callable[..., Result], *inputs: Float[Array, "..."], tokens: int = 2) -> Result:
     """`function(*inputs)`, a map of every token by itself with parameters that all tokens share.
 
     A token that is not finite would reach the others by way of the parameters: their gradient is a sum over tokens of
@@ -29,14 +27,12 @@ def contained[Result](
     return selected
 
 
-def finite_tokens(*inputs: Float[Array, "*tokens channels"], tokens: int = 2) -> Bool[Array, "*tokens"]:
+def finite_tokens(*inputs: Float[Array, "..."], tokens: int = 2) -> Bool[Array, "..."]:
     """Which tokens are finite in all of the arrays."""
     finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(tokens, x.ndim))) for x in inputs]
     return jnp.stack(finite).all(axis=0) if len(finite) > 1 else finite[0]
 
 
-def select_finite(
-    finite: Bool[Array, "*tokens"], x: Float[Array, "*tokens_rest"], other: float
-) -> Float[Array, "*tokens_rest"]:
+def select_finite(finite: Bool[Array, "..."], x: Float[Array, "..."], other: float) -> Float[Array, "..."]:
     """`x` for finite tokens, `other` elsewhere."""
     return jnp.where(finite.reshape(finite.shape + (1,) * (x.ndim - finite.ndim)), x, jnp.asarray(other, x.dtype))

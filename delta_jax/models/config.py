@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -71,7 +71,7 @@ class MixerSpec:
         )
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+    def from_dict(cls, table: Mapping[str, Any]) -> "MixerSpec":
         """Reads a `[[model.pattern]]` table: `mixer` and, beside it, the options."""
         if "mixer" not in table:
             raise ValueError(f"pattern entry lacks the key mixer: {dict(table)}")
@@ -98,7 +98,7 @@ class PlacedMixer(MixerSpec):
             raise ValueError(f"layers must be a tuple of integers, got {self.layers!r}")
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+    def from_dict(cls, table: Mapping[str, Any]) -> "PlacedMixer":
         """Reads a `[[model.placed]]` table: `layers`, `mixer` and, beside them, the options."""
         places = table.get("layers")
         if not isinstance(places, list | tuple) or not all(type(place) is int for place in places):

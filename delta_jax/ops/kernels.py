@@ -1,7 +1,7 @@
 """A package of kernels as an implementation of the op: tokens of several writes, and what is cast."""
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from delta_jax.ops.recurrence import token_of
 from pallas_kernels.inputs import Inputs
 
 
+@runtime_checkable
 class Kernels(Protocol):
     """What a package of kernels offers; `pallas_kernels.tpu` documents every function."""
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,7 +39,7 @@ class ProgressDisplay:
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, text="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressDisplay":
         with self._unread():
             self._progress.start()
         return self

@@ -26,7 +26,7 @@ class TrainState:
         optimizer: the optax state.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, ""] | jax.ShapeDtypeStruct
     parameters: Any
     optimizer: Any
 

@@ -86,6 +86,7 @@ def test_any_temperature_draws_right(temperature):
     assert (shares[np.asarray(wanted) == 0] == 0).all()
 
 
+@pytest.mark.usefixtures("as_users_call")  # an integer is a number
 def test_limits_of_top_k_and_top_p():
     logits = jax.random.normal(jax.random.key(4), (50,))
     everything = draw(logits, Sampling(temperature=2.0), 1000)

@@ -157,6 +157,7 @@ def test_other_functions(message):
     assert message in str(error.value)
 
 
+@pytest.mark.usefixtures("as_users_call")
 def test_arrays_of_numpy_are_taken():
     x = {name: np.asarray(array) for name, array in arguments().items()}
     want = delta_rule(**arguments(), implementation="recurrent")

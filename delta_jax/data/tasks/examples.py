@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class Examples(NamedTuple):
         return Examples(**chosen)
 
 
+@runtime_checkable
 class Task(Protocol):
     """A distribution of sequences; a frozen dataclass whose fields are the task's parameters."""
 
