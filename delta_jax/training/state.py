@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from delta_jax.models import LanguageModel, ModelConfig
 from delta_jax.parallel import parameter_shardings, replicated
@@ -26,7 +25,7 @@ class TrainState:
         optimizer: the optax state.
     """
 
-    step: Int[Array, ""] | jax.ShapeDtypeStruct
+    step: Any
     parameters: Any
     optimizer: Any
 
