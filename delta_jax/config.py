@@ -89,7 +89,7 @@ def _read(source: str | Path) -> dict[str, Any]:
             raise ValueError(f'configuration file "{source}" does not exist')
         path = _preset_folder() / f"{source}.toml"
         if not path.is_file():
-            hint = _did_you_mean(str(source), preset_names())
+            hint = did_you_mean(str(source), preset_names())
             raise ValueError(f'unknown preset "{source}"{hint}; there are: {", ".join(preset_names())}')
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -148,7 +148,7 @@ def _build(cls: type, table: Any, key: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in table:
         if name not in fields:
-            raise ValueError(f'unknown key "{prefix}{name}"{_did_you_mean(name, fields)}; known: {", ".join(fields)}')
+            raise ValueError(f'unknown key "{prefix}{name}"{did_you_mean(name, fields)}; known: {", ".join(fields)}')
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in table:
@@ -201,7 +201,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in arguments or type(value) not in map(type, arguments):
-            hint_text = _did_you_mean(str(value), [str(item) for item in arguments])
+            hint_text = did_you_mean(str(value), [str(item) for item in arguments])
             raise ValueError(f"{key}: wanted one of {', '.join(map(repr, arguments))}, got {value!r}{hint_text}")
         return value
     if origin in (Union, types.UnionType):
@@ -259,7 +259,30 @@ def _wrong_type(key: str, wanted: str, value: Any) -> ValueError:
     return ValueError(f"{key or 'configuration'}: wanted {wanted}, got {shown} ({type(value).__name__})")
 
 
-def _did_you_mean(name: str, known: Any) -> str:
+# What was called otherwise in version 0.1 -> its name now, where that is known.
+RENAMED = {
+    "dense_layers": "num_dense_layers",
+    "key_dim": "qk_nope_head_dim",
+    "latent_size": "kv_lora_rank",
+    "mamba_2": "mamba2",
+    "mlp_size": "intermediate_size",
+    "number": "num_experts",
+    "per_token": "num_experts_per_token",
+    "placed": "layer_overrides",
+    "ret_net": "retnet",
+    "scale": "routed_scaling_factor",
+    "shared_key_dim": "qk_rope_head_dim",
+    "shared_size": "shared_expert_size",
+    "size": "expert_size",
+    "use_shared_gate": "use_shared_expert_gate",
+    "value_dim": "v_head_dim",
+}
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """What is meant by a name that is not known: what it is called now, or those that are near; "" where nothing is."""
+    if RENAMED.get(name) in known:
+        return f" (it is now called {RENAMED[name]})"
     near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 

@@ -92,7 +92,7 @@ CPU = WordSweep(
     evaluate_every=100,
     hidden_size=128,
     num_heads=8,
-    mlp_size=0,
+    intermediate_size=0,
 )
 PAPER = WordSweep(
     learning_rates=(1e-3,),

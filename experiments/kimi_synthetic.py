@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from delta_jax.data.tasks import MultiQueryRecall, Palindrome, Stacks, Task
 from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
-from experiments.harness.comparisons import mamba_2
+from experiments.harness.comparisons import mamba2
 
 KDA, GATED, DELTA, MAMBA = "Kimi Delta Attention", "Gated DeltaNet", "DeltaNet", "Mamba-2"
 PALINDROME, RECALL, STACK = "palindrome", "recall", "stacks"
@@ -42,7 +42,7 @@ def arms(sweep: KimiSweep) -> tuple[Arm, ...]:
         arm(KDA, sweep, mixer("kimi_delta_attention", sweep)),
         arm(GATED, sweep, mixer("gated_delta_net", sweep, expand_v=1.0)),
         arm(DELTA, sweep, mixer("delta_net", sweep, use_output_gate=True)),
-        arm(MAMBA, sweep, mamba_2(sweep, 1.0)),
+        arm(MAMBA, sweep, mamba2(sweep, 1.0)),
     )
 
 
@@ -105,7 +105,7 @@ CPU = KimiSweep(
     num_heads=2,
     head_dim=16,
     num_layers=2,
-    mlp_size=0,
+    intermediate_size=0,
     tasks=(PALINDROME, STACK),
     lengths=(36,),
     palindrome_tokens=64,

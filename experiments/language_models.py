@@ -11,7 +11,7 @@ from delta_jax.models import LanguageModel, ModelConfig, number_of_parameters
 from delta_jax.models.config import MixerSpec
 from delta_jax.training import OptimizerConfig
 from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
-from experiments.harness.comparisons import better, gla, mamba_2
+from experiments.harness.comparisons import better, gla, mamba2
 
 CELL = "held-out documents"
 DELTA, GATED, PRODUCT, KDA, GATED_2 = "DeltaNet", "Gated DeltaNet", "DeltaProduct, n_h = 2", "KDA", "Gated DeltaNet-2"
@@ -47,14 +47,15 @@ def arms(sweep: LanguageSweep) -> tuple[Arm, ...]:
         PRODUCT: (mixer("delta_product", sweep, num_householder=2, expand_v=1.0),),
         KLA: (mixer("kaczmarz_linear_attention", sweep, expand_v=1.0),),
         GLA: (gla(sweep, expand_v=1.0),),
-        MAMBA: (mamba_2(sweep, expand_v=1.0),),
+        MAMBA: (mamba2(sweep, expand_v=1.0),),
         TRANSFORMER: (attention,),
         WINDOWED: (gated, mixer("attention", sweep, window=sweep.window)),
         KIMI: (*[kimi] * min(3, sweep.num_layers - 1), mixer("attention", sweep, rope_fraction=0.0)),
     }
-    wanted = _size(_model((attention,), sweep, sweep.mlp_size))
+    wanted = _size(_model((attention,), sweep, sweep.intermediate_size))
     return tuple(
-        arm(name, sweep, *pattern, mlp_size=_fitting(pattern, sweep, wanted)) for name, pattern in patterns.items()
+        arm(name, sweep, *pattern, intermediate_size=_fitting(pattern, sweep, wanted))
+        for name, pattern in patterns.items()
     )
 
 
@@ -64,13 +65,13 @@ def _fitting(pattern: tuple[MixerSpec, ...], sweep: LanguageSweep, wanted: int) 
     return max(round((wanted - one) / (two - one)) + 1, 1)
 
 
-def _model(pattern: tuple[MixerSpec, ...], sweep: LanguageSweep, mlp_size: int | None) -> ModelConfig:
+def _model(pattern: tuple[MixerSpec, ...], sweep: LanguageSweep, intermediate_size: int | None) -> ModelConfig:
     return ModelConfig(
         vocab_size=Corpus().vocab_size,
         hidden_size=sweep.hidden_size,
         num_layers=sweep.num_layers,
         pattern=pattern,
-        mlp_size=mlp_size,
+        intermediate_size=intermediate_size,
     )
 
 
@@ -105,7 +106,7 @@ CPU = LanguageSweep(
     hidden_size=64,
     num_heads=2,
     num_layers=2,
-    mlp_size=192,
+    intermediate_size=192,
     optimizer=OptimizerConfig(warmup_steps=20),
 )
 GPU = CPU.but(
@@ -119,7 +120,7 @@ GPU = CPU.but(
     hidden_size=384,
     num_heads=3,
     num_layers=8,
-    mlp_size=1024,
+    intermediate_size=1024,
     dtype="bfloat16",
     optimizer=OptimizerConfig(warmup_steps=100),
 )
@@ -155,7 +156,7 @@ STUDY = Study(
             hidden_size=1024,
             num_heads=8,
             num_layers=24,
-            mlp_size=None,
+            intermediate_size=None,
             optimizer=OptimizerConfig(warmup_steps=1000, initial_ratio=0.1),
         ),
     },

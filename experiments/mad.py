@@ -154,7 +154,7 @@ PAPER = MadSweep(
     hidden_size=128,
     num_heads=16,
     num_layers=2,
-    mlp_size=352,
+    intermediate_size=352,
     dtype="bfloat16",
     changes=True,
 )

@@ -75,7 +75,13 @@ STUDY = Study(
     show=("token",),
     scales={
         "cpu": GPU.but(
-            steps=100, batch_size=16, test_examples=64, evaluate_every=50, hidden_size=32, num_heads=2, mlp_size=32
+            steps=100,
+            batch_size=16,
+            test_examples=64,
+            evaluate_every=50,
+            hidden_size=32,
+            num_heads=2,
+            intermediate_size=32,
         ),
         "gpu": GPU,
         "paper": PAPER,

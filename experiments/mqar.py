@@ -46,7 +46,7 @@ def arms(sweep: RecallSweep) -> tuple[Arm, ...]:
             own = {"feature_map": "l2"} if name == LINEAR else {}
             conv = sweep.use_short_conv
             return mixer(mixers[name], sweep, expand_v=1.0, use_output_gate=False, use_short_conv=conv, **own)
-        return mixer({GLA: "gated_linear_attention", RETNET: "ret_net"}[name], sweep, use_short_conv=False)
+        return mixer({GLA: "gated_linear_attention", RETNET: "retnet"}[name], sweep, use_short_conv=False)
 
     names = BOTH + (BASELINES if sweep.baselines else ())
     if not sweep.widths:
@@ -100,7 +100,7 @@ CPU = RecallSweep(
     hidden_size=32,
     num_heads=1,
     head_dim=16,
-    mlp_size=0,
+    intermediate_size=0,
     vocab_size=64,
     length=64,
     pairs=16,
@@ -119,7 +119,7 @@ PAPER = RecallSweep(
     stop_at=0.99,
     num_heads=2,
     num_layers=2,
-    mlp_size=0,
+    intermediate_size=0,
     widths=(64, 128, 256, 512),
     baselines=True,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from delta_jax.data.tasks import Needles
 from experiments.harness import Arm, Cell, Claim, Results, Study, Summary, Sweep, Verdict, arm, main, mixer
-from experiments.harness.comparisons import mamba_2
+from experiments.harness.comparisons import mamba2
 
 GATED, DELTA, MAMBA = "Gated DeltaNet", "DeltaNet", "Mamba-2"
 DISTRACTORS, PASSKEY, NUMBER, UUID = "distractors", "S-NIAH-1", "S-NIAH-2, other text", "S-NIAH-3, other text"
@@ -45,7 +45,7 @@ def arms(sweep: NeedleSweep) -> tuple[Arm, ...]:
     )
     if sweep.terse:
         return found
-    return *found, arm(MAMBA, sweep, mamba_2(sweep, 1.0))
+    return *found, arm(MAMBA, sweep, mamba2(sweep, 1.0))
 
 
 def cells(sweep: NeedleSweep) -> tuple[Cell, ...]:
@@ -100,7 +100,7 @@ CPU = NeedleSweep(
     num_heads=2,
     head_dim=16,
     num_layers=2,
-    mlp_size=0,
+    intermediate_size=0,
     initializer_std=0.1,
     kinds=(DISTRACTORS,),
     haystack_bytes=32,

@@ -62,9 +62,9 @@ CPU = Sweep(
     evaluate_every=100,
     hidden_size=32,
     num_heads=2,
-    mlp_size=32,
+    intermediate_size=32,
 )
-GPU = CPU.but(steps=2000, batch_size=256, hidden_size=128, num_heads=4, mlp_size=None, evaluate_every=250)
+GPU = CPU.but(steps=2000, batch_size=256, hidden_size=128, num_heads=4, intermediate_size=None, evaluate_every=250)
 
 STUDY = Study(
     name="parity",

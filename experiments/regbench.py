@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from delta_jax.data.tasks import RegBench
 from delta_jax.training import OptimizerConfig
 from experiments.harness import Arm, Cell, Claim, Study, Sweep, arm, main, mixer
-from experiments.harness.comparisons import better, gla, mamba_2
+from experiments.harness.comparisons import better, gla, mamba2
 
 CELL = "next letter is legal"
 DELTA, DELTA_PLAIN = "DeltaNet with convolution", "DeltaNet without convolution"
@@ -48,7 +48,7 @@ def arms(sweep: LanguagesSweep) -> tuple[Arm, ...]:
         TRANSFORMER: mixer("attention", sweep),
         DELTA_PLAIN: mixer("delta_net", sweep, use_short_conv=False),
         GLA_PLAIN: gla(sweep, expand_v=1.0, use_short_conv=False),
-        MAMBA: mamba_2(sweep, expand_v=1.0),
+        MAMBA: mamba2(sweep, expand_v=1.0),
     }
 
     def sized(architecture: str, size: int) -> Arm:
@@ -107,7 +107,7 @@ STUDY = Study(
             evaluate_every=10,
             hidden_size=32,
             num_layers=2,
-            mlp_size=32,
+            intermediate_size=32,
             arms=None,
             automata=(64,),
         ),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from delta_jax.data.tasks import SelectivBench
 from delta_jax.training import OptimizerConfig
 from experiments.harness import Arm, Cell, Claim, Results, Study, Sweep, Verdict, arm, main, mixer
-from experiments.harness.comparisons import better, gla, mamba_2
+from experiments.harness.comparisons import better, gla, mamba2
 
 COMPLEXITY, MEMORY, DISTRACTORS = "complexity", "memory", "distractors"
 DELTA, GATED, PRODUCT, GLA, MAMBA = "DeltaNet", "Gated DeltaNet", "DeltaProduct, n_h = 4", "GLA", "Mamba-2"
@@ -35,7 +35,7 @@ def arms(sweep: GrammarSweep) -> tuple[Arm, ...]:
         arm(DELTA, sweep, mixer("delta_net", sweep, expand_v=2.0)),
         arm(GATED, sweep, mixer("gated_delta_net", sweep, expand_v=2.0)),
         arm(GLA, sweep, gla(sweep, expand_v=2.0)),
-        arm(MAMBA, sweep, mamba_2(sweep, expand_v=2.0)),
+        arm(MAMBA, sweep, mamba2(sweep, expand_v=2.0)),
         arm(PRODUCT, sweep, mixer("delta_product", sweep, num_householder=4, expand_v=2.0)),
         arm(ATTENTION, sweep, mixer("attention", sweep)),
     )
@@ -75,7 +75,7 @@ PAPER = GrammarSweep(
     hidden_size=384,
     num_heads=4,
     num_layers=8,
-    mlp_size=0,
+    intermediate_size=0,
     dtype="bfloat16",
     optimizer=OptimizerConfig(warmup_steps=476, initial_ratio=0.0, final_ratio=0.0, beta2=0.999, clip_norm=1.0),
 )

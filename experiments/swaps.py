@@ -80,7 +80,7 @@ CPU = SwapSweep(
     evaluate_every=100,
     hidden_size=64,
     num_heads=4,
-    mlp_size=64,
+    intermediate_size=64,
 )
 PAPER = SwapSweep(
     learning_rates=(1e-4,),

@@ -33,7 +33,7 @@ output = "run"
 vocab_size = 257
 hidden_size = 16
 num_layers = 2
-mlp_size = 16
+intermediate_size = 16
 dtype = "float32"
 """
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_example_is_a_mixer_like_ours(folder: Path) -> None:
-    table = {"vocab_size": 10, "hidden_size": 8, "num_layers": 2, "mlp_size": 8, "dtype": "float32"}
+    table = {"vocab_size": 10, "hidden_size": 8, "num_layers": 2, "intermediate_size": 8, "dtype": "float32"}
     pattern = [{"mixer": "my_mixers:Forgetful", "num_heads": 2}, {"mixer": "my_mixers.Forgetful", "num_heads": 2}]
     config = load_config(ModelConfig, table | {"pattern": pattern})
     assert load_config(ModelConfig, to_dict(config)) == config

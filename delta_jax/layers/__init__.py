@@ -11,7 +11,7 @@ from delta_jax.layers.kaczmarz import KaczmarzLinearAttention
 from delta_jax.layers.kimi_delta_attention import KimiDeltaAttention
 from delta_jax.layers.latent_attention import LatentAttention
 from delta_jax.layers.linear_attention import LinearAttention, RetNet
-from delta_jax.layers.mamba_2 import Mamba2
+from delta_jax.layers.mamba2 import Mamba2
 from delta_jax.layers.mixer import Mixer, MixerCache
 from delta_jax.layers.mixture_of_experts import ExpertBias, MixtureOfExperts
 from delta_jax.layers.mlp import SwiGLU

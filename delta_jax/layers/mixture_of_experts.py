@@ -36,7 +36,7 @@ class MixtureOfExperts(nnx.Module):
     """The sum of a shared expert and of the chosen ones, weighted by their scores; no token is dropped.
 
         s    = sigmoid(x W_r)                       in float32; or a softmax
-        C    = the per_token experts with the largest s_e + bias_e
+        C    = the num_experts_per_token experts with the largest s_e + bias_e
         y    = shared(x) + scale * sum_C s_e / (sum_C s) * expert_e(x)
 
     The experts are SwiGLU layers, computed by `jax.lax.ragged_dot` on the tokens sorted by expert. There is no capacity
@@ -45,13 +45,13 @@ class MixtureOfExperts(nnx.Module):
 
     Args:
         hidden_size: width of x.
-        size: width of an expert.
-        number: experts to choose from.
-        per_token: experts that each token goes to.
-        shared_size: width of the shared expert; 0 is none.
+        expert_size: width of an expert.
+        num_experts: experts to choose from.
+        num_experts_per_token: experts that each token goes to.
+        shared_expert_size: width of the shared expert; 0 is none.
         router: "sigmoid" or "softmax".
-        scale: factor on the sum over the chosen experts.
-        use_shared_gate: multiplies the shared expert's output with sigmoid(x w), a number a token.
+        routed_scaling_factor: factor on the sum over the chosen experts.
+        use_shared_expert_gate: multiplies the shared expert's output with sigmoid(x w), a number a token.
         initializer_std, dtype, param_dtype, rngs: as in `SwiGLU`.
 
     Raises:
@@ -65,52 +65,60 @@ class MixtureOfExperts(nnx.Module):
         self,
         hidden_size: int,
         *,
-        size: int,
-        number: int,
-        per_token: int,
-        shared_size: int = 0,
+        expert_size: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        shared_expert_size: int = 0,
         router: Literal["sigmoid", "softmax"] = "sigmoid",
-        scale: float = 1.0,
-        use_shared_gate: bool = False,
+        routed_scaling_factor: float = 1.0,
+        use_shared_expert_gate: bool = False,
         initializer_std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        require_positive_integers(hidden_size=hidden_size, size=size, number=number, per_token=per_token)
-        require_positive_numbers(scale=scale, initializer_std=initializer_std)
-        require_flags(use_shared_gate=use_shared_gate)
-        if per_token > number:
-            raise ValueError(f"per_token must be at most number, the experts there are, got {per_token} of {number}")
-        require_counts(shared_size=shared_size)
+        require_positive_integers(
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+            num_experts=num_experts,
+            num_experts_per_token=num_experts_per_token,
+        )
+        require_positive_numbers(routed_scaling_factor=routed_scaling_factor, initializer_std=initializer_std)
+        require_flags(use_shared_expert_gate=use_shared_expert_gate)
+        if num_experts_per_token > num_experts:
+            raise ValueError(
+                f"num_experts_per_token must be at most num_experts, got {num_experts_per_token} of {num_experts}"
+            )
+        require_counts(shared_expert_size=shared_expert_size)
         require_dtypes(dtype=dtype, param_dtype=param_dtype)
         require_rngs(rngs)
-        if use_shared_gate and not shared_size:
-            raise ValueError("use_shared_gate needs a shared expert, but shared_size is 0")
+        if use_shared_expert_gate and not shared_expert_size:
+            raise ValueError("use_shared_expert_gate needs a shared expert, but shared_expert_size is 0")
         if router not in SCORES:
             raise ValueError(f"router must be one of {', '.join(SCORES)}, got {router!r}")
         normal = nnx.initializers.normal(initializer_std)
         kinds: dict[str, Any] = {"use_bias": False, "kernel_init": normal, "param_dtype": param_dtype, "rngs": rngs}
-        self.number, self.per_token, self.scale = number, per_token, scale
+        self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
+        self.routed_scaling_factor = routed_scaling_factor
         self.router_scores = router
         self.dtype = jnp.dtype(dtype)
-        self.router = nnx.Linear(hidden_size, number, dtype=jnp.float32, precision="highest", **kinds)
-        self.expert_bias = ExpertBias(jnp.zeros((number,), jnp.float32))
+        self.router = nnx.Linear(hidden_size, num_experts, dtype=jnp.float32, precision="highest", **kinds)
+        self.expert_bias = ExpertBias(jnp.zeros((num_experts,), jnp.float32))
         self.experts = nnx.Dict(
-            gate_proj=nnx.Param(normal(rngs.params(), (number, hidden_size, size), param_dtype)),
-            up_proj=nnx.Param(normal(rngs.params(), (number, hidden_size, size), param_dtype)),
-            down_proj=nnx.Param(normal(rngs.params(), (number, size, hidden_size), param_dtype)),
+            gate_proj=nnx.Param(normal(rngs.params(), (num_experts, hidden_size, expert_size), param_dtype)),
+            up_proj=nnx.Param(normal(rngs.params(), (num_experts, hidden_size, expert_size), param_dtype)),
+            down_proj=nnx.Param(normal(rngs.params(), (num_experts, expert_size, hidden_size), param_dtype)),
         )
-        if shared_size:
+        if shared_expert_size:
             self.shared = SwiGLU(
                 hidden_size,
-                shared_size,
+                shared_expert_size,
                 initializer_std=initializer_std,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
-        if shared_size and use_shared_gate:
+        if shared_expert_size and use_shared_expert_gate:
             self.shared_gate = nnx.Linear(hidden_size, 1, dtype=dtype, **kinds)
 
     def __call__(
@@ -148,12 +156,12 @@ class MixtureOfExperts(nnx.Module):
 
     def route(
         self, x: Float[Array, "batch time hidden"]
-    ) -> tuple[Int[Array, "batch time per_token"], Float[Array, "batch time per_token"]]:
+    ) -> tuple[Int[Array, "batch time num_experts_per_token"], Float[Array, "batch time num_experts_per_token"]]:
         """The experts chosen for every token, and their float32 weights."""
         scores = SCORES[self.router_scores](self.router(x.astype(jnp.float32)))
-        _, chosen = jax.lax.top_k(scores + self.expert_bias[...][None, None], self.per_token)
+        _, chosen = jax.lax.top_k(scores + self.expert_bias[...][None, None], self.num_experts_per_token)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
-        return chosen, self.scale * weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return chosen, self.routed_scaling_factor * weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
 
 
 def balanced_bias(

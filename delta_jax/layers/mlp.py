@@ -31,14 +31,14 @@ class SwiGLU(nnx.Module):
     def __init__(
         self,
         hidden_size: int,
-        mlp_size: int,
+        intermediate_size: int,
         *,
         initializer_std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        require_positive_integers(hidden_size=hidden_size, mlp_size=mlp_size)
+        require_positive_integers(hidden_size=hidden_size, intermediate_size=intermediate_size)
         require_positive_numbers(initializer_std=initializer_std)
         require_dtypes(dtype=dtype, param_dtype=param_dtype)
         require_rngs(rngs)
@@ -54,9 +54,9 @@ class SwiGLU(nnx.Module):
                 rngs=rngs,
             )
 
-        self.gate_proj = linear(hidden_size, mlp_size)
-        self.up_proj = linear(hidden_size, mlp_size)
-        self.down_proj = linear(mlp_size, hidden_size)
+        self.gate_proj = linear(hidden_size, intermediate_size)
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
 
     def __call__(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading hidden"]:
         """Maps x [..., hidden_size] to the same shape; another size or kind of x is a ValueError."""

@@ -4,6 +4,7 @@ import importlib
 import inspect
 from typing import Any, Unpack, get_type_hints
 
+from delta_jax.config import did_you_mean
 from delta_jax.layers.attention import Attention
 from delta_jax.layers.delta_net import DeltaNet
 from delta_jax.layers.delta_product import DeltaProduct, GatedDeltaProduct
@@ -14,7 +15,7 @@ from delta_jax.layers.kaczmarz import KaczmarzLinearAttention
 from delta_jax.layers.kimi_delta_attention import KimiDeltaAttention
 from delta_jax.layers.latent_attention import LatentAttention
 from delta_jax.layers.linear_attention import LinearAttention, RetNet
-from delta_jax.layers.mamba_2 import Mamba2
+from delta_jax.layers.mamba2 import Mamba2
 from delta_jax.layers.mixer import Mixer
 from delta_jax.layers.options import MixerOptions
 from delta_jax.layers.token_mixer import TokenMixer
@@ -36,8 +37,8 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "kimi_delta_attention": KimiDeltaAttention,
     "latent_attention": LatentAttention,
     "linear_attention": LinearAttention,
-    "mamba_2": Mamba2,
-    "ret_net": RetNet,
+    "mamba2": Mamba2,
+    "retnet": RetNet,
 }
 
 
@@ -57,8 +58,8 @@ def find_mixer(name: str) -> type[TokenMixer]:
     if isinstance(name, str) and name in MIXERS:
         return MIXERS[name]
     if not isinstance(name, str) or not ("." in name or ":" in name):
-        known = ", ".join(sorted(MIXERS))
-        raise ValueError(f'mixer must be one of {known}, or "package.module:Class", got {name!r}')
+        known, hint = ", ".join(sorted(MIXERS)), did_you_mean(str(name), MIXERS)
+        raise ValueError(f'mixer must be one of {known}, or "package.module:Class", got {name!r}{hint}')
     module, _, attribute = name.rpartition(":" if ":" in name else ".")
     try:
         mixer = getattr(importlib.import_module(module), attribute)

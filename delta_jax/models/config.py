@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from flax import nnx
 
-from delta_jax.config import convert
+from delta_jax.config import convert, did_you_mean
 from delta_jax.layers import MixtureOfExperts, TokenMixer, find_mixer
 from delta_jax.layers.checks import (
     require_counts,
@@ -22,7 +22,7 @@ from delta_jax.layers.registry import GIVEN_BY_MODEL, mixer_options
 from delta_jax.models.stack import Run, cut_into_runs
 from delta_jax.parallel import AXES, ParameterRule, path_string
 
-__all__ = ["ExpertsConfig", "Layer", "MixerSpec", "ModelConfig", "PlacedMixer"]
+__all__ = ["ExpertsConfig", "Layer", "LayerOverride", "MixerSpec", "ModelConfig"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "block")
@@ -47,7 +47,9 @@ class MixerSpec:
             raise ValueError(self._wanted())
         for name, _ in self.options:
             if name not in known:
-                raise ValueError(f"mixer {self.mixer!r} has no option {name!r}, only {', '.join(known)}")
+                raise ValueError(
+                    f"mixer {self.mixer!r} has no option {name!r}{did_you_mean(name, known)}, only {', '.join(known)}"
+                )
         names = [name for name, _ in self.options]
         if len(set(names)) < len(names):
             raise ValueError(f"options of mixer {self.mixer!r} name a key twice: {', '.join(names)}")
@@ -83,28 +85,28 @@ class MixerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedMixer(MixerSpec):
+class LayerOverride(MixerSpec):
     """A mixer for certain layers, in place of the pattern's.
 
     Attributes:
-        layers: their places in the stack, the first is 0.
+        layers: their numbers in the stack, the first is 0.
     """
 
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.layers, tuple) or not all(type(place) is int for place in self.layers):
+        if not isinstance(self.layers, tuple) or not all(type(index) is int for index in self.layers):
             raise ValueError(f"layers must be a tuple of integers, got {self.layers!r}")
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> "PlacedMixer":
-        """Reads a `[[model.placed]]` table: `layers`, `mixer` and, beside them, the options."""
-        places = table.get("layers")
-        if not isinstance(places, list | tuple) or not all(type(place) is int for place in places):
-            raise ValueError(f"layers must be an array of integers, got {places!r}")
+    def from_dict(cls, table: Mapping[str, Any]) -> "LayerOverride":
+        """Reads a `[[model.layer_overrides]]` table: `layers`, `mixer` and, beside them, the options."""
+        indices = table.get("layers")
+        if not isinstance(indices, list | tuple) or not all(type(index) is int for index in indices):
+            raise ValueError(f"layers must be an array of integers, got {indices!r}")
         spec = MixerSpec.from_dict({key: value for key, value in table.items() if key != "layers"})
-        return cls(layers=tuple(places), mixer=spec.mixer, options=spec.options)
+        return cls(layers=tuple(indices), mixer=spec.mixer, options=spec.options)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
@@ -116,24 +118,24 @@ class ExpertsConfig:
     """A mixture of experts, see `delta_jax.layers.MixtureOfExperts`.
 
     Attributes:
-        size: width of an expert.
-        number: experts to choose from.
-        per_token: experts that each token goes to.
-        shared_size: width of the expert that all tokens share; 0 is none.
+        expert_size: width of an expert.
+        num_experts: experts to choose from.
+        num_experts_per_token: experts that each token goes to.
+        shared_expert_size: width of the expert that all tokens share; 0 is none.
         router: how scores come from logits.
-        scale: factor on the sum over the chosen experts.
-        use_shared_gate: whether every token gates the shared expert.
+        routed_scaling_factor: factor on the sum over the chosen experts.
+        use_shared_expert_gate: whether every token gates the shared expert.
         balance_rate: by how much a training step moves the bias of an expert that got more or fewer tokens than the
             mean. All tokens of the batch count, padding too.
     """
 
-    size: int
-    number: int
-    per_token: int
-    shared_size: int = 0
+    expert_size: int
+    num_experts: int
+    num_experts_per_token: int
+    shared_expert_size: int = 0
     router: Literal["sigmoid", "softmax"] = "sigmoid"
-    scale: float = 1.0
-    use_shared_gate: bool = False
+    routed_scaling_factor: float = 1.0
+    use_shared_expert_gate: bool = False
     balance_rate: float = 0.001
 
     def __post_init__(self) -> None:
@@ -157,11 +159,11 @@ class ModelConfig:
         hidden_size: width of the residual stream.
         num_layers: number of blocks.
         pattern: the mixers of consecutive blocks, repeated until num_layers are filled; the last repeat may be cut.
-        placed: mixers of single blocks, in place of the pattern's.
-        mlp_size: width of the SwiGLU layer; None is 8/3 of hidden_size, rounded up to a multiple of 256, 0 leaves it and
-            its norm out.
+        layer_overrides: mixers of single blocks, in place of the pattern's.
+        intermediate_size: width of the SwiGLU layer; None is 8/3 of hidden_size, rounded up to a multiple of 256, 0
+            leaves it and its norm out.
         experts: a mixture of experts in place of the SwiGLU layer; None is none.
-        dense_layers: how many of the first blocks keep the SwiGLU layer where there are experts.
+        num_dense_layers: how many of the first blocks keep the SwiGLU layer where there are experts.
         tie_embeddings: use the embedding as the head.
         norm_eps: epsilon of every RMSNorm, those inside the mixers too.
         zero_centered_norms: the form of the norms between the layers, see `RMSNorm`.
@@ -179,10 +181,10 @@ class ModelConfig:
     hidden_size: int
     num_layers: int
     pattern: tuple[MixerSpec, ...]
-    placed: tuple[PlacedMixer, ...] = ()
-    mlp_size: int | None = None
+    layer_overrides: tuple[LayerOverride, ...] = ()
+    intermediate_size: int | None = None
     experts: ExpertsConfig | None = None
-    dense_layers: int = 0
+    num_dense_layers: int = 0
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     zero_centered_norms: bool = False
@@ -195,7 +197,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive_integers(vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_layers=self.num_layers)
-        require_counts(mlp_size=0 if self.mlp_size is None else self.mlp_size, dense_layers=self.dense_layers)
+        require_counts(
+            intermediate_size=0 if self.intermediate_size is None else self.intermediate_size,
+            num_dense_layers=self.num_dense_layers,
+        )
         require_flags(tie_embeddings=self.tie_embeddings, zero_centered_norms=self.zero_centered_norms)
         require_positive_numbers(norm_eps=self.norm_eps, initializer_std=self.initializer_std)
         self._check_kinds()
@@ -206,11 +211,11 @@ class ModelConfig:
                 f"num_layers must be at least the length of the pattern, got {self.num_layers} and {len(self.pattern)}"
             )
         self._check_choices()
-        self._check_places()
+        self._check_layers()
         layers: dict[str, Callable[..., nnx.Module]] = {
-            f"{field}.{place}": partial(self.mixer, spec)
-            for field in ("pattern", "placed")
-            for place, spec in enumerate(getattr(self, field))
+            f"{field}.{index}": partial(self.mixer, spec)
+            for field in ("pattern", "layer_overrides")
+            for index, spec in enumerate(getattr(self, field))
         }
         if self.experts is not None:
             layers["experts"] = self.expert_layer
@@ -221,7 +226,7 @@ class ModelConfig:
                 raise ValueError(f"{name}: {error}") from error
 
     def _check_kinds(self) -> None:
-        for name, kind in {"pattern": MixerSpec, "placed": PlacedMixer}.items():
+        for name, kind in {"pattern": MixerSpec, "layer_overrides": LayerOverride}.items():
             specs = getattr(self, name)
             if not isinstance(specs, tuple):
                 raise ValueError(f"{name} must be a tuple of {kind.__name__}, got {specs!r}")
@@ -247,16 +252,16 @@ class ModelConfig:
         if set(self.remat_save) & set(self.remat_offload):
             raise ValueError(f"remat_offload must not name what remat_save does, got {self.remat_offload!r}")
 
-    def _check_places(self) -> None:
-        places = [place for spec in self.placed for place in spec.layers]
-        for place in places:
-            if not 0 <= place < self.num_layers:
-                raise ValueError(f"placed names layer {place}, but the layers are 0 to {self.num_layers - 1}")
-            if places.count(place) > 1:
-                raise ValueError(f"placed names layer {place} twice")
-        if not 0 <= self.dense_layers <= (self.num_layers if self.experts else 0):
+    def _check_layers(self) -> None:
+        indices = [index for spec in self.layer_overrides for index in spec.layers]
+        for index in indices:
+            if not 0 <= index < self.num_layers:
+                raise ValueError(f"layer_overrides names layer {index}, but the layers are 0 to {self.num_layers - 1}")
+            if indices.count(index) > 1:
+                raise ValueError(f"layer_overrides names layer {index} twice")
+        if not 0 <= self.num_dense_layers <= (self.num_layers if self.experts else 0):
             raise ValueError(
-                f"dense_layers must lie between 0 and num_layers, and be 0 without experts, got {self.dense_layers}"
+                f"num_dense_layers must lie between 0 and num_layers, and be 0 without experts, got {self.num_dense_layers}"
             )
 
     def mixer(self, spec: MixerSpec, rngs: nnx.Rngs) -> TokenMixer:
@@ -289,15 +294,17 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[Layer, ...]:
         """Every layer of the stack."""
-        placed = {
-            place: MixerSpec(mixer=spec.mixer, options=spec.options) for spec in self.placed for place in spec.layers
+        overrides = {
+            index: MixerSpec(mixer=spec.mixer, options=spec.options)
+            for spec in self.layer_overrides
+            for index in spec.layers
         }
         return tuple(
             Layer(
-                placed.get(place, self.pattern[place % len(self.pattern)]),
-                self.experts is not None and place >= self.dense_layers,
+                overrides.get(index, self.pattern[index % len(self.pattern)]),
+                self.experts is not None and index >= self.num_dense_layers,
             )
-            for place in range(self.num_layers)
+            for index in range(self.num_layers)
         )
 
     @property
@@ -310,16 +317,16 @@ class ModelConfig:
         """What the mixers say of parameters of their own, by the path in the model."""
         blocks = [layer.mixer for run in self.runs for layer in run.block]
         return {
-            f"blocks/{place}/mixer/{path}": rule
-            for place, spec in enumerate(blocks)
+            f"blocks/{index}/mixer/{path}": rule
+            for index, spec in enumerate(blocks)
             for path, rule in find_mixer(spec.mixer).parameter_rules.items()
         }
 
     @property
     def mlp_width(self) -> int:
         """The width of the SwiGLU layer, with its default filled in."""
-        if self.mlp_size is not None:
-            return self.mlp_size
+        if self.intermediate_size is not None:
+            return self.intermediate_size
         return 256 * -(-(8 * self.hidden_size // 3) // 256)
 
 

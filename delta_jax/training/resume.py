@@ -20,7 +20,7 @@ FREE = re.compile(
     r"(steps|gradient_accumulation|output|log_every|evaluate_every|evaluation_batches|changed_data"
     r"|(mesh|checkpoint|optimizer)\..*"
     r"|data\.(path|tokenizer|on_error)"
-    r"|model\.(remat(_save|_offload)?|dtype|experts\.balance_rate|(pattern|placed)\.\d+\.(implementation|chunk_size)))"
+    r"|model\.(remat(_save|_offload)?|dtype|experts\.balance_rate|(pattern|layer_overrides)\.\d+\.(implementation|chunk_size)))"
 )
 CONTENT = ("data.path", "data.tokenizer")
 

@@ -7,7 +7,7 @@ from experiments.harness.results import Results
 from experiments.harness.study import LOWER_IS_BETTER, Sweep, mixer
 from experiments.harness.verdicts import Verdict
 
-__all__ = ["better", "gla", "mamba_2"]
+__all__ = ["better", "gla", "mamba2"]
 
 
 def gla(sweep: Sweep, expand_v: float, *, use_short_conv: bool = True) -> MixerSpec:
@@ -15,10 +15,10 @@ def gla(sweep: Sweep, expand_v: float, *, use_short_conv: bool = True) -> MixerS
     return mixer("gated_linear_attention", sweep, expand_v=expand_v, use_short_conv=use_short_conv)
 
 
-def mamba_2(sweep: Sweep, expand_v: float) -> MixerSpec:
+def mamba2(sweep: Sweep, expand_v: float) -> MixerSpec:
     """Mamba-2 with as many heads and as large a state as the others; one key serves all heads."""
     size = sweep.head_dim or sweep.hidden_size // sweep.num_heads
-    return mixer("mamba_2", sweep, num_heads=1, head_dim=size, num_v_heads=sweep.num_heads, expand_v=expand_v)
+    return mixer("mamba2", sweep, num_heads=1, head_dim=size, num_v_heads=sweep.num_heads, expand_v=expand_v)
 
 
 def better(

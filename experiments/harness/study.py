@@ -43,7 +43,8 @@ class Sweep:
         test_examples: sequences of every test set.
         evaluate_every: steps between evaluations.
         stop_at: a run ends early when the study's metric on the first test set reaches this; None never.
-        hidden_size, num_heads, head_dim, num_layers, mlp_size: of the models, see `ModelConfig` and `MixerSettings`.
+        hidden_size, num_heads, head_dim, num_layers, intermediate_size: of the models, see `ModelConfig` and
+            `MixerSettings`.
         initializer_std: see `ModelConfig`.
         dtype: of the computation.
         optimizer: its schedule and numbers; learning rate and weight decay are set by the run.
@@ -66,7 +67,7 @@ class Sweep:
     num_heads: int = 4
     head_dim: int | None = None
     num_layers: int = 1
-    mlp_size: int | None = None
+    intermediate_size: int | None = None
     initializer_std: float = 0.02
     dtype: str = "float32"
     optimizer: OptimizerConfig = field(
@@ -283,7 +284,7 @@ def _model(arm: Arm, cell: Cell) -> ModelConfig:
         hidden_size=sweep.hidden_size,
         num_layers=sweep.num_layers,
         pattern=arm.pattern,
-        mlp_size=sweep.mlp_size,
+        intermediate_size=sweep.intermediate_size,
         initializer_std=sweep.initializer_std,
         dtype=sweep.dtype,
     )

@@ -52,7 +52,7 @@ CURVE_POINTS = 64
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """For what runs once: on a CPU random numbers for all parameters take 14 s to compile, and one without optimisations."""
 
-_RUNS = TrainState(step=None, parameters=0, optimizer=0)  # type: ignore[arg-type]
+_RUNS = TrainState(step=None, parameters=0, optimizer=0)
 """Which arrays of a state have an axis of runs: all but the step."""
 
 

@@ -29,7 +29,7 @@ output = "{output}"
 vocab_size = 257
 hidden_size = 32
 num_layers = 1
-mlp_size = 32
+intermediate_size = 32
 dtype = "float32"
 
 [[model.pattern]]

@@ -21,7 +21,7 @@ def test_demo_trains_measures_and_samples(tmp_path):
         "sequence_length": 64,
         "model.num_layers": 1,
         "model.hidden_size": 32,
-        "model.mlp_size": 64,
+        "model.intermediate_size": 64,
         "optimizer.warmup_steps": 2,
         "optimizer.learning_rate": 0.01,
     }

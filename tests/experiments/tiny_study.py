@@ -73,7 +73,7 @@ SWEEP = TinySweep(
     evaluate_every=5,
     hidden_size=16,
     num_heads=1,
-    mlp_size=0,
+    intermediate_size=0,
 )
 
 STUDY = Study(

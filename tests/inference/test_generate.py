@@ -21,7 +21,7 @@ def make(*names, dtype="float32"):
         hidden_size=16,
         num_layers=2 * len(names),
         pattern=tuple(MixerSpec(mixer=name, options=options) for name in names),
-        mlp_size=24,
+        intermediate_size=24,
         initializer_std=0.4,
         dtype=dtype,
     )
@@ -49,7 +49,7 @@ def test_greedy_equals_running_the_whole_text_for_every_token(model):
     assert len(set(map(tuple, together))) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("name", ["delta_net", "gated_delta_product", "ret_net"])  # every layer has its own contract
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_product", "retnet"])  # every layer has its own contract
 def test_a_batch_equals_one_by_one(name):
     model = make(name)
     together = generate(model, PROMPTS, max_new_tokens=NEW)

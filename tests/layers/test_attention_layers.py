@@ -34,7 +34,14 @@ LAYERS = {
     "normed_window": (Attention, {"num_heads": 2, "window": 4, "use_qk_norm": True, "norm_eps": 1e-2}),
     "latent": (
         LatentAttention,
-        {"num_heads": 3, "latent_size": 7, "key_dim": 4, "shared_key_dim": 2, "value_dim": 5, "norm_eps": 1e-3},
+        {
+            "num_heads": 3,
+            "kv_lora_rank": 7,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 2,
+            "v_head_dim": 5,
+            "norm_eps": 1e-3,
+        },
     ),
 }
 SEGMENTS = np.array([[3] * 6 + [1] + [3] * 10, [0] * 10 + [7] + [8] * 6], np.int32)
@@ -126,15 +133,15 @@ def attention(p, x, o):
 
 
 def latent_attention(p, x, o):
-    heads, size = o["num_heads"], o["key_dim"] + o["shared_key_dim"]
+    heads, size = o["num_heads"], o["qk_nope_head_dim"] + o["qk_rope_head_dim"]
     low = x @ p["kv_a_proj/kernel"]
-    both = unit(low[:, : o["latent_size"]], p["kv_norm/scale"], o["norm_eps"]) @ p["kv_b_proj/kernel"]
+    both = unit(low[:, : o["kv_lora_rank"]], p["kv_norm/scale"], o["norm_eps"]) @ p["kv_b_proj/kernel"]
     both, q = both.reshape(len(x), heads, -1), (x @ p["q_proj/kernel"]).reshape(len(x), heads, size)
-    out = np.zeros((len(x), heads, o["value_dim"]))
+    out = np.zeros((len(x), heads, o["v_head_dim"]))
     for h in range(heads):
-        k = np.concatenate([both[:, h, : o["key_dim"]], low[:, o["latent_size"] :]], axis=1)
+        k = np.concatenate([both[:, h, : o["qk_nope_head_dim"]], low[:, o["kv_lora_rank"] :]], axis=1)
         for t in range(len(x)):
-            out[t, h] = softmax_average(k[: t + 1] @ q[t, h] / np.sqrt(size), both[: t + 1, h, o["key_dim"] :])
+            out[t, h] = softmax_average(k[: t + 1] @ q[t, h] / np.sqrt(size), both[: t + 1, h, o["qk_nope_head_dim"] :])
     return out.reshape(len(x), -1) @ p["o_proj/kernel"]
 
 
@@ -313,8 +320,8 @@ def test_attention_without_a_window_wants_a_length():
         ("plain", {"use_output_gate": None}, "use_output_gate"),
         ("plain", {"norm_eps": 0.0}, "norm_eps"),
         ("plain", {"implementation": "abacus"}, "implementation"),
-        ("latent", {"latent_size": 0}, "latent_size"),
-        ("latent", {"value_dim": 9}, "value_dim must be at most"),
+        ("latent", {"kv_lora_rank": 0}, "kv_lora_rank"),
+        ("latent", {"v_head_dim": 9}, "v_head_dim must be at most"),
         ("latent", {"initializer_std": -1.0}, "initializer_std"),
     ],
 )

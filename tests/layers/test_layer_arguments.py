@@ -23,12 +23,27 @@ from delta_jax.layers import (
 
 HIDDEN = 16
 SMALL = {name: {"num_heads": 2, "head_dim": 8} for name in MIXERS} | {
-    "latent_attention": {"num_heads": 2, "latent_size": 8, "key_dim": 8, "shared_key_dim": 4, "value_dim": 8}
+    "latent_attention": {
+        "num_heads": 2,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
 }
 OTHERS = {
-    "experts of a sigmoid": lambda: MixtureOfExperts(HIDDEN, size=4, number=3, per_token=2, rngs=nnx.Rngs(0)),
+    "experts of a sigmoid": lambda: MixtureOfExperts(
+        HIDDEN, expert_size=4, num_experts=3, num_experts_per_token=2, rngs=nnx.Rngs(0)
+    ),
     "experts of a softmax": lambda: MixtureOfExperts(
-        HIDDEN, size=4, number=3, per_token=2, shared_size=4, use_shared_gate=True, router="softmax", rngs=nnx.Rngs(0)
+        HIDDEN,
+        expert_size=4,
+        num_experts=3,
+        num_experts_per_token=2,
+        shared_expert_size=4,
+        use_shared_expert_gate=True,
+        router="softmax",
+        rngs=nnx.Rngs(0),
     ),
     "mlp": lambda: SwiGLU(HIDDEN, 8, rngs=nnx.Rngs(0)),
     "norm": lambda: RMSNorm(HIDDEN),
@@ -99,8 +114,8 @@ def test_a_cache_of_another_kind_is_named(name):
 @pytest.mark.parametrize("name", [*MIXERS, "experts", "mlp"])
 def test_impossible_options_are_named(name, change, message):
     kinds = MIXERS | {
-        "experts": functools.partial(MixtureOfExperts, size=4, number=3, per_token=2),
-        "mlp": functools.partial(SwiGLU, mlp_size=4),
+        "experts": functools.partial(MixtureOfExperts, expert_size=4, num_experts=3, num_experts_per_token=2),
+        "mlp": functools.partial(SwiGLU, intermediate_size=4),
     }
     options = {"hidden_size": HIDDEN, "rngs": nnx.Rngs(0)} | SMALL.get(name, {}) | change
     with pytest.raises(ValueError, match=message):
@@ -113,11 +128,11 @@ ONCE = {
     ),
     "chunk_size must be 16, 32, 64 or 128, got 24": lambda: DeltaNet(HIDDEN, chunk_size=24, rngs=nnx.Rngs(0)),
     "num_heads must be a positive integer, got None": lambda: Attention(HIDDEN, num_heads=None, rngs=nnx.Rngs(0)),
-    "latent_size must be a positive integer, got True": lambda: LatentAttention(
-        HIDDEN, latent_size=True, rngs=nnx.Rngs(0)
+    "kv_lora_rank must be a positive integer, got True": lambda: LatentAttention(
+        HIDDEN, kv_lora_rank=True, rngs=nnx.Rngs(0)
     ),
-    "shared_size must be a positive integer or 0, got False": lambda: MixtureOfExperts(
-        HIDDEN, size=4, number=3, per_token=2, shared_size=False, rngs=nnx.Rngs(0)
+    "shared_expert_size must be a positive integer or 0, got False": lambda: MixtureOfExperts(
+        HIDDEN, expert_size=4, num_experts=3, num_experts_per_token=2, shared_expert_size=False, rngs=nnx.Rngs(0)
     ),
     "size must be a positive integer, got 2.0": lambda: RMSNorm(2.0),
     "eps must be a positive number, got True": lambda: RMSNorm(2, eps=True),

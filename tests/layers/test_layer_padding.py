@@ -14,9 +14,15 @@ HIDDEN, TIME, REAL = 12, 10, 6
 SMALL = {"num_heads": 2, "head_dim": 4, "expand_v": 1.0, "implementation": "recurrent", "initializer_std": 0.4}
 OPTIONS = {
     "attention": {"num_heads": 2, "window": 4, "use_output_gate": True, "initializer_std": 0.4},
-    "latent_attention": {"num_heads": 2, "latent_size": 6, "key_dim": 4, "shared_key_dim": 2, "value_dim": 5},
+    "latent_attention": {
+        "num_heads": 2,
+        "kv_lora_rank": 6,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 5,
+    },
     "linear_attention": SMALL | {"use_short_conv": True},
-    "mamba_2": SMALL | {"num_heads": 1, "num_v_heads": 3},
+    "mamba2": SMALL | {"num_heads": 1, "num_v_heads": 3},
 }
 MASK = np.zeros((4, TIME), bool)
 MASK[0, -REAL:] = MASK[1, :REAL] = MASK[2, [0, 1, 4, 5, 8, 9]] = True  # the last row is padding alone
@@ -75,7 +81,7 @@ def test_padding_is_as_if_it_were_not_there(name):
     assert not np.any(step[2])
 
 
-@pytest.mark.parametrize("name", ["gated_delta_product", "mamba_2", "attention", "latent_attention"])
+@pytest.mark.parametrize("name", ["gated_delta_product", "mamba2", "attention", "latent_attention"])
 def test_gradients_are_those_without_padding(name):
     layer, x, weights = make(name), inputs(1, REAL)[:3], inputs(3, REAL)[:3]
 

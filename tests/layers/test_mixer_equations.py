@@ -31,7 +31,7 @@ def stream(p, x, name, member, feature_map=None):
     y = x @ p[f"{name}_proj/kernel"]
     if f"{name}_conv/kernel" in p:
         return silu(convolve(y, p[f"{name}_conv/kernel"]) + p.get(f"{name}_conv/bias", 0.0))
-    plain = member in ("linear_attention", "gated_linear_attention", "ret_net") and feature_map != "l2"
+    plain = member in ("linear_attention", "gated_linear_attention", "retnet") and feature_map != "l2"
     return y if plain else silu(y)
 
 
@@ -88,12 +88,12 @@ def member_inputs(name, p, x, q, k, v, o):
     if name == "linear_attention":
         plain = o.get("feature_map") != "l2"
         q, k = (np.where(y > 0, y + 1, np.exp(y)) if plain else unit(y) for y in (q, k))
-    if name == "ret_net":
+    if name == "retnet":
         q, k = turned(q), turned(k[:, 0])[:, None]
         g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[None, :, None]
-    if name == "mamba_2":
+    if name == "mamba2":
         v = softplus(x @ p["a_proj/kernel"] + p["dt_bias"])[:, None, :, None] * v
-    if name in ("linear_attention", "gated_linear_attention", "ret_net", "mamba_2"):
+    if name in ("linear_attention", "gated_linear_attention", "retnet", "mamba2"):
         erase = 0 * k
     return q, k, v, beta, g, erase
 
@@ -107,7 +107,7 @@ def forward(name, p, x, o):
     raw = v
     q, k, v, beta, g, erase = member_inputs(name, p, x, q, k, v, o)
     out = np.zeros((time, v_heads, v.shape[-1]))
-    scale = 1.0 if name == "mamba_2" else q.shape[-1] ** -0.5
+    scale = 1.0 if name == "mamba2" else q.shape[-1] ** -0.5
     for h in range(v_heads):
         state, own = np.zeros((q.shape[-1], v.shape[-1])), h // (v_heads // heads)
         for t in range(time):
@@ -122,7 +122,7 @@ def forward(name, p, x, o):
     elif "g_proj/up/kernel" in p:
         gate = low_rank(p, x, "g_proj")
     activation = {"silu": silu, "sigmoid": sigmoid}[o.get("output_gate_activation", "silu")]
-    if name == "mamba_2":
+    if name == "mamba2":
         out = (out + p["D"][:, None] * raw[:, 0]).reshape(time, 1, -1)
         out = out if gate is None else out * silu(gate)[:, None]
         gate = None
@@ -148,8 +148,8 @@ CASES = [
     ("linear_attention", {"feature_map": "l2"}),
     ("linear_attention", {"feature_map": "l2", "use_short_conv": True}),
     ("gated_linear_attention", {"num_v_heads": 4}),
-    ("ret_net", {"expand_v": 2.0}),
-    ("mamba_2", {"num_v_heads": 4, "expand_v": 0.5}),
+    ("retnet", {"expand_v": 2.0}),
+    ("mamba2", {"num_v_heads": 4, "expand_v": 0.5}),
 ]
 
 

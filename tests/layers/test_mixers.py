@@ -29,8 +29,8 @@ MEMBERS = {
     "kaczmarz_linear_attention": ({}, GROUPED | NEGATIVE),
     "kimi_delta_attention": ({}, GROUPED | NEGATIVE | {"gate_lower_bound": -5.0, "output_gate_activation": "silu"}),
     "linear_attention": ({}, GROUPED | {"use_output_gate": True, "conv_size": 2, "use_short_conv": True}),
-    "mamba_2": ({}, {"num_heads": 1, "num_v_heads": 3, "use_output_gate": False}),
-    "ret_net": ({}, GROUPED | {"use_output_gate": False}),
+    "mamba2": ({}, {"num_heads": 1, "num_v_heads": 3, "use_output_gate": False}),
+    "retnet": ({}, GROUPED | {"use_output_gate": False}),
 }
 SEGMENTS = np.array([[3] * 6 + [1] + [3] * 12, [0] * 12 + [7] * 6 + [8]], np.int32)
 
@@ -220,8 +220,8 @@ def test_an_implementation_that_does_not_exist_is_named(name):
         ("gated_linear_attention", {"gate_rank": 0}, "gate_rank"),
         ("linear_attention", {"feature_map": "relu"}, "feature_map must be one of elu, l2, got 'relu'"),
         ("gated_linear_attention", {"gate_normalizer": 0.0}, "gate_normalizer"),
-        ("ret_net", {"head_dim": 7}, "head_dim must be even"),
-        ("mamba_2", {"expand_v": 1.375, "num_v_heads": None}, "expand_v must make heads of x that fill 32, got 11"),
+        ("retnet", {"head_dim": 7}, "head_dim must be even"),
+        ("mamba2", {"expand_v": 1.375, "num_v_heads": None}, "expand_v must make heads of x that fill 32, got 11"),
     ],
 )
 def test_impossible_options_of_a_member_are_named(name, options, word):

@@ -16,17 +16,17 @@ from delta_jax.parallel import MeshConfig, make_mesh
 
 HIDDEN, EXPERTS = 12, 6
 VARIANTS = {
-    "kimi": {"per_token": 2, "shared_size": 10, "scale": 2.5},
-    "qwen": {"per_token": 3, "shared_size": 10, "router": "softmax", "use_shared_gate": True},
-    "all": {"per_token": EXPERTS},
-    "one": {"per_token": 1, "scale": 0.5},
+    "kimi": {"num_experts_per_token": 2, "shared_expert_size": 10, "routed_scaling_factor": 2.5},
+    "qwen": {"num_experts_per_token": 3, "shared_expert_size": 10, "router": "softmax", "use_shared_expert_gate": True},
+    "all": {"num_experts_per_token": EXPERTS},
+    "one": {"num_experts_per_token": 1, "routed_scaling_factor": 0.5},
 }
 
 
 @functools.cache
 def make(name, **options):
     layer = MixtureOfExperts(
-        HIDDEN, size=8, number=EXPERTS, initializer_std=0.4, **VARIANTS[name], **options, rngs=nnx.Rngs(0)
+        HIDDEN, expert_size=8, num_experts=EXPERTS, initializer_std=0.4, **VARIANTS[name], **options, rngs=nnx.Rngs(0)
     )
     layer.expert_bias[...] = jnp.linspace(-0.1, 0.1, EXPERTS)
     return layer
@@ -59,14 +59,18 @@ def by_loop(layer, x, options):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(layer)))
     logits = x @ p["router"]["kernel"]
     scores = sigmoid(logits) if options.get("router") != "softmax" else np.exp(logits) / np.exp(logits).sum()
-    chosen = np.argsort(-(scores + p["expert_bias"]), kind="stable")[: options["per_token"]]
+    chosen = np.argsort(-(scores + p["expert_bias"]), kind="stable")[: options["num_experts_per_token"]]
     y = np.zeros(HIDDEN)
     for expert in range(EXPERTS):
-        weight = options.get("scale", 1.0) * scores[expert] / scores[chosen].sum() if expert in chosen else 0.0
+        weight = (
+            options.get("routed_scaling_factor", 1.0) * scores[expert] / scores[chosen].sum()
+            if expert in chosen
+            else 0.0
+        )
         y += weight * swiglu(x, *(p["experts"][name][expert] for name in ("gate_proj", "up_proj", "down_proj")))
-    if "shared_size" in options:
+    if "shared_expert_size" in options:
         shared = swiglu(x, *(p["shared"][name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj")))
-        y += shared * (sigmoid(x @ p["shared_gate"]["kernel"]) if options.get("use_shared_gate") else 1.0)
+        y += shared * (sigmoid(x @ p["shared_gate"]["kernel"]) if options.get("use_shared_expert_gate") else 1.0)
     return y, np.bincount(chosen, minlength=EXPERTS)
 
 
@@ -77,7 +81,7 @@ def test_equals_a_loop_over_all_experts(name):
     rows = [by_loop(layer, row, VARIANTS[name]) for row in np.asarray(x, np.float64).reshape(-1, HIDDEN)]
     np.testing.assert_allclose(y.reshape(-1, HIDDEN), np.stack([row for row, _ in rows]), atol=2e-6, rtol=2e-5)
     np.testing.assert_array_equal(load, sum(load for _, load in rows))
-    assert load.sum() == 20 * VARIANTS[name]["per_token"]
+    assert load.sum() == 20 * VARIANTS[name]["num_experts_per_token"]
 
 
 def test_gradients_are_those_of_a_dense_sum():
@@ -166,20 +170,27 @@ def test_balancing_evens_out_the_loads():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"per_token": 7}, "per_token must be at most number, the experts there are, got 7 of 6"),
-        ({"per_token": 0}, "per_token must be a positive integer"),
-        ({"number": 0}, "number must be a positive integer"),
-        ({"size": 2.5}, "size must be a positive integer"),
-        ({"shared_size": -1}, "shared_size must be a positive integer"),
-        ({"shared_size": 0, "use_shared_gate": True}, "use_shared_gate needs a shared expert"),
-        ({"use_shared_gate": 1}, "use_shared_gate must be true or false"),
+        (
+            {"num_experts_per_token": 7},
+            "num_experts_per_token must be at most num_experts, got 7 of 6",
+        ),
+        ({"num_experts_per_token": 0}, "num_experts_per_token must be a positive integer"),
+        ({"num_experts": 0}, "num_experts must be a positive integer"),
+        ({"expert_size": 2.5}, "expert_size must be a positive integer"),
+        ({"shared_expert_size": -1}, "shared_expert_size must be a positive integer"),
+        ({"shared_expert_size": 0, "use_shared_expert_gate": True}, "use_shared_expert_gate needs a shared expert"),
+        ({"use_shared_expert_gate": 1}, "use_shared_expert_gate must be true or false"),
         ({"router": "hash"}, "router must be one of sigmoid, softmax, got 'hash'"),
-        ({"scale": 0.0}, "scale must be a positive number"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor must be a positive number"),
     ],
 )
 def test_impossible_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
-        MixtureOfExperts(HIDDEN, **({"size": 8, "number": EXPERTS, "per_token": 2} | options), rngs=nnx.Rngs(0))
+        MixtureOfExperts(
+            HIDDEN,
+            **({"expert_size": 8, "num_experts": EXPERTS, "num_experts_per_token": 2} | options),
+            rngs=nnx.Rngs(0),
+        )
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
@@ -203,7 +214,7 @@ def test_a_poisoned_token_reaches_no_other(name, poison):
     assert np.isfinite(poison) or np.isnan(np.asarray(y)[~clean]).all()
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    assert load.sum() == 18 * VARIANTS[name]["per_token"]
+    assert load.sum() == 18 * VARIANTS[name]["num_experts_per_token"]
 
 
 def test_only_what_counts_is_in_the_load():

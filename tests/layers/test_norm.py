@@ -69,7 +69,15 @@ def test_a_step_size_for_keys_of_any_length():
     np.testing.assert_allclose(layer.rule_inputs(x, k, k, v).v, np.asarray(v, np.float64) / length, rtol=1e-6)
 
 
-OPTIONS = {"latent_attention": {"num_heads": 2, "latent_size": 8, "key_dim": 8, "shared_key_dim": 4, "value_dim": 8}}
+OPTIONS = {
+    "latent_attention": {
+        "num_heads": 2,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+}
 
 
 @jax.jit

@@ -18,7 +18,7 @@ CASES = {
     "olmo_hybrid": ("gated_delta_net", GATED | {"allow_negative_eigenvalues": True}),
     "kimi_linear": ("kimi_delta_attention", KIMI),
     "glm5_next": ("kimi_delta_attention", KIMI | {"gate_lower_bound": -5.0}),
-    "mamba2": ("mamba_2", {"num_heads": 1, "num_v_heads": 4, "head_dim": 12, "expand_v": 0.5}),
+    "mamba2": ("mamba2", {"num_heads": 1, "num_v_heads": 4, "head_dim": 12, "expand_v": 0.5}),
 }
 
 

@@ -9,23 +9,25 @@ import pytest
 from flax import nnx
 
 from delta_jax.inference import generate
-from delta_jax.models import ExpertsConfig, LanguageModel, MixerSpec, ModelConfig, PlacedMixer
+from delta_jax.models import ExpertsConfig, LanguageModel, LayerOverride, MixerSpec, ModelConfig
 
 VOCAB, TIME = 29, 16
-LATENT = {"num_heads": 2, "latent_size": 8, "key_dim": 6, "shared_key_dim": 2, "value_dim": 6}
+LATENT = {"num_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2, "v_head_dim": 6}
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
     hidden_size=12,
     num_layers=5,
-    mlp_size=16,
+    intermediate_size=16,
     dtype="float32",
     initializer_std=0.4,
     pattern=(
         MixerSpec(mixer="delta_net", options=(("num_heads", 2), ("implementation", "recurrent"))),
         MixerSpec(mixer="attention", options=(("num_heads", 2), ("window", 4))),
     ),
-    placed=(PlacedMixer(layers=(4,), mixer="latent_attention", options=tuple(LATENT.items())),),
-    experts=ExpertsConfig(size=6, number=4, per_token=2, shared_size=6, scale=2.0),
+    layer_overrides=(LayerOverride(layers=(4,), mixer="latent_attention", options=tuple(LATENT.items())),),
+    experts=ExpertsConfig(
+        expert_size=6, num_experts=4, num_experts_per_token=2, shared_expert_size=6, routed_scaling_factor=2.0
+    ),
 )
 SEGMENTS = np.array([[1] * 6 + [2] * 10, [1] * 10 + [0] * 6], np.int32)
 
@@ -61,7 +63,7 @@ def test_layers_lie_where_the_config_says(model):
     assert [(len(run.block), run.repeats) for run in CONFIG.runs] == [(2, 2), (1, 1)]
     assert [type(block.mixer).__name__ for block in model.blocks] == ["DeltaNet", "Attention", "LatentAttention"]
     assert [len(block.mixer_norm.scale) for block in model.blocks] == [2, 2, 1]
-    layers = dataclasses.replace(CONFIG, num_layers=7, dense_layers=2).layers
+    layers = dataclasses.replace(CONFIG, num_layers=7, num_dense_layers=2).layers
     assert [layer.mixer.mixer for layer in layers] == [
         "delta_net", "attention", "delta_net", "attention", "latent_attention", "attention", "delta_net"
     ]  # fmt: skip
@@ -117,8 +119,10 @@ def test_a_program_does_not_grow_with_depth():
         return str(jax.make_jaxpr(lambda model, x: model(x))(model, tokens())).count("dot_general")
 
     shallow = size()
-    assert shallow == size(num_layers=41, placed=(dataclasses.replace(CONFIG.placed[0], layers=(40,)),))
-    assert size(num_layers=40, placed=()) < shallow
+    assert shallow == size(
+        num_layers=41, layer_overrides=(dataclasses.replace(CONFIG.layer_overrides[0], layers=(40,)),)
+    )
+    assert size(num_layers=40, layer_overrides=()) < shallow
 
 
 def test_gradients_reach_every_parameter_but_the_biases(model):

@@ -20,7 +20,7 @@ def make(seed=0, pattern=("delta_net", "gated_delta_net"), implementation=None, 
         "hidden_size": 12,
         "num_layers": 2 * len(pattern),
         "pattern": tuple(MixerSpec(mixer=name, options=options) for name in pattern),
-        "mlp_size": 20,
+        "intermediate_size": 20,
         "initializer_std": 0.3,
         "dtype": "float32",
     }
@@ -178,7 +178,7 @@ def test_tied_embeddings_serve_as_the_head():
 
 
 def test_a_model_without_mlp_is_its_mixers_alone():
-    model = make(mlp_size=0, pattern=("delta_net",))
+    model = make(intermediate_size=0, pattern=("delta_net",))
     x = model.embed(tokens())
     for repeat in range(2):
         block = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], model.blocks[0])

@@ -64,7 +64,7 @@ class Counter(DeltaNet):
 
 number = 3
 """
-TABLE = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "mlp_size": 8}
+TABLE = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "intermediate_size": 8}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,14 +94,17 @@ def test_options_go_up_to_the_class_that_takes_them():
     assert config.parameter_rules.keys() == {"blocks/0/mixer/extra"}
     assert mixer_options("outside_mixers.Inherits") == mixer_options("delta_net")
     load("outside_mixers.Inherits", num_heads=2)
-    with pytest.raises(ValueError, match="mixer 'outside_mixers:Child' has no option 'heads', only size, thing"):
+    with pytest.raises(
+        ValueError,
+        match=r"no option 'heads' \(did you mean num_heads or num_v_heads\?\), only size, thing",
+    ):
         load("outside_mixers:Child", heads=3)
 
 
 def test_rules_go_to_their_own_blocks():
     table = TABLE | {"num_layers": 4, "pattern": [{"mixer": "delta_net"}, {"mixer": "outside_mixers:Child"}]}
     placed = [{"layers": [3], "mixer": "delta_net", "num_heads": 2}]
-    config = load_config(ModelConfig, table | {"placed": placed})
+    config = load_config(ModelConfig, table | {"layer_overrides": placed})
     blocks = [layer.mixer.mixer for run in config.runs for layer in run.block]
     wanted = {f"blocks/{place}/mixer/extra" for place, name in enumerate(blocks) if name == "outside_mixers:Child"}
     assert len(wanted) >= 1 and config.parameter_rules.keys() == wanted

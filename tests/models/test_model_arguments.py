@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from delta_jax.models import ExpertsConfig, LanguageModel, MixerSpec, ModelConfig, PlacedMixer
+from delta_jax.models import ExpertsConfig, LanguageModel, LayerOverride, MixerSpec, ModelConfig
 
 SPEC = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
-PLACED = PlacedMixer(mixer="attention", options=(("num_heads", 2),), layers=(1,))
+PLACED = LayerOverride(mixer="attention", options=(("num_heads", 2),), layers=(1,))
 SETTINGS = {
     "vocab_size": 11,
     "hidden_size": 16,
     "num_layers": 2,
     "pattern": (SPEC,),
-    "placed": (PLACED,),
-    "mlp_size": 8,
-    "experts": ExpertsConfig(size=4, number=3, per_token=2),
-    "dense_layers": 1,
+    "layer_overrides": (PLACED,),
+    "intermediate_size": 8,
+    "experts": ExpertsConfig(expert_size=4, num_experts=3, num_experts_per_token=2),
+    "num_dense_layers": 1,
 }
 TOKENS = jnp.zeros((2, 5), jnp.int32)
 
@@ -41,12 +41,12 @@ def make():
         ({"pattern": "delta_net"}, "pattern must be a tuple of MixerSpec, got 'delta_net'"),
         ({"pattern": [SPEC]}, "pattern must be a tuple of MixerSpec"),
         ({"pattern": (PLACED,)}, "pattern must hold MixerSpec"),
-        ({"placed": (SPEC,)}, "placed must hold PlacedMixer"),
+        ({"layer_overrides": (SPEC,)}, "layer_overrides must hold LayerOverride"),
         ({"experts": {"size": 4}}, "experts must be an ExpertsConfig or None, got {'size': 4}"),
         ({"vocab_size": None}, "vocab_size must be a positive integer, got None"),
         ({"num_layers": True}, "num_layers must be a positive integer, got True"),
-        ({"mlp_size": False}, "mlp_size must be a positive integer or 0, got False"),
-        ({"dense_layers": True}, "dense_layers must be a positive integer or 0, got True"),
+        ({"intermediate_size": False}, "intermediate_size must be a positive integer or 0, got False"),
+        ({"num_dense_layers": True}, "num_dense_layers must be a positive integer or 0, got True"),
         ({"tie_embeddings": "no"}, "tie_embeddings must be true or false, got 'no'"),
         ({"zero_centered_norms": 1}, "zero_centered_norms must be true or false, got 1"),
         ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
@@ -70,11 +70,11 @@ def test_impossible_configurations_are_named(change, message):
         ),
         (lambda: MixerSpec(mixer="delta_net", options=(("num_heads", [2]),)), "num_heads: wanted an integer, got"),
         (lambda: MixerSpec(mixer=["delta_net"]), "mixer must be one of attention, "),
-        (lambda: PlacedMixer(mixer="delta_net", layers=1), "layers must be a tuple of integers, got 1"),
-        (lambda: PlacedMixer(mixer="delta_net", layers=(True,)), "layers must be a tuple of integers"),
-        (lambda: PlacedMixer(mixer="delta", layers=(1,)), "mixer must be one of attention, "),
+        (lambda: LayerOverride(mixer="delta_net", layers=1), "layers must be a tuple of integers, got 1"),
+        (lambda: LayerOverride(mixer="delta_net", layers=(True,)), "layers must be a tuple of integers"),
+        (lambda: LayerOverride(mixer="delta", layers=(1,)), "mixer must be one of attention, "),
         (
-            lambda: ExpertsConfig(size=4, number=3, per_token=2, balance_rate=True),
+            lambda: ExpertsConfig(expert_size=4, num_experts=3, num_experts_per_token=2, balance_rate=True),
             "balance_rate must be a positive number",
         ),
         (lambda: LanguageModel(SETTINGS, rngs=nnx.Rngs(0)), "config must be a ModelConfig, got dict"),

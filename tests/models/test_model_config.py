@@ -16,7 +16,7 @@ TABLE = {
         {"mixer": "gated_delta_net", "head_dim": 8, "expand_v": 1.5},
     ],
 }
-EXPERTS = {"size": 8, "number": 8, "per_token": 2}
+EXPERTS = {"expert_size": 8, "num_experts": 8, "num_experts_per_token": 2}
 
 
 def test_reads_its_table_and_writes_it_again():
@@ -25,7 +25,7 @@ def test_reads_its_table_and_writes_it_again():
     assert [(len(run.block), run.repeats) for run in config.runs] == [(2, 2)]
     assert load_config(ModelConfig, to_dict(config)) == config
     assert hash(config) == hash(dataclasses.replace(config))
-    hybrid = TABLE | {"placed": [{"layers": [1, 2], "mixer": "attention", "num_heads": 4}], "experts": EXPERTS}
+    hybrid = TABLE | {"layer_overrides": [{"layers": [1, 2], "mixer": "attention", "num_heads": 4}], "experts": EXPERTS}
     config = load_config(ModelConfig, hybrid)
     assert [layer.mixer.mixer for layer in config.layers] == ["delta_net", "attention", "attention", "gated_delta_net"]
     assert load_config(ModelConfig, to_dict(config)) == config
@@ -37,17 +37,21 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
     widths = {1024: 2816, 2048: 5632, 16: 256, 768: 2048}
     for hidden, width in widths.items():
         assert load_config(ModelConfig, TABLE | {"hidden_size": hidden}).mlp_width == width
-    assert load_config(ModelConfig, TABLE | {"mlp_size": 40}).mlp_width == 40
+    assert load_config(ModelConfig, TABLE | {"intermediate_size": 40}).mlp_width == 40
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"vocab_size": 0}, "vocab_size"),
+        ({"mlp_size": 40}, 'unknown key "mlp_size" \\(it is now called intermediate_size\\)'),
+        ({"experts": {"size": 8, "num_experts": 8, "num_experts_per_token": 2}}, "it is now called expert_size"),
+        ({"pattern": [{"mixer": "mamba_2"}]}, "got 'mamba_2' \\(it is now called mamba2\\)"),
+        ({"pattern": [{"mixer": "latent_attention", "latent_size": 4}]}, "it is now called kv_lora_rank"),
         ({"hidden_size": -1}, "hidden_size"),
         ({"num_layers": 1}, "num_layers must be at least the length of the pattern"),
         ({"pattern": []}, "pattern must hold"),
-        ({"mlp_size": -1}, "mlp_size"),
+        ({"intermediate_size": -1}, "intermediate_size"),
         ({"norm_eps": 0.0}, "norm_eps"),
         ({"initializer_std": -0.1}, "initializer_std"),
         ({"remat": "some"}, "remat must be one of none, dots, block"),
@@ -58,7 +62,7 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
         ({"param_dtype": "int8"}, "param_dtype must be one of"),
         ({"pattern": [{"mixer": "delta_nett"}]}, "mixer must be one of .*delta_net"),
         ({"pattern": [{"num_heads": 2}]}, "lacks the key mixer"),
-        ({"pattern": [{"mixer": "delta_net", "n_heads": 2}]}, "no option 'n_heads', only num_heads"),
+        ({"pattern": [{"mixer": "delta_net", "n_heads": 2}]}, "no option 'n_heads' .did you mean num_heads"),
         ({"pattern": [{"mixer": "delta_net", "norm_eps": 0.1}]}, "no option 'norm_eps'"),
         (
             {"pattern": [{"mixer": "delta_net"}, {"mixer": "delta_net", "num_heads": 3}]},
@@ -69,21 +73,45 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
         ({"pattern": [{"mixer": "attention", "window": 0}]}, "pattern.0: window must be a positive integer, got 0"),
         ({"pattern": [{"mixer": "attention", "num_heads": 3}]}, "pattern.0: num_heads must divide"),
         ({"pattern": [{"mixer": "attention", "expand_v": 1.0}]}, "no option 'expand_v'"),
-        ({"placed": [{"layers": [1], "mixer": "attention", "num_kv_heads": 5}]}, "placed.0: num_kv_heads"),
-        ({"placed": [{"layers": [4], "mixer": "attention"}]}, "placed names layer 4, but the layers are 0 to 3"),
-        ({"placed": [{"layers": [1, 1], "mixer": "attention"}]}, "placed names layer 1 twice"),
-        ({"placed": [{"layers": 1, "mixer": "attention"}]}, "placed.0: layers must be an array of integers"),
-        ({"placed": [{"layers": [1], "mixer": "attn"}]}, "placed.0: mixer must be one of attention, delta_net"),
-        ({"dense_layers": 1}, "dense_layers must lie between 0 and num_layers, and be 0 without experts, got 1"),
-        ({"experts": EXPERTS, "dense_layers": 5}, "dense_layers must lie"),
-        ({"experts": EXPERTS | {"per_token": 9}}, "experts: per_token must be at most number.*got 9 of 8"),
-        ({"experts": EXPERTS | {"per_token": 0}}, "experts: per_token must be a positive integer"),
-        ({"experts": EXPERTS | {"number": 0}}, "experts: number"),
-        ({"experts": EXPERTS | {"size": -1}}, "experts: size"),
-        ({"experts": EXPERTS | {"shared_size": -1}}, "experts: shared_size"),
-        ({"experts": EXPERTS | {"use_shared_gate": True}}, "experts: use_shared_gate needs a shared expert"),
+        (
+            {"layer_overrides": [{"layers": [1], "mixer": "attention", "num_kv_heads": 5}]},
+            "layer_overrides.0: num_kv_heads",
+        ),
+        (
+            {"layer_overrides": [{"layers": [4], "mixer": "attention"}]},
+            "layer_overrides names layer 4, but the layers are 0 to 3",
+        ),
+        ({"layer_overrides": [{"layers": [1, 1], "mixer": "attention"}]}, "layer_overrides names layer 1 twice"),
+        (
+            {"layer_overrides": [{"layers": 1, "mixer": "attention"}]},
+            "layer_overrides.0: layers must be an array of integers",
+        ),
+        (
+            {"layer_overrides": [{"layers": [1], "mixer": "attn"}]},
+            "layer_overrides.0: mixer must be one of attention, delta_net",
+        ),
+        (
+            {"num_dense_layers": 1},
+            "num_dense_layers must lie between 0 and num_layers, and be 0 without experts, got 1",
+        ),
+        ({"experts": EXPERTS, "num_dense_layers": 5}, "num_dense_layers must lie"),
+        (
+            {"experts": EXPERTS | {"num_experts_per_token": 9}},
+            "experts: num_experts_per_token must be at most num_experts.*got 9 of 8",
+        ),
+        (
+            {"experts": EXPERTS | {"num_experts_per_token": 0}},
+            "experts: num_experts_per_token must be a positive integer",
+        ),
+        ({"experts": EXPERTS | {"num_experts": 0}}, "experts: num_experts"),
+        ({"experts": EXPERTS | {"expert_size": -1}}, "experts: expert_size"),
+        ({"experts": EXPERTS | {"shared_expert_size": -1}}, "experts: shared_expert_size"),
+        (
+            {"experts": EXPERTS | {"use_shared_expert_gate": True}},
+            "experts: use_shared_expert_gate needs a shared expert",
+        ),
         ({"experts": EXPERTS | {"router": "hash"}}, "router"),
-        ({"experts": EXPERTS | {"scale": 0.0}}, "experts: scale"),
+        ({"experts": EXPERTS | {"routed_scaling_factor": 0.0}}, "experts: routed_scaling_factor"),
         ({"experts": EXPERTS | {"balance_rate": -0.1}}, "experts: balance_rate"),
     ],
 )

@@ -97,8 +97,13 @@ def test_members_of_width_1024(mixer, options, millions):
 @pytest.mark.parametrize(("preset", "billions"), [("kimi_linear_48b_a3b", 3.5), ("qwen3_next_80b_a3b", 3.9)])
 def test_few_parameters_are_active(preset, billions):
     config = model_of(preset)
-    idle = (config.experts.number - config.experts.per_token) * 3 * config.hidden_size * config.experts.size
-    active = count(config) - (config.num_layers - config.dense_layers) * idle
+    idle = (
+        (config.experts.num_experts - config.experts.num_experts_per_token)
+        * 3
+        * config.hidden_size
+        * config.experts.expert_size
+    )
+    active = count(config) - (config.num_layers - config.num_dense_layers) * idle
     assert round(active / 1e9, 1) == billions
 
 
@@ -135,7 +140,7 @@ def test_the_count_adds_up():
         vocab_size=11,
         hidden_size=8,
         num_layers=3,
-        mlp_size=5,
+        intermediate_size=5,
         pattern=(MixerSpec(mixer="delta_net", options=(("num_heads", 2),)),),
     )
     mixer = 4 * 8 * 8 + 3 * 4 * 8 + 8 * 2 + 4

@@ -79,7 +79,7 @@ def dense(p):
     return {f"{name}/kernel": p[f"{name}.weight"].T for name in ("gate_proj", "up_proj", "down_proj")}
 
 
-SMALL = {"size": 6, "number": 5}
+SMALL = {"expert_size": 6, "num_experts": 5}
 CASES = {
     qwen3_next_attention: (
         Attention,
@@ -88,12 +88,23 @@ CASES = {
     ),
     kimi_latent_attention: (
         LatentAttention,
-        {"num_heads": 2, "latent_size": 6, "key_dim": 4, "shared_key_dim": 2, "value_dim": 5, "norm_eps": 1e-6},
+        {
+            "num_heads": 2,
+            "kv_lora_rank": 6,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 2,
+            "v_head_dim": 5,
+            "norm_eps": 1e-6,
+        },
     ),
-    kimi_experts: (MixtureOfExperts, SMALL | {"per_token": 2, "shared_size": 6, "scale": 2.446}),
+    kimi_experts: (
+        MixtureOfExperts,
+        SMALL | {"num_experts_per_token": 2, "shared_expert_size": 6, "routed_scaling_factor": 2.446},
+    ),
     qwen3_next_experts: (
         MixtureOfExperts,
-        SMALL | {"per_token": 3, "shared_size": 4, "router": "softmax", "use_shared_gate": True},
+        SMALL
+        | {"num_experts_per_token": 3, "shared_expert_size": 4, "router": "softmax", "use_shared_expert_gate": True},
     ),
 }
 
@@ -154,15 +165,15 @@ KDA = {"mixer": "kimi_delta_attention", **RECURRENT}
 MLA = {"mixer": "latent_attention", **options(kimi_latent_attention)}
 GDN = {"mixer": "gated_delta_net", "num_v_heads": 4, "expand_v": 1.0, **RECURRENT}
 GATED = {"mixer": "attention", **options(qwen3_next_attention)}
-SIZES = {"vocab_size": 19, "hidden_size": HIDDEN, "mlp_size": 10, "dtype": "float32"}
+SIZES = {"vocab_size": 19, "hidden_size": HIDDEN, "intermediate_size": 10, "dtype": "float32"}
 HYBRIDS = {
     "kimi_linear": SIZES
     | {
         "num_layers": 5,
         "pattern": [KDA, KDA, KDA, MLA],
-        "placed": [MLA | {"layers": [4]}],
+        "layer_overrides": [MLA | {"layers": [4]}],
         "experts": options(kimi_experts),
-        "dense_layers": 1,
+        "num_dense_layers": 1,
     },
     "qwen3_next": SIZES
     | {

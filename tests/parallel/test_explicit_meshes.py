@@ -133,7 +133,13 @@ def test_attention_convolution_and_loss() -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention": {"num_heads": 2},
-    "latent_attention": {"num_heads": 2, "latent_size": 8, "key_dim": 4, "shared_key_dim": 4, "value_dim": 4},
+    "latent_attention": {
+        "num_heads": 2,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 4,
+    },
 }
 
 
@@ -175,7 +181,7 @@ def test_feed_forward_layers_and_norms() -> None:
     x = jax.random.normal(jax.random.key(0), (B, T, 16))
     layers = {
         "mlp": SwiGLU(16, 8, rngs=nnx.Rngs(0)),
-        "experts": MixtureOfExperts(16, size=8, number=4, per_token=2, rngs=nnx.Rngs(0)),
+        "experts": MixtureOfExperts(16, expert_size=8, num_experts=4, num_experts_per_token=2, rngs=nnx.Rngs(0)),
         "norm": RMSNorm(16),
     }
     for layer in layers.values():
@@ -238,7 +244,7 @@ def test_an_argument_that_is_the_same_on_every_device(implementation: str) -> No
 
 
 def test_a_layer_with_a_decay_of_its_own_inside_shard_map() -> None:
-    layer, on = MIXERS["ret_net"](16, num_heads=2, head_dim=8, rngs=nnx.Rngs(0)), jax.make_mesh((2,), ("data",))
+    layer, on = MIXERS["retnet"](16, num_heads=2, head_dim=8, rngs=nnx.Rngs(0)), jax.make_mesh((2,), ("data",))
     x = jax.random.normal(jax.random.key(0), (B, T, 16))
 
     def loss(layer: nnx.Module, x: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def test_impossible_mesh_sizes() -> None:
 def _parameters(mixer: str, tie: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     options: tuple[tuple[str, object], ...] = (("num_heads", 2), ("head_dim", 8), ("use_output_gate", True))
     config = ModelConfig(
-        vocab_size=64, hidden_size=16, num_layers=2, mlp_size=32, tie_embeddings=tie, dtype="float32",
+        vocab_size=64, hidden_size=16, num_layers=2, intermediate_size=32, tie_embeddings=tie, dtype="float32",
         pattern=(MixerSpec(mixer=mixer, options=options),),
     )  # fmt: skip
     return abstract_model(config)[1]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from delta_jax.models import ExpertsConfig, MixerSpec, ModelConfig, PlacedMixer
+from delta_jax.models import ExpertsConfig, LayerOverride, MixerSpec, ModelConfig
 from delta_jax.parallel import MeshConfig, make_mesh, path_string, shard_batch
 from delta_jax.training import (
     OptimizerConfig,
@@ -20,20 +20,22 @@ from delta_jax.training.state import abstract_model
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
 RATE, ONE = 0.01, MeshConfig()
-LATENT = {"num_heads": 2, "latent_size": 8, "key_dim": 6, "shared_key_dim": 2, "value_dim": 8}
+LATENT = {"num_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2, "v_head_dim": 8}
 GATED = {"num_heads": 4, "num_kv_heads": 2, "window": 5, "use_qk_norm": True, "use_output_gate": True}
 MODEL = ModelConfig(
     vocab_size=32,
     hidden_size=16,
     num_layers=2,
-    mlp_size=24,
+    intermediate_size=24,
     dtype="float32",
     initializer_std=0.2,
     pattern=(MixerSpec(mixer="attention", options=tuple(GATED.items())),),
-    placed=(PlacedMixer(layers=(1,), mixer="latent_attention", options=tuple(LATENT.items())),),
+    layer_overrides=(LayerOverride(layers=(1,), mixer="latent_attention", options=tuple(LATENT.items())),),
     zero_centered_norms=True,
-    experts=ExpertsConfig(size=6, number=8, per_token=2, shared_size=6, balance_rate=RATE),
-    dense_layers=1,
+    experts=ExpertsConfig(
+        expert_size=6, num_experts=8, num_experts_per_token=2, shared_expert_size=6, balance_rate=RATE
+    ),
+    num_dense_layers=1,
 )
 
 

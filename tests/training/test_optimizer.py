@@ -72,7 +72,7 @@ def test_impossible_optimizers() -> None:
 def test_the_mask_of_both_mixers_is_exactly_the_matrices() -> None:
     options: tuple[tuple[str, object], ...] = (("num_heads", 2), ("head_dim", 8), ("use_output_gate", True))
     pattern = tuple(MixerSpec(mixer=mixer, options=options) for mixer in ("delta_net", "gated_delta_net"))
-    config = ModelConfig(vocab_size=64, hidden_size=16, num_layers=2, mlp_size=32, pattern=pattern)
+    config = ModelConfig(vocab_size=64, hidden_size=16, num_layers=2, intermediate_size=32, pattern=pattern)
     mask = weight_decay_mask(abstract_model(config)[1])
     decayed = {path_string(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if decays}
     rest = {path_string(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays}
@@ -131,10 +131,10 @@ EXPERTS = ModelConfig(
     vocab_size=16,
     hidden_size=8,
     num_layers=3,
-    mlp_size=8,
+    intermediate_size=8,
     pattern=(MixerSpec(mixer="gated_delta_net", options=(("num_heads", 2), ("head_dim", 4))),),
-    experts=ExpertsConfig(size=8, number=2, per_token=1),
-    dense_layers=1,
+    experts=ExpertsConfig(expert_size=8, num_experts=2, num_experts_per_token=1),
+    num_dense_layers=1,
 )
 
 

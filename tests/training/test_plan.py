@@ -12,7 +12,7 @@ from delta_jax.training.plan import Plan, plan
 
 pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs that are not here, is not installed")
 
-MODEL = {"vocab_size": 512, "hidden_size": 256, "num_layers": 2, "mlp_size": 256, "remat": "block"}
+MODEL = {"vocab_size": 512, "hidden_size": 256, "num_layers": 2, "intermediate_size": 256, "remat": "block"}
 
 
 @functools.cache

@@ -220,7 +220,7 @@ def test_the_command_line_says_one_sentence_when_a_document_is_broken(tmp_path: 
     lines = [json.dumps({"text": f"document {index} " * 100}) for index in range(60)]
     lines[41] = lines[41][:-1]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n")
-    model = ("hidden_size=16", "num_layers=1", "mlp_size=16", "pattern.0.head_dim=8")
+    model = ("hidden_size=16", "num_layers=1", "intermediate_size=16", "pattern.0.head_dim=8")
     data = ("data.path=corpus.jsonl", "data.shuffle_rows=4", "evaluation_batches=1", "sequence_length=32", "output=run")
     command = [sys.executable, "-m", "delta_jax.cli", "train", "tiny", *(f"model.{one}" for one in model), *data]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -34,7 +34,7 @@ def _model(mixer: str = "gated_delta_net", implementation: str | None = "recurre
         "vocab_size": 32,
         "hidden_size": 16,
         "num_layers": 2,
-        "mlp_size": 32,
+        "intermediate_size": 32,
         "dtype": "float32",
     } | changes
     return ModelConfig(pattern=pattern, **keywords)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def run_table(corpus: Path, output: Path, **changes: Any) -> dict[str, Any]:
             "vocab_size": 264,
             "hidden_size": 16,
             "num_layers": 2,
-            "mlp_size": 32,
+            "intermediate_size": 32,
             "dtype": "float32",
             "pattern": [{"mixer": "delta_net", "num_heads": 2, "head_dim": 8, "implementation": "recurrent"}],
         },
