@@ -170,7 +170,9 @@ def _group(line: str, devices: int) -> int:
         return found.group(1).count(",") + 1
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"('\w+')=(\d+)", found.group(1)))
-        return math.prod(int(sizes[axis.strip()]) for axis in found.group(2).split(","))
+        # A part of an axis is written 'axis':(devices before it)devices.
+        axes = [axis.strip() for axis in found.group(2).split(",")]
+        return math.prod(int(sizes.get(axis, axis.rpartition(")")[2])) for axis in axes)
     return devices
 
 

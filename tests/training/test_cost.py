@@ -124,6 +124,7 @@ TPU_PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 ENTRY %main.1 (a: bf16[2,16]) -> f32[] {
   %while.2 = (s32[], bf16[2,16]) while(%t), condition=%condition, body=%body
+  %all-to-all.1 = bf16[2,16]{1,0} all-to-all(%a), channel_id=12, replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}, dimensions={0}
   ROOT %all-reduce.6 = f32[] all-reduce(%l), channel_id=11, replica_groups={}, to_apply=%add
 }
 """  # noqa: E501
@@ -134,6 +135,7 @@ def test_the_forms_of_the_tpu_compiler() -> None:
         "all-gather": 24 * 3 / 4 * 8 * 16 * 2,
         "reduce-scatter": 24 * 3 / 4 * 8 * 16 * 4,
         "all-reduce": 2 * 7 / 8 * 4,
+        "all-to-all": 1 / 2 * 2 * 16 * 2,
     })  # fmt: skip
 
 
