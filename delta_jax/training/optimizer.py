@@ -34,16 +34,18 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     Returns:
         A function from the int32 step to the float32 learning rate.
     """
-    warmup = config.warmup_steps
-    decay = steps - warmup if config.schedule == "cosine" else min(round(config.decay_fraction * steps), steps - warmup)
+    warmup, rest = config.warmup_steps, steps - config.warmup_steps
+    # From zero, and the first ratio added: from that ratio to one, optax's formula would not begin with it exactly.
+    rise = optax.linear_schedule(0.0, 1 - config.initial_ratio, max(warmup, 1))
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(1.0, max(rest, 1), config.final_ratio)
+    else:
+        decay = min(round(config.decay_fraction * steps), rest)
+        fall = optax.linear_schedule(1.0, config.final_ratio, max(decay, 1), transition_begin=rest - decay)
+    ratio = optax.join_schedules([lambda step: config.initial_ratio + rise(step), fall], [warmup])
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        s = jnp.asarray(step).astype(jnp.float32)
-        warm = config.initial_ratio + (1 - config.initial_ratio) * s / max(warmup, 1)
-        u = jnp.clip((s - (steps - decay)) / max(decay, 1), 0.0, 1.0)
-        left = (1 + jnp.cos(jnp.pi * u)) / 2 if config.schedule == "cosine" else 1 - u
-        after = config.final_ratio + (1 - config.final_ratio) * left
-        return config.learning_rate * jnp.where(s < warmup, warm, after)
+        return config.learning_rate * jnp.asarray(ratio(jnp.asarray(step).astype(jnp.float32)))
 
     return schedule
 
