@@ -68,14 +68,7 @@ def evaluate(
 
 
 class Measurement:
-    """What `evaluate` measures, batch by batch, for who makes the sums of a batch's rows in another way.
-
-    Args:
-        bytes: as `evaluate` has it.
-
-    Raises:
-        ValueError: bytes is not positive.
-    """
+    """What `evaluate` measures, for those who make the `row_sums` of each batch themselves; errors and `bytes` are its."""
 
     def __init__(self, *, bytes: int | None = None):
         if bytes is not None and bytes < 1:
@@ -84,15 +77,7 @@ class Measurement:
         self._bytes, self._counts = bytes or 0, bytes is None
 
     def add(self, batch: Mapping[str, np.ndarray], sums: RowSums) -> None:
-        """Counts a batch.
-
-        Args:
-            batch: as `evaluate` takes it; its "mask" and its "bytes" are read.
-            sums: its `row_sums`.
-
-        Raises:
-            ValueError: the batch has no "bytes" and nothing was given in its place.
-        """
+        """Adds a batch, of which "mask" and "bytes" are read, with the sums of its rows."""
         if self._counts:
             if "bytes" not in batch:
                 raise ValueError('batches: they have no "bytes"; pass the bytes of text as bytes=.')
@@ -101,11 +86,7 @@ class Measurement:
         self._nats, self._tokens = self._nats + nats, self._tokens + tokens
 
     def result(self) -> EvaluationResult:
-        """The measures over all batches together.
-
-        Raises:
-            ValueError: no target counted, or those that did stand for no byte.
-        """
+        """The measures over all batches together."""
         if self._tokens == 0:
             raise ValueError("batches: no target to evaluate on; every mask is 0 or there is no batch.")
         if self._bytes < 1:
@@ -121,7 +102,7 @@ class Measurement:
 
 
 def row_sums(model: LogitsFunction, batch: Mapping[str, Array]) -> RowSums:
-    """Nats and counted targets of each row of a batch, float32; what `evaluate` says of model and batches holds here."""
+    """Nats and counted targets of each row of a batch, float32 [B]; model and batch as in `evaluate`."""
     counted = counted_targets(batch["targets"], batch["mask"])
     nats = token_nats(model(batch["inputs"], segment_ids=batch["segment_ids"]), batch["targets"], counted)
     return nats.sum(axis=-1), counted.sum(axis=-1, dtype=jnp.float32)

@@ -1,25 +1,23 @@
 """AdamW with its weight-decay mask, learning-rate schedules and clipping."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
 from delta_jax.parallel import ParameterRule, path_string
 from delta_jax.parallel.sharding import STACKED
 from delta_jax.training.config import OptimizerConfig
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
-
 DECAYED = ("kernel", "embedding", "offset", "gate_proj", "up_proj", "down_proj")
 NOT_DECAYED = ("scale", "bias", "A_log", "D", "dt_bias", "expert_bias")
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of optimizer step s = 0, 1, ..., steps - 1.
 
     With w = warmup_steps, i = initial_ratio, f = final_ratio and peak p, both start with the warm-up
@@ -44,7 +42,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
         fall = optax.linear_schedule(1.0, config.final_ratio, max(decay, 1), transition_begin=rest - decay)
     ratio = optax.join_schedules([lambda step: config.initial_ratio + rise(step), fall], [warmup])
 
-    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
+    def schedule(step: ArrayLike) -> Float[Array, "..."]:
         return config.learning_rate * jnp.asarray(ratio(jnp.asarray(step).astype(jnp.float32)))
 
     return schedule
@@ -154,9 +152,8 @@ def make_optimizer(
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     optimizer = optax.chain(clip, adamw)  # one structure of the state, so that a resumed run may clip otherwise
 
-    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it: 1 - decay**count
-            new: tuple[Any, Any] = optimizer.update(updates, state, parameters)
-            return new
+            return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)

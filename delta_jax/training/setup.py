@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from delta_jax.models import LanguageModel
 from delta_jax.parallel import batch_parts, batch_sharding, make_mesh
 from delta_jax.training.config import TrainConfig
-from delta_jax.training.optimizer import Schedule, learning_rate_schedule, make_optimizer
+from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from delta_jax.training.state import TrainState, abstract_model, abstract_state, split_model
 from delta_jax.training.step import make_evaluation_step, make_train_step
 
@@ -61,7 +61,7 @@ def set_up(
     devices: Sequence[jax.Device] | None = None,
     *,
     optimizer: optax.GradientTransformation | None = None,
-    schedule: Schedule | None = None,
+    schedule: optax.Schedule | None = None,
 ) -> Setup:
     """Make what a run is made of; the model is traced, nothing is allocated or compiled.
 

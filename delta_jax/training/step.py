@@ -12,26 +12,14 @@ from jaxtyping import Array, Float
 
 from delta_jax.evaluation.perplexity import RowSums, row_sums
 from delta_jax.layers.mixture_of_experts import balanced_bias
-from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.models import ModelConfig
 from delta_jax.models.language_model import Loads
 from delta_jax.models.loss import counted_targets, token_nats
 from delta_jax.parallel import batch_sharding, replicated
-from delta_jax.training.optimizer import Schedule
 from delta_jax.training.state import TrainState, merge_model
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-
-
-def loss_sum(model: LanguageModel, batch: Batch) -> tuple[Float[Array, ""], Loads]:
-    """Cross-entropy of one batch [B, T], summed over its targets that count, in nats; and the loads of the experts.
-
-    The tokens that count in the loads are those whose targets count in the loss (`counted_targets`): padding and masked
-    targets move no expert's bias.
-    """
-    counted = counted_targets(batch["targets"], batch["mask"])
-    features, _, loads = model.features_and_loads(batch["inputs"], segment_ids=batch["segment_ids"], counted=counted)
-    return jnp.sum(token_nats(model.head(features), batch["targets"], counted)), loads
 
 
 def make_train_step(
@@ -39,7 +27,7 @@ def make_train_step(
     structure: Any,
     layout: TrainState,
     optimizer: optax.GradientTransformation,
-    schedule: Schedule,
+    schedule: optax.Schedule,
     mesh: Mesh,
 ) -> jax.stages.Wrapped:
     """Build ``(state, batch) -> (state, metrics)``, jitted on the mesh, the old state's memory reused.
@@ -64,7 +52,11 @@ def make_train_step(
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def micro_gradient(parameters: Any, batch: Batch) -> tuple[Float[Array, ""], Loads]:
-        return loss_sum(merge_model(structure, parameters), batch)
+        model, counted = merge_model(structure, parameters), counted_targets(batch["targets"], batch["mask"])
+        features, _, loads = model.features_and_loads(
+            batch["inputs"], segment_ids=batch["segment_ids"], counted=counted
+        )
+        return jnp.sum(token_nats(model.head(features), batch["targets"], counted)), loads
 
     @_on(mesh)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -86,7 +78,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state.step),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": tokens,
         }
         parameters = _balance(config, optax.apply_updates(state.parameters, updates), loads)
