@@ -66,8 +66,8 @@ def train_batches(
     corpus.require("training", mine)
     _warn_of_lost_bytes(config)
     indices = grain.MapDataset.range(mine.start, mine.stop, mine.step)
-    pieces = indices.shuffle(seed=(config.seed + 1) % 2**32).repeat()
-    pieces = pieces.map_with_index(functools.partial(_piece, corpus, tokenizer, "training", len(mine)))
+    order = indices.shuffle(seed=(config.seed + 1) % 2**32).repeat()
+    pieces = order.map_with_index(functools.partial(_piece, corpus, tokenizer, "training", len(mine)))
     skipped: dict[str, int] = {}
     rows: grain.IterDataset[Batch] = PackRows(
         pieces.to_iter_dataset(_READ), length=sequence_length, skipped=skipped, patience=2 * len(mine)

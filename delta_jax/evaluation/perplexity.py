@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from delta_jax.models.loss import bits_per_byte, counted_targets, token_nats
 
 LogitsFunction = Callable[..., Float[Array, "batch time vocab"]]
+RowSums = tuple[Float[Array, " batch"], Float[Array, " batch"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,41 +58,54 @@ def evaluate(
     Raises:
         ValueError: no target counted, bytes is not positive, or batches without "bytes" and nothing in its place.
     """
-    if bytes is not None and bytes < 1:
-        raise ValueError(f"bytes must be at least 1; got {bytes}.")
+    measurement = Measurement(bytes=bytes)
     # A function becomes a pytree without leaves, as a module is one with leaves: one jitted sum serves both,
     # and a second evaluation of the same model compiles nothing.
     callable_tree = model if isinstance(model, nnx.Module) else jax.tree_util.Partial(model)
-    nats = tokens = 0.0
-    counted = 0
     for batch in batches:
-        if bytes is None:
+        measurement.add(batch, _row_sums(callable_tree, {name: batch[name] for name in batch if name != "bytes"}))
+    return measurement.result()
+
+
+class Measurement:
+    """What `evaluate` measures, for those who make the `row_sums` of each batch themselves; errors and `bytes` are its."""
+
+    def __init__(self, *, bytes: int | None = None):
+        if bytes is not None and bytes < 1:
+            raise ValueError(f"bytes must be at least 1; got {bytes}.")
+        self._nats = self._tokens = 0.0
+        self._bytes, self._counts = bytes or 0, bytes is None
+
+    def add(self, batch: Mapping[str, np.ndarray], sums: RowSums) -> None:
+        """Adds a batch, of which "mask" and "bytes" are read, with the sums of its rows."""
+        if self._counts:
             if "bytes" not in batch:
                 raise ValueError('batches: they have no "bytes"; pass the bytes of text as bytes=.')
-            counted += int(np.sum(batch["bytes"], where=np.asarray(batch["mask"]) > 0))
-        row_nats, row_tokens = _row_sums(callable_tree, {name: batch[name] for name in batch if name != "bytes"})
-        nats += float(np.asarray(row_nats, np.float64).sum())
-        tokens += float(np.asarray(row_tokens, np.float64).sum())
-    if tokens == 0:
-        raise ValueError("batches: no target to evaluate on; every mask is 0 or there is no batch.")
-    text = counted if bytes is None else bytes
-    if text < 1:
-        raise ValueError("batches: the targets stand for no byte of text.")
-    loss = nats / tokens
-    return EvaluationResult(
-        loss=loss,
-        bits_per_byte=bits_per_byte(nats, text),
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        tokens=round(tokens),
-        bytes=text,
-    )
+            self._bytes += int(np.sum(batch["bytes"], where=np.asarray(batch["mask"]) > 0))
+        nats, tokens = (float(np.asarray(rows, np.float64).sum()) for rows in sums)
+        self._nats, self._tokens = self._nats + nats, self._tokens + tokens
+
+    def result(self) -> EvaluationResult:
+        """The measures over all batches together."""
+        if self._tokens == 0:
+            raise ValueError("batches: no target to evaluate on; every mask is 0 or there is no batch.")
+        if self._bytes < 1:
+            raise ValueError("batches: the targets stand for no byte of text.")
+        loss = self._nats / self._tokens
+        return EvaluationResult(
+            loss=loss,
+            bits_per_byte=bits_per_byte(self._nats, self._bytes),
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            tokens=round(self._tokens),
+            bytes=self._bytes,
+        )
 
 
-@jax.jit
-def _row_sums(
-    model: LogitsFunction, batch: Mapping[str, Array]
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Nats and counted targets of each row."""
+def row_sums(model: LogitsFunction, batch: Mapping[str, Array]) -> RowSums:
+    """Nats and counted targets of each row of a batch, float32 [B]; model and batch as in `evaluate`."""
     counted = counted_targets(batch["targets"], batch["mask"])
     nats = token_nats(model(batch["inputs"], segment_ids=batch["segment_ids"]), batch["targets"], counted)
     return nats.sum(axis=-1), counted.sum(axis=-1, dtype=jnp.float32)
+
+
+_row_sums = jax.jit(row_sums)

@@ -9,25 +9,23 @@ from delta_jax.training.optimizer import (
     muon_dimension_numbers,
     weight_decay_mask,
 )
-from delta_jax.training.state import TrainState, abstract_state, initial_state
-from delta_jax.training.step import make_evaluation_step, make_train_step
+from delta_jax.training.setup import Setup, set_up
+from delta_jax.training.state import TrainState
 
 __all__ = [
     "CheckpointConfig",
     "Checkpoints",
     "NonFiniteLossError",
     "OptimizerConfig",
+    "Setup",
     "TrainConfig",
     "TrainResult",
     "TrainState",
-    "abstract_state",
-    "initial_state",
     "learning_rate_schedule",
-    "make_evaluation_step",
     "make_optimizer",
-    "make_train_step",
     "muon_dimension_numbers",
     "restore_model",
+    "set_up",
     "train",
     "weight_decay_mask",
 ]

@@ -130,7 +130,7 @@ class Checkpoints:
                 f"checkpoint {self.latest} in {self._folder} holds other arrays than this model and optimizer have, set "
                 f"another output folder: {listing(unequal)}"
             )
-        items = self._manager.restore(
+        items: Any = self._manager.restore(
             self.latest,
             args=ocp.args.Composite(
                 parameters=ocp.args.StandardRestore(template.parameters),

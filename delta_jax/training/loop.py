@@ -5,30 +5,29 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from delta_jax.config import to_dict
 from delta_jax.data import Batch, DataError, fingerprint, load_tokenizer, train_batches, validation_batches
+from delta_jax.evaluation import Measurement
 from delta_jax.models.loss import bits_per_byte
-from delta_jax.parallel import make_mesh, shard_batch
+from delta_jax.parallel import shard_batch
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.folder import CONFIG, CURVE, keep_tokenizer, make_way, open_folder
 from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
-from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from delta_jax.training.plots import plot_curve
 from delta_jax.training.progress import ProgressDisplay
 from delta_jax.training.resume import note_fault, resumption
+from delta_jax.training.setup import Setup, set_up
 from delta_jax.training.signals import StopRequest
-from delta_jax.training.state import TrainState, abstract_state, initial_state
-from delta_jax.training.step import check_batch, make_evaluation_step, make_train_step
+from delta_jax.training.state import TrainState
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -87,10 +86,7 @@ def train(
     """
     output = open_folder(config.output)
     _check_tokenizer(config)
-    mesh = make_mesh(config.mesh, devices)
-    check_batch(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
-    template = abstract_state(config.model, optimizer, mesh)
+    setup = set_up(config, devices)
     with StopRequest() as stop, Checkpoints(output, config.checkpoint) as checkpoints:
         about: dict[str, Any] = {"fingerprint": fingerprint(config.data)}
         start, changed = checkpoints.latest or 0, list[str]()
@@ -98,20 +94,20 @@ def train(
             changed = resumption(start, checkpoints.about(), config, about["fingerprint"], output)
         batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
         with ProgressDisplay(start, config.steps, enabled=progress) as display:
-            display.say(_introduction(config, mesh, template, about["fingerprint"]["documents"]))
+            display.say(_introduction(setup, about["fingerprint"]["documents"]))
             if start:
-                restored = checkpoints.restore(template)
+                restored = checkpoints.restore(setup.state)
                 state = restored.state
                 with _faults("going back to where the run stopped in the data"):
                     batches.set_state(restored.data)
                 display.say("; ".join([f"continuing from checkpoint {start} in {output}", *changed]))
             else:
                 display.working("compiling and making the first parameters", begins=True)
-                state = initial_state(config.model, optimizer, mesh, config.seed)
+                state = setup.initial_state()
             make_way(output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
             about["tokenizer"] = keep_tokenizer(output, config.data.tokenizer)
             with MetricsWriter(output, start) as writer:
-                run = _Run(config, mesh, output, checkpoints, writer, display, stop, about)
+                run = _Run(setup, output, checkpoints, writer, display, stop, about)
                 step = run.steps(state, batches)
                 finished = step == config.steps and writer.last_evaluation == step
     training, evaluations = read_metrics(output / TRAINING), read_metrics(output / EVALUATION)
@@ -126,12 +122,11 @@ def train(
 
 
 class _Run:
-    """The compiled functions of a run and the places its results go."""
+    """A run at work: what it is made of and the places its results go."""
 
     def __init__(
         self,
-        config: TrainConfig,
-        mesh: Mesh,
+        setup: Setup,
         output: Path,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
@@ -139,15 +134,11 @@ class _Run:
         stop: StopRequest,
         about: Mapping[str, Any],
     ):
-        self._config, self._mesh, self._output = config, mesh, output
+        self._setup, self._config, self._output = setup, setup.config, output
         self._checkpoints, self._writer, self._display = checkpoints, writer, display
         self._stop, self._about = stop, about
         self._doing = "preparing"
         self._stop.announce = self._announce
-        schedule = learning_rate_schedule(config.optimizer, config.steps)
-        optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
-        self._train_step = make_train_step(config.model, optimizer, schedule, mesh)
-        self._evaluation_step = make_evaluation_step(config.model, mesh)
         self._clock: float | None = None
         self._tokens = 0.0
         self._tokens_per_second = 0.0
@@ -173,7 +164,7 @@ class _Run:
                 with _faults("reading the data"):
                     batch = next(batches)
                 position = batches.get_state()
-                state, metrics = self._train_step(state, shard_batch(self._micro_batches(batch), self._mesh))
+                state, metrics = self._setup.train_step(state, self._on_mesh(batch, config.gradient_accumulation))
                 step += 1
                 if waiting is not None:
                     self._record(*waiting)
@@ -208,25 +199,17 @@ class _Run:
         if self._stop.requested:
             return
         step = int(state.step)
-        nats, tokens, text, count = 0.0, 0.0, 0, 0
         self._begin("evaluate", "compiling the evaluation step", "evaluating")
-        with _faults("reading the validation split"):
-            batches = itertools.islice(self._validation(), self._config.evaluation_batches)
-        while not self._stop.requested:
-            with _faults("reading the validation split"):
-                batch = next(batches, None)
-            if batch is None:
-                break
-            on_device = shard_batch({name: batch[name][None] for name in batch if name != "bytes"}, self._mesh)
-            batch_nats, batch_tokens = self._evaluation_step(state.parameters, on_device)
-            nats, tokens, count = nats + float(batch_nats), tokens + float(batch_tokens), count + 1
-            text += int(batch["bytes"].sum())
+        measurement = Measurement()
+        for count, batch in enumerate(self._validation(), 1):
+            measurement.add(batch, self._setup.evaluation_step(state.parameters, self._on_mesh(batch, 1)))
             self._display.working(f"step {step}: evaluating, {count} batches done", begins=False)
         if self._stop.requested:
             return
-        bits = bits_per_byte(nats, text)
-        self._writer.write(EVALUATION, step, {"loss": nats / max(tokens, 1.0), "bits_per_byte": bits})
-        self._display.say(f"step {step}: {bits:.3f} bits/byte on the validation split")
+        with _faults("evaluating on the validation split"):
+            result = measurement.result()
+        self._writer.write(EVALUATION, step, {"loss": result.loss, "bits_per_byte": result.bits_per_byte})
+        self._display.say(f"step {step}: {result.bits_per_byte:.3f} bits/byte on the validation split")
         self._clock = None
 
     def _begin(self, function: str, first: str, doing: str) -> None:
@@ -274,18 +257,26 @@ class _Run:
             self._display.say(f"documents skipped so far: {counts}")
 
     def _validation(self) -> Iterator[Batch]:
+        """The batches of an evaluation, until a stop is requested."""
         config = self._config
-        batches: Iterable[Batch] = validation_batches(
-            config.data,
-            batch_size=config.batch_size // config.gradient_accumulation,
-            sequence_length=config.sequence_length,
-        )
-        return iter(batches)
+        with _faults("reading the validation split"):
+            split = validation_batches(
+                config.data,
+                batch_size=config.batch_size // config.gradient_accumulation,
+                sequence_length=config.sequence_length,
+            )
+            batches = itertools.islice(split, config.evaluation_batches)
+        while not self._stop.requested:
+            with _faults("reading the validation split"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
-    def _micro_batches(self, batch: Batch) -> Batch:
-        count = self._config.gradient_accumulation
+    def _on_mesh(self, batch: Batch, micro_batches: int) -> dict[str, jax.Array]:
         arrays = {name: batch[name] for name in batch if name != "bytes"}
-        return {name: array.reshape(count, -1, *array.shape[1:]) for name, array in arrays.items()}
+        parts = {name: array.reshape(micro_batches, -1, *array.shape[1:]) for name, array in arrays.items()}
+        return shard_batch(parts, self._setup.mesh)
 
     def _record(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -321,9 +312,10 @@ class _Run:
         self._clock = None
 
 
-def _introduction(config: TrainConfig, mesh: Mesh, state: TrainState, documents: int) -> str:
+def _introduction(setup: Setup, documents: int) -> str:
     """What is trained on what."""
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    config, mesh = setup.config, setup.mesh
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.state.parameters))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
         f"{parameters:,} parameters on {mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s), mesh {axes}\n"

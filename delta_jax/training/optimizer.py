@@ -1,25 +1,23 @@
 """AdamW with its weight-decay mask, learning-rate schedules and clipping."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
 from delta_jax.parallel import ParameterRule, path_string
 from delta_jax.parallel.sharding import STACKED
 from delta_jax.training.config import OptimizerConfig
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
-
 DECAYED = ("kernel", "embedding", "offset", "gate_proj", "up_proj", "down_proj")
 NOT_DECAYED = ("scale", "bias", "A_log", "D", "dt_bias", "expert_bias")
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of optimizer step s = 0, 1, ..., steps - 1.
 
     With w = warmup_steps, i = initial_ratio, f = final_ratio and peak p, both start with the warm-up
@@ -34,16 +32,18 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     Returns:
         A function from the int32 step to the float32 learning rate.
     """
-    warmup = config.warmup_steps
-    decay = steps - warmup if config.schedule == "cosine" else min(round(config.decay_fraction * steps), steps - warmup)
+    warmup, rest = config.warmup_steps, steps - config.warmup_steps
+    # From zero, and the first ratio added: from that ratio to one, optax's formula would not begin with it exactly.
+    rise = optax.linear_schedule(0.0, 1 - config.initial_ratio, max(warmup, 1))
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(1.0, max(rest, 1), config.final_ratio)
+    else:
+        decay = min(round(config.decay_fraction * steps), rest)
+        fall = optax.linear_schedule(1.0, config.final_ratio, max(decay, 1), transition_begin=rest - decay)
+    ratio = optax.join_schedules([lambda step: config.initial_ratio + rise(step), fall], [warmup])
 
-    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        s = jnp.asarray(step).astype(jnp.float32)
-        warm = config.initial_ratio + (1 - config.initial_ratio) * s / max(warmup, 1)
-        u = jnp.clip((s - (steps - decay)) / max(decay, 1), 0.0, 1.0)
-        left = (1 + jnp.cos(jnp.pi * u)) / 2 if config.schedule == "cosine" else 1 - u
-        after = config.final_ratio + (1 - config.final_ratio) * left
-        return config.learning_rate * jnp.where(s < warmup, warm, after)
+    def schedule(step: ArrayLike) -> Float[Array, "..."]:
+        return config.learning_rate * jnp.asarray(ratio(jnp.asarray(step).astype(jnp.float32)))
 
     return schedule
 
@@ -152,9 +152,8 @@ def make_optimizer(
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     optimizer = optax.chain(clip, adamw)  # one structure of the state, so that a resumed run may clip otherwise
 
-    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it: 1 - decay**count
-            new: tuple[Any, Any] = optimizer.update(updates, state, parameters)
-            return new
+            return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)

@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 
-from delta_jax.parallel import chip_of, make_mesh, tpu_topology
+from delta_jax.parallel import chip_of, tpu_topology
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.cost import collective_bytes, kernel_names, product_flops
-from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from delta_jax.training.state import abstract_state
-from delta_jax.training.step import abstract_batch, check_batch, make_evaluation_step, make_train_step
+from delta_jax.training.setup import set_up
 from delta_jax.training.traffic import memory_bytes
 
 
@@ -132,15 +130,10 @@ def plan(
     chip = chip_of(topology)
     devices = tpu_topology(topology)
     chips = len({tuple(device.coords) for device in devices})
-    mesh = make_mesh(config.mesh, devices)
-    check_batch(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps, config.model.parameter_rules)
-    state = abstract_state(config.model, optimizer, mesh)
-    step: Any = make_train_step(config.model, optimizer, learning_rate_schedule(config.optimizer, config.steps), mesh)
-    batch = abstract_batch(config, mesh)
+    run = set_up(config, devices)
     start = time.monotonic()
     with meanwhile():
-        traced = step.trace(state, batch)
+        traced = run.train_step.trace(run.state, run.batch)
         compiled, refusal = _compile(traced.lower())
     seconds = time.monotonic() - start
     cores = len(devices) // chips
@@ -148,7 +141,7 @@ def plan(
     received = {kind: cores * size for kind, size in collective_bytes(text).items()} if text else {}
     flops = product_flops(traced.jaxpr) / chips
     traffic = cores * memory_bytes(text) if text else 0.0
-    forward = make_evaluation_step(config.model, mesh).trace(state.parameters, batch).jaxpr
+    forward = run.evaluation_step.trace(run.state.parameters, run.evaluation_batch).jaxpr
     estimate = Estimate(
         products=flops / chip.flops,
         memory=traffic / chip.hbm_bytes,
@@ -161,8 +154,8 @@ def plan(
         device_kind=devices[0].device_kind,
         chips=chips,
         devices=len(devices),
-        mesh=dict(mesh.shape),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
+        mesh=dict(run.mesh.shape),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.parameters)),
         kernels=kernel_names(traced.jaxpr),
         flops=flops,
         hbm=chip.hbm_gib * 2**30,

@@ -1,5 +1,6 @@
-"""The train state: an explicit, immutable pytree, and how it is made and laid out on a mesh."""
+"""The train state: an explicit, immutable pytree, and how it is laid out on a mesh."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from delta_jax.models import LanguageModel, ModelConfig
-from delta_jax.parallel import parameter_shardings, replicated
+from delta_jax.parallel import ParameterRule, parameter_shardings, replicated
 from delta_jax.training.optimizer import check_matrices
 
 
@@ -47,22 +48,27 @@ def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     return split_model(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    parameters: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Mapping[str, ParameterRule] | None = None,
+) -> TrainState:
     """The train state as ShapeDtypeStructs that carry their shardings; the optimizer's are its parameters'.
 
     Args:
-        config: the model.
+        parameters: what ``abstract_model`` gives.
         optimizer: an optax transformation. Parameters of the blocks are stacked over layers, [layers, ...]: what looks at a
             whole array at once (orthogonalisation, trust ratios, factored moments) has to be told so, as Muon is by
             ``muon_dimension_numbers``.
         mesh: where the state lives.
+        rules: what the layers say of their parameters; see ``ModelConfig.parameter_rules``.
 
     Raises:
         ValueError: a parameter has no partition rule or does not divide over the mesh, or the optimizer is Muon without
             ``muon_dimension_numbers``.
     """
-    _, parameters = abstract_model(config)
-    shardings = parameter_shardings(parameters, mesh, config.parameter_rules)
+    shardings = parameter_shardings(parameters, mesh, rules)
     whole = replicated(mesh)
 
     def place(leaf: Any, sharding: Any) -> Any:
@@ -71,7 +77,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     optimizer_state = jax.eval_shape(optimizer.init, parameters)
-    check_matrices(optimizer_state, config.parameter_rules)
+    check_matrices(optimizer_state, rules)
     optimizer_state = optax.tree_map_params(
         optimizer,
         place,
@@ -85,25 +91,3 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
         parameters=jax.tree.map(place, parameters, shardings),
         optimizer=optimizer_state,
     )
-
-
-def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A fresh train state, made in place on the mesh; the same numbers on any mesh.
-
-    Args:
-        config: the model.
-        optimizer: its ``init`` is called on the parameters.
-        mesh: where the state lives.
-        seed: of the initialisation.
-
-    Returns:
-        The state at step 0.
-    """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-
-    def make() -> TrainState:
-        _, parameters = split_model(LanguageModel(config, rngs=nnx.Rngs(seed)))
-        return TrainState(step=jnp.zeros((), jnp.int32), parameters=parameters, optimizer=optimizer.init(parameters))
-
-    state: TrainState = jax.jit(make, out_shardings=shardings)()
-    return state

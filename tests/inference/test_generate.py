@@ -103,6 +103,9 @@ def test_no_value_compiles_again_and_none_changes_the_tokens_before_it_matters(m
     for _ in range(2):
         generate(model, PROMPTS[:2], max_new_tokens=3)
     assert (_prefill._cache_size(), _decode._cache_size()) == (prefills + 1, decodes + 1)
+    for length in (17, 23, 32):  # beyond the next power of two: another pass over the prompts, the same loop
+        generate(model, [[7] * length, *PROMPTS[1:]], max_new_tokens=3)
+    assert (_prefill._cache_size(), _decode._cache_size()) == (prefills + 2, decodes + 1)
 
 
 def test_a_cache_that_keeps_every_token_grows():

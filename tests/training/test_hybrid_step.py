@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 
 from delta_jax.models import ExpertsConfig, LayerOverride, MixerSpec, ModelConfig
-from delta_jax.parallel import MeshConfig, make_mesh, path_string, shard_batch
-from delta_jax.training import (
-    OptimizerConfig,
-    TrainState,
-    abstract_state,
-    learning_rate_schedule,
-    make_optimizer,
-    make_train_step,
-)
-from delta_jax.training.state import abstract_model
+from delta_jax.parallel import MeshConfig, path_string, shard_batch
+from delta_jax.training import OptimizerConfig, TrainConfig, set_up
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
 RATE, ONE = 0.01, MeshConfig()
@@ -59,38 +51,34 @@ def batches(micro, tail=0):
     return result
 
 
-@functools.cache
-def beginning():
+def beginning(state):
     """The state at step 0, filled by numpy: compiling the initialisation takes longer than all the rest."""
     draw = np.random.default_rng(1)
 
     def fill(path, leaf):
         name = path_string(path)
-        if "bias" in name:
+        if not name.startswith("parameters") or "bias" in name:
             return np.zeros(leaf.shape, leaf.dtype)
         return np.asarray(("scale" in name) + 0.2 * draw.standard_normal(leaf.shape), leaf.dtype)
 
-    parameters = jax.tree_util.tree_map_with_path(fill, abstract_model(MODEL)[1])
-    moments = jax.device_get(make_optimizer(OPTIMIZER, 10).init(parameters))
-    return TrainState(step=np.zeros((), np.int32), parameters=parameters, optimizer=moments)
+    filled = jax.tree_util.tree_map_with_path(fill, state)
+    return jax.device_put(filled, jax.tree.map(lambda leaf: leaf.sharding, state))
 
 
 @functools.cache
 def made(mesh, devices):
-    grid = make_mesh(mesh, jax.devices()[:devices])
-    optimizer = make_optimizer(OPTIMIZER, 10)
-    return grid, optimizer, make_train_step(MODEL, optimizer, learning_rate_schedule(OPTIMIZER, 10), grid)
+    config = TrainConfig(model=MODEL, steps=10, batch_size=8, sequence_length=12, optimizer=OPTIMIZER, mesh=mesh)
+    return set_up(config, jax.devices()[:devices])
 
 
 @functools.cache
 def run(micro=1, mesh=ONE, devices=1, tail=0):
     """Losses and all states of two steps."""
-    grid, optimizer, step = made(mesh, devices)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(MODEL, optimizer, grid))
-    state = jax.device_put(beginning(), layout)
+    setup = made(mesh, devices)
+    state = beginning(setup.state)
     losses, states = [], [jax.device_get(state.parameters)]
     for batch in batches(micro, tail):
-        state, metrics = step(state, shard_batch(batch, grid))
+        state, metrics = setup.train_step(state, shard_batch(batch, setup.mesh))
         losses.append(float(metrics["loss"]))
         states.append(jax.device_get(state.parameters))
     return losses, states

@@ -1,5 +1,6 @@
 """What a run writes, and every way it refuses to start or stops."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import run_table
+from training_runs import counted_traces, run_table
 
 from delta_jax.config import load_config
-from delta_jax.data import train_batches
+from delta_jax.data import DataError, train_batches, validation_batches
+from delta_jax.evaluation import evaluate
 from delta_jax.models.loss import token_nats
 from delta_jax.training import NonFiniteLossError, TrainConfig, TrainResult, restore_model, train
 
@@ -24,17 +26,20 @@ def _train(table: dict[str, Any], count: int = 1) -> TrainResult:
 
 
 @pytest.fixture(scope="module")
-def short(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    output = tmp_path_factory.mktemp("short")
-    return _train(
-        run_table(
-            corpus,
-            output,
-            steps=12,
-            evaluate_every=6,
-            checkpoint={"every": 2, "keep_last": 1, "keep_every": 4},
-        )
-    )
+def counted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, dict[str, int]]:
+    table = run_table(corpus, tmp_path_factory.mktemp("short"), steps=12, evaluate_every=6)
+    with counted_traces() as counts:
+        return _train(table | {"checkpoint": {"every": 2, "keep_last": 1, "keep_every": 4}}), counts
+
+
+@pytest.fixture(scope="module")
+def short(counted: tuple[TrainResult, dict[str, int]]) -> TrainResult:
+    return counted[0]
+
+
+def test_a_run_builds_its_model_twice_and_traces_each_step_once(counted: tuple[TrainResult, dict[str, int]]) -> None:
+    """For its structure and for its first parameters; twelve steps and three evaluations do not trace again."""
+    assert counted[1] == {"__init__": 2, "features_and_loads": 2}
 
 
 def test_a_run_writes_what_it_promises(short: TrainResult) -> None:
@@ -108,7 +113,9 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_more_steps_continue_a_finished_run(short: TrainResult, corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     _train(run_table(corpus, output, steps=4, evaluate_every=100))
-    result = _train(run_table(corpus, output, steps=6, evaluate_every=100))
+    with counted_traces() as counts:
+        result = _train(run_table(corpus, output, steps=6, evaluate_every=100))
+    assert counts == {"__init__": 1, "features_and_loads": 2}
     assert [entry["step"] for entry in result.training] == [1, 2, 3, 4, 5, 6]
 
 
@@ -170,6 +177,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(table: Table, monkeypatch: pyte
     result = train(config, devices=jax.devices()[:1], progress=False)
     assert [entry["step"] for entry in result.training] == list(range(1, 41))
     assert all(np.isfinite(entry["loss"]) for entry in result.training)
+
+
+def test_an_evaluation_of_the_loop_is_that_of_the_library(short: TrainResult) -> None:
+    config, model = restore_model(short.output)
+    batches = validation_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
+    result = evaluate(model, itertools.islice(batches, config.evaluation_batches))
+    last = short.evaluations[-1]
+    assert (last["step"], last["loss"]) == (12, pytest.approx(result.loss, rel=1e-6))
+    assert last["bits_per_byte"] == pytest.approx(result.bits_per_byte, rel=1e-6)
+
+
+def test_a_validation_split_without_a_target_is_a_fault_of_the_data(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from delta_jax.training import loop
+
+    monkeypatch.setattr(loop, "validation_batches", lambda *a, **k: [])
+    with pytest.raises(DataError, match=r"evaluating on the validation split failed: .* no target to evaluate on"):
+        _train(table())
 
 
 def test_a_learning_rate_that_explodes_stops_before_the_first_checkpoint(table: Table) -> None:

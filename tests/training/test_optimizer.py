@@ -1,6 +1,6 @@
 """Schedules at their corners, the weight-decay mask leaf by leaf, and AdamW against its formula."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,23 @@ import pytest
 
 from delta_jax.models import MixerSpec, ModelConfig
 from delta_jax.models.config import ExpertsConfig
-from delta_jax.parallel import MeshConfig, make_mesh, path_string
+from delta_jax.parallel import path_string
 from delta_jax.training import (
     OptimizerConfig,
-    abstract_state,
+    TrainConfig,
     learning_rate_schedule,
     make_optimizer,
     muon_dimension_numbers,
+    set_up,
     weight_decay_mask,
 )
 from delta_jax.training.state import abstract_model
 
+EVERY_STEP = jnp.arange(1001)  # one shape for all schedules, which are compiled op by op
+
 
 def _rates(config: OptimizerConfig, steps: int) -> np.ndarray:
-    return np.asarray(jax.vmap(learning_rate_schedule(config, steps))(jnp.arange(steps + 1)))
+    return np.asarray(learning_rate_schedule(config, steps)(EVERY_STEP))[: steps + 1]
 
 
 def test_cosine_at_its_corners() -> None:
@@ -54,6 +57,44 @@ def test_schedules_without_warmup_and_without_decay(schedule: str) -> None:
     np.testing.assert_allclose(_rates(config, 10)[[0, 10]], [1.0, 0.0], atol=1e-7)
     all_warm = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=4)  # type: ignore[arg-type]
     np.testing.assert_allclose(_rates(all_warm, 4)[:4], [0, 0.25, 0.5, 0.75], rtol=1e-6)
+
+
+# Warm-up steps of so many in all, first and last ratio, share of the decay.
+CORNERS = [
+    (warmup, steps, initial, final, fraction)
+    for warmup, steps in ((0, 1), (0, 7), (7, 7), (10, 110), (37, 1000))
+    for initial, final, fraction in ((0.0, 0.0, 0.2), (0.1, 0.1, 1.0), (1 / 3, 0.37, 0.0), (1.0, 1.0, 0.5))
+]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedules_against_float64_at_every_step(schedule: Literal["cosine", "wsd"]) -> None:
+    """To two units in the last place of the peak, and first, highest and last rate exactly."""
+    for warmup, steps, initial, final, fraction in CORNERS:
+        config = OptimizerConfig(
+            learning_rate=3e-4,
+            schedule=schedule,
+            warmup_steps=warmup,
+            initial_ratio=initial,
+            final_ratio=final,
+            decay_fraction=fraction,
+        )
+        decay = steps - warmup if schedule == "cosine" else min(round(fraction * steps), steps - warmup)
+        step = np.arange(steps + 1.0)
+        gone = np.clip((step - (steps - decay)) / max(decay, 1), 0.0, 1.0)
+        left = (1 + np.cos(np.pi * gone)) / 2 if schedule == "cosine" else 1 - gone
+        rising = initial + (1 - initial) * step / max(warmup, 1)
+        wanted = 3e-4 * np.where(step < warmup, rising, final + (1 - final) * left)
+        rates = _rates(config, steps)
+        assert rates.dtype == np.float32
+        assert np.abs(rates - wanted).max() < 2.5 * np.spacing(np.float32(3e-4)), config
+        peak, one = np.float32(3e-4), np.float32(1 - final) + np.float32(final)
+        ends = [np.float32(initial) if warmup else one, one, np.float32(final) if decay else one]
+        np.testing.assert_array_equal(rates[[0, warmup, steps]], [peak * end for end in ends])
+        if schedule == "wsd":  # after the warm-up every bit is the formula's
+            exact = 1 - jnp.clip((EVERY_STEP.astype(jnp.float32) - (steps - decay)) / max(decay, 1), 0.0, 1.0)
+            exact = 3e-4 * (final + (1 - final) * exact)
+            np.testing.assert_array_equal(rates[warmup:], np.asarray(exact)[warmup : steps + 1])
 
 
 def test_impossible_optimizers() -> None:
@@ -206,11 +247,16 @@ def _two_updates(parameters: Any, gradients: list[Any], options: dict[str, Any])
 
 
 def test_muon_that_takes_stacked_vectors_for_matrices_is_refused() -> None:
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = TrainConfig(model=EXPERTS, steps=10, batch_size=2, sequence_length=8)
     with pytest.raises(
         ValueError, match=r"^muon takes blocks/0/\S+ for a matrix, but it holds vectors of stacked layers: give"
     ):
-        abstract_state(EXPERTS, optax.contrib.muon(0.1), mesh)
-    state = abstract_state(EXPERTS, optax.contrib.muon(0.1, muon_weight_dimension_numbers=muon_dimension_numbers), mesh)
-    moments = state.optimizer.inner_states["muon"].inner_state[0].mu["blocks"][1]["mlp"]["experts"]
+        set_up(config, jax.devices()[:1], optimizer=optax.contrib.muon(0.1))
+    muon = optax.contrib.muon(0.1, muon_weight_dimension_numbers=muon_dimension_numbers)
+    moments = (
+        set_up(config, jax.devices()[:1], optimizer=muon)
+        .state.optimizer.inner_states["muon"]
+        .inner_state[0]
+        .mu["blocks"][1]["mlp"]["experts"]
+    )
     assert moments["up_proj"].shape == (2, 2, 8, 8)

@@ -124,13 +124,14 @@ def test_the_first_evaluation_is_interrupted(long_evaluation: dict[str, Any], ca
 
 
 SLOWLY = """
-import time
+import dataclasses, time
 from delta_jax.training import loop
-make = loop.make_evaluation_step
-def make_slow(*arguments):
-    step = make(*arguments)
-    return lambda *inputs: time.sleep(1) or step(*inputs)
-loop.make_evaluation_step = make_slow
+set_up = loop.set_up
+def set_up_slow(*arguments):
+    setup = set_up(*arguments)
+    step = setup.evaluation_step
+    return dataclasses.replace(setup, evaluation_step=lambda *inputs: time.sleep(1) or step(*inputs))
+loop.set_up = set_up_slow
 """
 
 

@@ -1,26 +1,22 @@
 """The train step: its loss, accumulation over micro-batches, and the same numbers on any mesh."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from delta_jax.evaluation import evaluate
 from delta_jax.models import MixerSpec, ModelConfig
 from delta_jax.models.loss import token_nats
-from delta_jax.parallel import MeshConfig, make_mesh, path_string, shard_batch
-from delta_jax.training import (
-    OptimizerConfig,
-    TrainState,
-    abstract_state,
-    initial_state,
-    learning_rate_schedule,
-    make_evaluation_step,
-    make_optimizer,
-    make_train_step,
-)
+from delta_jax.parallel import MeshConfig, path_string, shard_batch
+from delta_jax.training import OptimizerConfig, Setup, TrainConfig, TrainState, set_up
+from delta_jax.training.state import merge_model
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.1)
+ONE, EIGHT = (MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)
 
 
 def _model(mixer: str = "gated_delta_net", implementation: str | None = "recurrent", **changes: object) -> ModelConfig:
@@ -53,16 +49,21 @@ def _batches(count: int, micro: int = 1, batch: int = 8, time: int = 24) -> list
     return result
 
 
+def _set_up(model: ModelConfig, mesh: MeshConfig, devices: int, *, seed: int = 3) -> Setup:
+    config = TrainConfig(
+        model=model, steps=10, batch_size=8, sequence_length=24, optimizer=OPTIMIZER, mesh=mesh, seed=seed
+    )
+    return set_up(config, jax.devices()[:devices])
+
+
 def _run(
     model: ModelConfig, batches: list[dict[str, np.ndarray]], mesh: MeshConfig, devices: int
 ) -> tuple[list[dict[str, float]], TrainState]:
-    grid = make_mesh(mesh, jax.devices()[:devices])
-    optimizer = make_optimizer(OPTIMIZER, 10)
-    step = make_train_step(model, optimizer, learning_rate_schedule(OPTIMIZER, 10), grid)
-    state = initial_state(model, optimizer, grid, seed=3)
+    run = _set_up(model, mesh, devices)
+    state = run.initial_state()
     metrics = []
     for batch in batches:
-        state, values = step(state, shard_batch(batch, grid))
+        state, values = run.train_step(state, shard_batch(batch, run.mesh))
         metrics.append({name: float(value) for name, value in values.items()})
     return metrics, state
 
@@ -82,8 +83,8 @@ def test_cross_entropy_against_float64() -> None:
 def test_eight_devices_train_as_one(mixer: str) -> None:
     model = _model(mixer, "xla")
     batches = _batches(4)
-    one, state_one = _run(model, batches, MeshConfig(), 1)
-    eight, state_eight = _run(model, batches, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    one, state_one = _run(model, batches, *ONE)
+    eight, state_eight = _run(model, batches, *EIGHT)
     for left, right in zip(one, eight, strict=True):
         np.testing.assert_allclose(right["loss"], left["loss"], rtol=2e-6)
         np.testing.assert_allclose(right["gradient_norm"], left["gradient_norm"], rtol=2e-5)
@@ -95,8 +96,7 @@ def test_eight_devices_train_as_one(mixer: str) -> None:
 
 
 def test_optimizer_state_is_cut_as_its_parameters() -> None:
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    state = initial_state(_model(), make_optimizer(OPTIMIZER, 10), mesh, seed=0)
+    state = _set_up(_model(), *EIGHT).initial_state()
     cut = {path_string(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(state.parameters)}
     moments = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer):
@@ -108,11 +108,7 @@ def test_optimizer_state_is_cut_as_its_parameters() -> None:
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh() -> None:
-    optimizer = make_optimizer(OPTIMIZER, 10)
-    states = [
-        initial_state(_model(), optimizer, make_mesh(mesh, jax.devices()[:count]), seed=5)
-        for mesh, count in ((MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8))
-    ]
+    states = [_set_up(_model(), *where, seed=5).initial_state() for where in (ONE, EIGHT)]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *states)
 
 
@@ -120,8 +116,8 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     whole = _batches(3)
     parts = [{name: array.reshape(4, 2, -1) for name, array in batch.items()} for batch in whole]
     assert len({float(row.sum()) for row in parts[0]["mask"]}) > 1  # the weights of the micro-batches differ
-    big, big_state = _run(_model(), whole, MeshConfig(), 1)
-    small, small_state = _run(_model(), parts, MeshConfig(), 1)
+    big, big_state = _run(_model(), whole, *ONE)
+    small, small_state = _run(_model(), parts, *ONE)
     for left, right in zip(big, small, strict=True):
         for name in left:
             np.testing.assert_allclose(right[name], left[name], rtol=5e-6)
@@ -134,46 +130,44 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 
 def test_a_batch_without_targets_changes_no_loss_into_nan() -> None:
     batch = _batches(1)[0]
-    metrics, _ = _run(_model(), [batch | {"mask": np.zeros_like(batch["mask"])}], MeshConfig(), 1)
+    metrics, _ = _run(_model(), [batch | {"mask": np.zeros_like(batch["mask"])}], *ONE)
     assert (metrics[0]["loss"], metrics[0]["gradient_norm"], metrics[0]["tokens"]) == (0.0, 0.0, 0.0)
 
 
 def test_the_old_state_is_donated() -> None:
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = make_optimizer(OPTIMIZER, 10)
-    step = make_train_step(_model(), optimizer, learning_rate_schedule(OPTIMIZER, 10), mesh)
-    state = initial_state(_model(), optimizer, mesh, seed=0)
-    step(state, shard_batch(_batches(1)[0], mesh))
+    run = _set_up(_model(), *ONE)
+    state = run.initial_state()
+    run.train_step(state, shard_batch(_batches(1)[0], run.mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.parameters))
 
 
-def test_evaluation_sums_agree_with_the_training_loss() -> None:
-    model, batch = _model(), _batches(1)[0]
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state = initial_state(model, make_optimizer(OPTIMIZER, 10), mesh, seed=3)
-    nats, tokens = make_evaluation_step(model, mesh)(state.parameters, shard_batch(batch, mesh))
-    metrics, _ = _run(model, [batch], MeshConfig(), 1)
-    np.testing.assert_allclose(float(nats) / float(tokens), metrics[0]["loss"], rtol=1e-6)
+@pytest.mark.parametrize("where", [ONE, EIGHT], ids=["one", "eight"])
+def test_evaluation_sums_agree_with_the_training_loss(where: tuple[MeshConfig, int]) -> None:
+    batch, run = _batches(1)[0], _set_up(_model(), *where)
+    state = run.initial_state()
+    nats, tokens = run.evaluation_step(state.parameters, shard_batch(batch, run.mesh))
+    assert nats.shape == tokens.shape == (8,) and nats.sharding.is_fully_replicated
+    np.testing.assert_array_equal(tokens, batch["mask"][0].sum(axis=-1))
+    model: Any = merge_model(run.structure, jax.device_get(state.parameters))
+    wanted = evaluate(model, [{name: array[0] for name, array in batch.items()}], bytes=1)
+    np.testing.assert_allclose(np.asarray(nats, np.float64).sum() / wanted.tokens, wanted.loss, rtol=1e-6)
+    _, metrics = run.train_step(state, shard_batch(batch, run.mesh))
+    np.testing.assert_allclose(wanted.loss, metrics["loss"], rtol=2e-6)
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_a_close_loss() -> None:
-    exact, _ = _run(_model(), _batches(3), MeshConfig(), 1)
-    rough, state = _run(_model(dtype="bfloat16", remat="block"), _batches(3), MeshConfig(), 1)
+    exact, _ = _run(_model(), _batches(3), *ONE)
+    rough, state = _run(_model(dtype="bfloat16", remat="block"), _batches(3), *ONE)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.parameters)} == {jnp.dtype("float32")}
     np.testing.assert_allclose([m["loss"] for m in rough], [m["loss"] for m in exact], rtol=5e-3)
 
 
 @pytest.mark.parametrize(("implementation", "cut"), [(None, True), ("xla", False)])
 def test_the_step_sets_its_mesh_so_that_kernels_are_cut_over_it(implementation: str | None, cut: bool) -> None:
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    optimizer, model = make_optimizer(OPTIMIZER, 10), _model(implementation=implementation)
-    state, batch = abstract_state(model, optimizer, mesh), shard_batch(_batches(1)[0], mesh)
-    steps = (
-        (make_train_step(model, optimizer, learning_rate_schedule(OPTIMIZER, 10), mesh), state),
-        (make_evaluation_step(model, mesh), state.parameters),
-    )
-    for step, first in steps:
-        assert ("shard_map" in str(step.trace(first, batch).jaxpr)) == cut  # type: ignore[attr-defined]
+    run = _set_up(_model(implementation=implementation), *EIGHT)
+    train = run.train_step.trace(run.state, run.batch)
+    evaluation = run.evaluation_step.trace(run.state.parameters, run.evaluation_batch)
+    assert [("shard_map" in str(traced.jaxpr)) for traced in (train, evaluation)] == [cut, cut]
 
 
 def test_a_target_that_does_not_count_is_selected_away() -> None:
@@ -199,7 +193,7 @@ def test_negative_targets_train_as_masked_ones() -> None:
     batch = _batches(1)[0]
     hidden = batch["mask"] == 0
     negative = {"targets": np.where(hidden, -100, batch["targets"]), "mask": np.ones_like(batch["mask"])}
-    one, state = _run(_model(), [batch], MeshConfig(), 1)
-    other, same = _run(_model(), [batch | negative], MeshConfig(), 1)
+    one, state = _run(_model(), [batch], *ONE)
+    other, same = _run(_model(), [batch | negative], *ONE)
     assert one == other
     jax.tree.map(np.testing.assert_array_equal, state.parameters, same.parameters)

@@ -1,11 +1,18 @@
 """A model so small that a run takes seconds, and runs in processes of their own that can be killed."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from delta_jax.models import LanguageModel
 
 SCRIPT = """
 import json, sys, warnings
@@ -67,6 +74,26 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Return code, standard output and standard error."""
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+@contextlib.contextmanager
+def counted_traces() -> Iterator[Counter[str]]:
+    """How often meanwhile a model is built ("__init__") and its layers are traced ("features_and_loads")."""
+    counts: Counter[str] = Counter()
+
+    def counting(name: str) -> Callable[..., Any]:
+        method = getattr(LanguageModel, name)
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            counts[name] += 1
+            return method(*arguments, **keywords)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("__init__", "features_and_loads"):
+            patch.setattr(LanguageModel, name, counting(name))
+        yield counts
 
 
 def losses(output: Path) -> list[tuple[int, float, float]]:

@@ -83,7 +83,9 @@ def _stream(data: DataConfig, split: Split) -> np.ndarray:
     edge = np.array([tokenizer.document_id], kind)
     parts = [edge]
     for index in range(len(documents)):
-        parts += [tokenizer.encode(documents[index]).astype(kind), edge]
+        text = documents[index]
+        assert text is not None  # grain's word for what a filter took out, and there is none
+        parts += [tokenizer.encode(text).astype(kind), edge]
     tokens = np.concatenate(parts)
     tokens.setflags(write=False)
     return tokens

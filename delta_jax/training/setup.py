@@ -1,0 +1,118 @@
+"""Everything that a run is made of besides its data, each thing made once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from delta_jax.models import LanguageModel
+from delta_jax.parallel import batch_parts, batch_sharding, make_mesh
+from delta_jax.training.config import TrainConfig
+from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from delta_jax.training.state import TrainState, abstract_model, abstract_state, split_model
+from delta_jax.training.step import make_evaluation_step, make_train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run is made of.
+
+    Attributes:
+        config: the run.
+        mesh: its devices.
+        structure: the model without its parameters; `merge_model` puts them in.
+        optimizer: what turns gradients into updates.
+        state: the train state as ShapeDtypeStructs that carry their shardings.
+        batch: the batch of a train step likewise, arrays [micro_batches, batch, time].
+        evaluation_batch: the batch of an evaluation step likewise, arrays [1, batch, time].
+        train_step: ``(state, batch) -> (state, metrics)``, jitted; see ``make_train_step``.
+        evaluation_step: ``(parameters, batch) -> row_sums``, jitted; see ``delta_jax.evaluation.row_sums``.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    structure: Any
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    evaluation_batch: Mapping[str, jax.ShapeDtypeStruct]
+    train_step: jax.stages.Wrapped
+    evaluation_step: jax.stages.Wrapped
+
+    def initial_state(self) -> TrainState:
+        """The state at step 0, made in place on the mesh; the same numbers on any mesh."""
+
+        def make() -> TrainState:
+            _, parameters = split_model(LanguageModel(self.config.model, rngs=nnx.Rngs(self.config.seed)))
+            optimizer = self.optimizer.init(parameters)
+            return TrainState(step=jnp.zeros((), jnp.int32), parameters=parameters, optimizer=optimizer)
+
+        state: TrainState = jax.jit(make, out_shardings=_layout(self.state))()
+        return state
+
+
+def set_up(
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    schedule: optax.Schedule | None = None,
+) -> Setup:
+    """Make what a run is made of; the model is traced, nothing is allocated or compiled.
+
+    Args:
+        config: the run.
+        devices: the devices of the mesh, all of them; default ``jax.devices()``.
+        optimizer: an optax transformation in place of the one that ``config.optimizer`` describes; see
+            ``abstract_state`` for what it meets.
+        schedule: the learning rate of that optimizer, which the train step reports.
+
+    Returns:
+        The parts.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, the sequences of a micro-batch do not divide over the mesh, the model
+            refuses them, or a parameter cannot be cut; see ``abstract_state``.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    micro, parts = config.batch_size // config.gradient_accumulation, batch_parts(mesh)
+    if micro % parts:
+        raise ValueError(
+            f"batch_size / gradient_accumulation is {micro}: wanted a multiple of the {parts} parts into "
+            f"which the mesh cuts the batch (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+        )
+    rules = config.model.parameter_rules
+    optimizer = optimizer or make_optimizer(config.optimizer, config.steps, rules)
+    schedule = schedule or learning_rate_schedule(config.optimizer, config.steps)
+    structure, parameters = abstract_model(config.model)
+    state = abstract_state(parameters, optimizer, mesh, rules)
+    evaluation_step, evaluation_batch = make_evaluation_step(structure, mesh), _batch(1, micro, config, mesh)
+    jax.eval_shape(evaluation_step, state.parameters, evaluation_batch)  # the first evaluation does not trace it again
+    return Setup(
+        config=config,
+        mesh=mesh,
+        structure=structure,
+        optimizer=optimizer,
+        state=state,
+        batch=_batch(config.gradient_accumulation, micro, config, mesh),
+        evaluation_batch=evaluation_batch,
+        train_step=make_train_step(config.model, structure, _layout(state), optimizer, schedule, mesh),
+        evaluation_step=evaluation_step,
+    )
+
+
+def _layout(state: TrainState) -> TrainState:
+    """The shardings of a state."""
+    layout: TrainState = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return layout
+
+
+def _batch(number: int, size: int, config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape, sharding = (number, size, config.sequence_length), batch_sharding(mesh)
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "mask": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
