@@ -14,25 +14,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import Prepared, Tokens, keys_of, of_chunks, of_tokens
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
-from pallas_kernels.gpu.warpgroup import (
-    Ref,
-    kernel,
-    load,
-    loaded,
-    place,
-    products_over,
-    put,
-    read,
-    read_split,
-    shared,
-    split_pairs,
-    store,
-    stored,
-    vectors,
-    zero_rows,
-)
+from pallas_kernels.gpu.warpgroup import Ref
 
 DIRECT, COLUMNS, WRITES, PAIRS, READS = range(5)  # the last two with a gate per head
 
@@ -117,17 +102,17 @@ def launch(
     kinds = 5 if plan.gate == "head" else 3
 
     def body(inputs: Inputs, results: Gradients, here: Program) -> None:
-        here = here._replace(at=place("batch", "head", "chunk", "block"))
+        here = here._replace(at=wg.place("batch", "head", "chunk", "block"))
         _fetch(plan, inputs, here)
         products = _of_values(plan, inputs, here)
-        loaded(here.full)
+        wg.loaded(here.full)
 
         def rest(scratch: Any) -> None:
             _leave(results, here, scores(here, products, scratch))
 
         pl.run_scoped(rest, scratch, collective_axes="warpgroup")
 
-    tile = shared(CHUNK, BLOCK)
+    tile = wg.shared(CHUNK, BLOCK)
     copies = 3 + plan.parts * (1 + plan.erases) + (plan.erase_heads > 0) + 2 * (plan.gate == "channel")
     program = Program(
         at=None,
@@ -136,10 +121,10 @@ def launch(
         erase=tile if plan.erase_heads else None,
         p=(tile,) * plan.parts,
         a=(tile,) * plan.parts if plan.erases else None,
-        gates=shared(2, CHUNK, BLOCK) if plan.gate == "channel" else None,
-        scalars=vectors(*inputs.tokens.scalars.shape[-2:]),
-        sums=vectors(kinds, CHUNK),
-        whole=vectors(BLOCK),
+        gates=wg.shared(2, CHUNK, BLOCK) if plan.gate == "channel" else None,
+        scalars=wg.vectors(*inputs.tokens.scalars.shape[-2:]),
+        sums=wg.vectors(kinds, CHUNK),
+        whole=wg.vectors(BLOCK),
         full=plgpu.Barrier(num_arrivals=copies),
     )
     results = Gradients(
@@ -151,7 +136,7 @@ def launch(
         whole=of_chunks(plan, plan.key, dtype=jnp.float32),
     )
     grid = {"block": plan.key_blocks, "chunk": plan.chunks, "head": plan.heads, "batch": plan.batch}
-    return kernel(body, inputs, results, program, grid, "delta_rule_gradients")
+    return wg.kernel(body, inputs, results, program, grid, "delta_rule_gradients")
 
 
 def _fetch(plan: Plan, inputs: Inputs, here: Program) -> None:
@@ -170,7 +155,7 @@ def _fetch(plan: Plan, inputs: Inputs, here: Program) -> None:
         copies += [(x.at[batch, head, chunk], y) for x, y in zip(inputs.done.a, here.a, strict=True)]
     if plan.gate == "channel":
         copies += [(inputs.tokens.gates.at[part, batch, now, head, channels], here.gates.at[part]) for part in (0, 1)]
-    load(here.full, *copies)
+    wg.load(here.full, *copies)
 
 
 def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:
@@ -184,28 +169,28 @@ def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:
             now, states = (batch, pl.ds(chunk * CHUNK, CHUNK), head, channels), (batch, head, chunk, rows, channels)
             sources = [x.at[now] for x in (*inputs.y, *inputs.d_b, inputs.d_o)]
             sources += [x.at[states] for x in (inputs.states, inputs.d_states)]
-            load(values.full, *zip(sources, jax.tree.leaves(values[:5]), strict=True))
-            loaded(values.full)
+            wg.load(values.full, *zip(sources, jax.tree.leaves(values[:5]), strict=True))
+            wg.loaded(values.full)
             direct, whole = sums
-            direct = direct + jnp.sum(read_split(values.y) * read_split(values.d_b), axis=1)
-            return direct, whole + jnp.sum(read(values.state) * read(values.d_state), axis=1)
+            direct = direct + jnp.sum(wg.read_split(values.y) * wg.read_split(values.d_b), axis=1)
+            return direct, whole + jnp.sum(wg.read(values.state) * wg.read(values.d_state), axis=1)
 
         d_o, state, d_state = (values.d_o,), (values.state,), (values.d_state,)
         pairs = Products(
-            d_p=split_pairs(d_o, values.y, turn_b=True),
-            d_a=split_pairs(values.d_b, values.y, turn_b=True) if plan.erases else None,
-            d_q=split_pairs(d_o, state, turn_b=True),
-            d_erase=split_pairs(values.d_b, state, turn_b=True) if plan.erases else None,
-            d_k=split_pairs(values.y, d_state, turn_b=True),
+            d_p=wg.split_pairs(d_o, values.y, turn_b=True),
+            d_a=wg.split_pairs(values.d_b, values.y, turn_b=True) if plan.erases else None,
+            d_q=wg.split_pairs(d_o, state, turn_b=True),
+            d_erase=wg.split_pairs(values.d_b, state, turn_b=True) if plan.erases else None,
+            d_k=wg.split_pairs(values.y, d_state, turn_b=True),
         )
         wanted = [n for n, sums in enumerate(pairs) if sums is not None]
-        blocks, nothing = plan.value // BLOCK, (zero_rows(CHUNK), zero_rows(BLOCK))
-        results, sums = products_over(blocks, arrive, nothing, *(pairs[n] for n in wanted))
+        blocks, nothing = plan.value // BLOCK, (wg.zero_rows(CHUNK), wg.zero_rows(BLOCK))
+        results, sums = wg.products_over(blocks, arrive, nothing, *(pairs[n] for n in wanted))
         here.sums[DIRECT], here.whole[...] = sums
         found = dict(zip(wanted, results, strict=True))
         return Products(*(found.get(n) for n in range(len(pairs))))
 
-    tile = shared(CHUNK, BLOCK)
+    tile = wg.shared(CHUNK, BLOCK)
     split, copies = (tile,) * plan.parts, 3 + 2 * plan.parts
     values = Values(split, split, tile, tile, tile, full=plgpu.Barrier(num_arrivals=copies))
     return pl.run_scoped(run, values, collective_axes="warpgroup")
@@ -219,8 +204,8 @@ def _leave(results: Gradients, here: Program, d_keys: Cotangents) -> None:
     batch, head, chunk, block = here.at
     channels = pl.ds(block * BLOCK, BLOCK)
     now = (batch, pl.ds(chunk * CHUNK, CHUNK), head, channels)
-    put(here.q, d_keys.q)
-    put(here.k, d_k)
+    wg.put(here.q, d_keys.q)
+    wg.put(here.k, d_k)
     copies = [
         (here.q, results.d_q.at[now]),
         (here.k, results.d_k.at[now]),
@@ -228,9 +213,9 @@ def _leave(results: Gradients, here: Program, d_keys: Cotangents) -> None:
         (here.whole, results.whole.at[batch, head, chunk, channels]),
     ]
     if d_keys.erase is not None and here.erase is not None:
-        put(here.erase, d_keys.erase)
+        wg.put(here.erase, d_keys.erase)
         copies.append((here.erase, results.d_erase.at[now]))
     if d_keys.gates is not None:
         copies.append((d_keys.gates, results.d_gates.at[now]))
-    store(*copies)
-    stored(and_written=True)
+    wg.store(*copies)
+    wg.stored(and_written=True)

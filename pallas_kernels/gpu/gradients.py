@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA, END, START
 from pallas_kernels.gpu.cotangents import (
     COLUMNS,
@@ -33,72 +34,60 @@ from pallas_kernels.gpu.cotangents import (
 from pallas_kernels.gpu.gradients_channel import gradients_channel
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.prepare import pair_decay
-from pallas_kernels.gpu.warpgroup import (
-    Ref,
-    along_columns,
-    along_rows,
-    each_column,
-    each_row,
-    indices,
-    product,
-    put,
-    put_split,
-    read,
-    read_split,
-    shared,
-    turned,
-)
+from pallas_kernels.gpu.warpgroup import Ref
 
 
-class Scratch(NamedTuple):
+class GradientsScratch(NamedTuple):
     """Matrices `[2, 64, 64]`."""
 
-    scores: Ref  # dP and dA
-    other: Ref
+    scores: Ref  # dP and dA; before them what is summed over pairs: gates for their decay, and where those are taken
+    other: Ref  # scratch of the decay; then the terms of pairs, split
 
 
 def gradients(plan: Plan, inputs: Inputs) -> Gradients:
     if plan.gate == "channel":
         return gradients_channel(plan, inputs)
 
-    def scores(here: Program, known: Products, scratch: Scratch) -> Cotangents:
-        row, column = indices(CHUNK, CHUNK)
-        beta = each_column(along_columns(here.scalars.at[BETA]), CHUNK)
+    def scores(here: Program, known: Products, scratch: GradientsScratch) -> Cotangents:
+        row, column = wg.indices(CHUNK, CHUNK)
+        beta = wg.each_column(wg.along_columns(here.scalars.at[BETA]), CHUNK)
         decay = pair_decay(plan, here.scalars, scratch.scores, scratch.other) * beta
-        terms = known.d_p * read_split(here.p)
+        terms = known.d_p * wg.read_split(here.p)
         if plan.erases:
-            terms = terms - known.d_a * read_split(here.a)
+            terms = terms - known.d_a * wg.read_split(here.a)
         here.sums[COLUMNS] = jnp.sum(terms, axis=0)
         if plan.gate == "head":
-            put_split(scratch.other, terms * beta)
-            put(scratch.scores.at[0], jnp.where(row < column, 1.0, 0.0))
+            wg.put_split(scratch.other, terms * beta)
+            wg.put(scratch.scores.at[0], jnp.where(row < column, 1.0, 0.0))
             plgpu.commit_smem()
-            crossing = product(*((part, scratch.scores.at[0]) for part in (scratch.other.at[0], scratch.other.at[1])))
+            crossing = wg.product(
+                *((part, scratch.scores.at[0]) for part in (scratch.other.at[0], scratch.other.at[1]))
+            )
             here.sums[PAIRS] = jnp.sum(jnp.where(row >= column, crossing, 0.0), axis=0)
-        put(scratch.scores.at[0], known.d_p * decay * plan.scale)
+        wg.put(scratch.scores.at[0], known.d_p * decay * plan.scale)
         if plan.erases:
-            put(scratch.scores.at[1], jnp.where(row > column, -known.d_a * decay, 0.0))
+            wg.put(scratch.scores.at[1], jnp.where(row > column, -known.d_a * decay, 0.0))
         plgpu.commit_smem()
         d_p, d_a = scratch.scores.at[0], scratch.scores.at[1]
 
         def decayed(x: Array, kind: int) -> Array:
-            return x * each_row(along_rows(here.scalars.at[kind]), BLOCK) if plan.gate == "head" else x
+            return x * wg.each_row(wg.along_rows(here.scalars.at[kind]), BLOCK) if plan.gate == "head" else x
 
         d_read = decayed(known.d_q, START) * plan.scale
-        terms = read(here.q) * d_read
-        d_q = product((d_p, here.k)) + d_read
+        terms = wg.read(here.q) * d_read
+        d_q = wg.product((d_p, here.k)) + d_read
         d_write = decayed(known.d_k, END)
-        here.sums[WRITES] = jnp.sum(read(here.k) * d_write, axis=1)
-        d_write = d_write * each_row(along_rows(here.scalars.at[BETA]), BLOCK)
-        pairs, d_erase = [(turned(d_p), here.q)], None
+        here.sums[WRITES] = jnp.sum(wg.read(here.k) * d_write, axis=1)
+        d_write = d_write * wg.each_row(wg.along_rows(here.scalars.at[BETA]), BLOCK)
+        pairs, d_erase = [(wg.turned(d_p), here.q)], None
         if plan.erases:
             d_read = decayed(known.d_erase, START)
-            terms = terms - read(here.erase_key) * d_read
-            d_erase = product((d_a, here.k)) - d_read
-            pairs.append((turned(d_a), here.erase_key))
+            terms = terms - wg.read(here.erase_key) * d_read
+            d_erase = wg.product((d_a, here.k)) - d_read
+            pairs.append((wg.turned(d_a), here.erase_key))
         if plan.gate == "head":
             here.sums[READS] = jnp.sum(terms, axis=1)
-        return Cotangents(d_q, product(*pairs) + d_write, d_erase, None)
+        return Cotangents(d_q, wg.product(*pairs) + d_write, d_erase, None)
 
-    matrix = shared(2, CHUNK, CHUNK)
-    return launch(plan, inputs, scores, Scratch(matrix, matrix))
+    matrix = wg.shared(2, CHUNK, CHUNK)
+    return launch(plan, inputs, scores, GradientsScratch(matrix, matrix))

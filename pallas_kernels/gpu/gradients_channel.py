@@ -16,28 +16,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA
 from pallas_kernels.gpu.cotangents import COLUMNS, WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
 from pallas_kernels.gpu.levels import factors, meets, over_levels
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
-from pallas_kernels.gpu.warpgroup import (
-    Ref,
-    along_columns,
-    along_rows,
-    each_column,
-    each_row,
-    indices,
-    product,
-    put,
-    put_split,
-    read,
-    read_split,
-    shared,
-    turned,
-)
+from pallas_kernels.gpu.warpgroup import Ref
 
 
-class Scratch(NamedTuple):
+class GradientsChannelScratch(NamedTuple):
     """Matrices `[64, 64]`."""
 
     scores: Ref  # dP and dA, [2, 64, 64]
@@ -51,71 +38,71 @@ class Scratch(NamedTuple):
 
 
 def gradients_channel(plan: Plan, inputs: Inputs) -> Gradients:
-    def scores(here: Program, known: Products, scratch: Scratch) -> Cotangents:
-        row, column = indices(CHUNK, CHUNK)
-        beta = each_column(along_columns(here.scalars.at[BETA]), CHUNK)
-        terms = known.d_p * read_split(here.p)
-        put(scratch.scores.at[0], known.d_p * beta * plan.scale)
+    def scores(here: Program, known: Products, scratch: GradientsChannelScratch) -> Cotangents:
+        row, column = wg.indices(CHUNK, CHUNK)
+        beta = wg.each_column(wg.along_columns(here.scalars.at[BETA]), CHUNK)
+        terms = known.d_p * wg.read_split(here.p)
+        wg.put(scratch.scores.at[0], known.d_p * beta * plan.scale)
         if plan.erases:
-            terms = terms - known.d_a * read_split(here.a)
-            put(scratch.scores.at[1], -known.d_a * beta)
+            terms = terms - known.d_a * wg.read_split(here.a)
+            wg.put(scratch.scores.at[1], -known.d_a * beta)
         here.sums[COLUMNS] = jnp.sum(terms, axis=0)
 
         def gives(terms: Array) -> Array:
             """What the gates get from the factors whose gates are in `scratch.takes`."""
-            put_split(scratch.terms, terms)
+            wg.put_split(scratch.terms, terms)
             plgpu.commit_smem()
-            held = turned(scratch.takes)
-            return product((held, scratch.terms.at[0]), (held, scratch.terms.at[1]))
+            held = wg.turned(scratch.takes)
+            return wg.product((held, scratch.terms.at[0]), (held, scratch.terms.at[1]))
 
         q, k, erase = here.q, here.k, here.erase_key
         factor = factors("start", here.gates, scratch.takes)
         d_q = known.d_q * factor * plan.scale
-        terms, d_erase = read(q) * d_q, None
+        terms, d_erase = wg.read(q) * d_q, None
         if plan.erases:
             d_erase = -known.d_erase * factor
-            terms = terms + read(erase) * d_erase
+            terms = terms + wg.read(erase) * d_erase
         d_gates = gives(terms)
         d_k = known.d_k * factors("end", here.gates, scratch.takes)
-        here.sums[WRITES] = jnp.sum(read(k) * d_k, axis=1)
-        d_k = d_k * each_row(along_rows(here.scalars.at[BETA]), BLOCK)
-        d_gates = d_gates + gives(read(k) * d_k)
+        here.sums[WRITES] = jnp.sum(wg.read(k) * d_k, axis=1)
+        d_k = d_k * wg.each_row(wg.along_rows(here.scalars.at[BETA]), BLOCK)
+        d_gates = d_gates + gives(wg.read(k) * d_k)
 
-        put(scratch.part.at[0], jnp.where(row == column, read(scratch.scores.at[0]), 0.0))
+        wg.put(scratch.part.at[0], jnp.where(row == column, wg.read(scratch.scores.at[0]), 0.0))
         plgpu.commit_smem()
-        d_q = d_q + product((scratch.part.at[0], k))
-        d_k = d_k + product((scratch.part.at[0], q))
+        d_q = d_q + wg.product((scratch.part.at[0], k))
+        d_k = d_k + wg.product((scratch.part.at[0], q))
 
         def level(size: Array, now: Any) -> Any:
             d_q, d_k, d_gates, d_erase = now
             factor = factors(size, here.gates, scratch.takes)
-            put(scratch.q, read(q) * factor)
-            put(scratch.k, read(k) * factor)
-            put(scratch.part.at[0], jnp.where(meets(size), read(scratch.scores.at[0]), 0.0))
-            pairs = [(turned(scratch.part.at[0]), scratch.q)]
+            wg.put(scratch.q, wg.read(q) * factor)
+            wg.put(scratch.k, wg.read(k) * factor)
+            wg.put(scratch.part.at[0], jnp.where(meets(size), wg.read(scratch.scores.at[0]), 0.0))
+            pairs = [(wg.turned(scratch.part.at[0]), scratch.q)]
             if plan.erases:
                 decayed = scratch.k
                 if plan.erase_heads:
                     decayed = scratch.erase
-                    put(decayed, read(erase) * factor)
-                put(scratch.part.at[1], jnp.where(meets(size), read(scratch.scores.at[1]), 0.0))
-                pairs.append((turned(scratch.part.at[1]), decayed))
+                    wg.put(decayed, wg.read(erase) * factor)
+                wg.put(scratch.part.at[1], jnp.where(meets(size), wg.read(scratch.scores.at[1]), 0.0))
+                pairs.append((wg.turned(scratch.part.at[1]), decayed))
             plgpu.commit_smem()
-            d_read = product((scratch.part.at[0], scratch.k)) * factor
-            d_q, terms = d_q + d_read, read(q) * d_read
+            d_read = wg.product((scratch.part.at[0], scratch.k)) * factor
+            d_q, terms = d_q + d_read, wg.read(q) * d_read
             if plan.erases:
-                d_read = product((scratch.part.at[1], scratch.k)) * factor
-                d_erase, terms = d_erase + d_read, terms + read(erase) * d_read
-            d_write = product(*pairs) * factor
-            d_k, terms = d_k + d_write, terms + read(k) * d_write
+                d_read = wg.product((scratch.part.at[1], scratch.k)) * factor
+                d_erase, terms = d_erase + d_read, terms + wg.read(erase) * d_read
+            d_write = wg.product(*pairs) * factor
+            d_k, terms = d_k + d_write, terms + wg.read(k) * d_write
             return d_q, d_k, d_gates + gives(terms), d_erase
 
         d_q, d_k, d_gates, d_erase = over_levels(level, (d_q, d_k, d_gates, d_erase))
-        put(scratch.gates, d_gates)
+        wg.put(scratch.gates, d_gates)
         return Cotangents(d_q, d_k, d_erase, scratch.gates)
 
-    matrix, two = shared(CHUNK, CHUNK), shared(2, CHUNK, CHUNK)
-    scratch = Scratch(
+    matrix, two = wg.shared(CHUNK, CHUNK), wg.shared(2, CHUNK, CHUNK)
+    scratch = GradientsChannelScratch(
         scores=two,
         part=two,
         q=matrix,
@@ -123,6 +110,6 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> Gradients:
         erase=matrix if plan.erase_heads else None,
         takes=matrix,
         terms=two,
-        gates=shared(CHUNK, BLOCK, dtype=jnp.float32),
+        gates=wg.shared(CHUNK, BLOCK, dtype=jnp.float32),
     )
     return launch(plan, inputs, scores, scratch)

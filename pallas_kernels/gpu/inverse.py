@@ -9,6 +9,8 @@ below zero their sums cancel. The joins of blocks of 16 and of 32 multiply no mo
 the whole, which is why the matrices lie in tiles of 16 columns; a product has 64 rows at least.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -16,20 +18,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.levels import meets
 from pallas_kernels.gpu.plan import CHUNK
-from pallas_kernels.gpu.warpgroup import Ref, indices, product, products, put_split, read_split, split_pairs
+from pallas_kernels.gpu.warpgroup import Ref, indices, product, products, put_split, read_split, shared, split_pairs
 
 ALL = pl.ds(0, CHUNK)
 
 
-def invert(lower: Array, matrix: Ref, x: Ref, joined: Ref) -> None:
-    """Writes X into `x`; all three references are split matrices `[2, 64, 64]` in tiles of 16, the others scratch."""
+class InverseScratch(NamedTuple):
+    """Split matrices `[2, 64, 64]` in tiles of 16. Until `invert` begins, a caller may keep others in them."""
+
+    lower: Ref  # L
+    x: Ref  # X so far
+    joined: Ref  # the C X_n of a level
+
+
+def inverse_scratch() -> InverseScratch:
+    return InverseScratch(*(shared(2, CHUNK, CHUNK, swizzle=32),) * 3)
+
+
+def invert(matrix: Array, scratch: InverseScratch) -> None:
+    """Writes X into `scratch.x`, from L."""
+    lower, x, joined = scratch
     row, column = indices(CHUNK, CHUNK)
-    result = jnp.where(row == column, 1.0, 0.0) - jnp.where((row ^ column) < 2, lower, 0.0)
-    put_split(matrix, lower)
+    result = jnp.where(row == column, 1.0, 0.0) - jnp.where((row ^ column) < 2, matrix, 0.0)
+    put_split(lower, matrix)
     put_split(x, result)
     for n in (2, 4, 8):
         plgpu.commit_smem()
-        put_split(joined, jnp.where(meets(n), product(*split_pairs(matrix, x)), 0.0))
+        put_split(joined, jnp.where(meets(n), product(*split_pairs(lower, x)), 0.0))
         plgpu.commit_smem()
         result = result - product(*split_pairs(x, joined))
         put_split(x, result)
@@ -37,7 +52,7 @@ def invert(lower: Array, matrix: Ref, x: Ref, joined: Ref) -> None:
         lefts = [pl.ds(start, n) for start in range(0, CHUNK, 2 * n)]
         rights = [pl.ds(start, n) for start in range(n, CHUNK, 2 * n)]
         plgpu.commit_smem()
-        crossing = products(*(split_pairs(_block(matrix, ALL, left), _block(x, left, left)) for left in lefts))
+        crossing = products(*(split_pairs(_block(lower, ALL, left), _block(x, left, left)) for left in lefts))
         for left, c in zip(lefts, crossing, strict=True):
             put_split(_block(joined, ALL, left), c)
         plgpu.commit_smem()

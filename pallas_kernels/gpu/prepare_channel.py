@@ -12,52 +12,35 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA, Operands, Prepared, Tokens, keys_of, prepared_shapes
-from pallas_kernels.gpu.inverse import invert
+from pallas_kernels.gpu.inverse import InverseScratch, inverse_scratch, invert
 from pallas_kernels.gpu.levels import factors, meets, over_levels
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
-from pallas_kernels.gpu.warpgroup import (
-    Ref,
-    along_columns,
-    each_column,
-    indices,
-    kernel,
-    load,
-    loaded,
-    place,
-    product,
-    put,
-    read,
-    shared,
-    store,
-    stored,
-    turned,
-    vectors,
-    zeros,
-)
+from pallas_kernels.gpu.warpgroup import Ref
 
 
-class Scratch(NamedTuple):
+class PrepareChannelScratch(NamedTuple):
     keys: Operands  # [64, 64]
     decayed: Operands  # [64, 64]
     gates: Ref  # [2, 64, 64]
     takes: Ref  # which gates a factor takes, [64, 64]
     scalars: Ref  # [kinds, 64]
-    matrices: tuple[Ref, Ref, Ref]  # [2, 64, 64]
+    inverse: InverseScratch
     whole: Ref  # exp(G_64), [64]
     full: Ref
     scalars_full: Ref
 
 
 def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
-    def body(tokens: Tokens, done: Prepared, here: Scratch) -> None:
-        batch, head, chunk = place("batch", "head", "chunk")
-        one, two, three = here.matrices
+    def body(tokens: Tokens, done: Prepared, here: PrepareChannelScratch) -> None:
+        batch, head, chunk = wg.place("batch", "head", "chunk")
+        here_p, here_a = (here.inverse.joined.at[n] for n in (0, 1))
         now = (batch, pl.ds(chunk * CHUNK, CHUNK), head)
-        load(here.scalars_full, (tokens.scalars.at[batch, head, chunk], here.scalars))
+        wg.load(here.scalars_full, (tokens.scalars.at[batch, head, chunk], here.scalars))
 
         def channels_of(block: Array, scores: tuple[Array, Array]) -> tuple[Array, Array]:
-            stored()
+            wg.stored()
             channels = pl.ds(block * BLOCK, BLOCK)
             _fetch(plan, tokens, here, batch, head, chunk, channels)
             scores = _scores(plan, here, here.takes, *scores)
@@ -69,36 +52,36 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
             ]
             if plan.erases:
                 copies.append((here.decayed.erase, done.erase_in.at[(*now, channels)]))
-            store(*copies)
+            wg.store(*copies)
             return scores
 
-        p, a = lax.fori_loop(0, plan.key_blocks, channels_of, (zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)))
-        put(three.at[0], p * plan.scale)
-        copies = [(three.at[0], done.p[0].at[batch, head, chunk])]
+        p, a = lax.fori_loop(0, plan.key_blocks, channels_of, (wg.zeros(CHUNK, CHUNK), wg.zeros(CHUNK, CHUNK)))
+        wg.put(here_p, p * plan.scale)
+        copies = [(here_p, done.p[0].at[batch, head, chunk])]
         if done.a is not None:
-            put(three.at[1], a)
-            copies.append((three.at[1], done.a[0].at[batch, head, chunk]))
-        store(*copies)
-        loaded(here.scalars_full)
+            wg.put(here_a, a)
+            copies.append((here_a, done.a[0].at[batch, head, chunk]))
+        wg.store(*copies)
+        wg.loaded(here.scalars_full)
         if plan.erases:
-            stored()
-            invert(a * each_column(along_columns(here.scalars.at[BETA]), CHUNK), one, two, three)
-            store(*((two.at[part], done.x.at[batch, head, chunk, part]) for part in (0, 1)))
-        stored(and_written=True)
+            wg.stored()
+            invert(a * wg.each_column(wg.along_columns(here.scalars.at[BETA]), CHUNK), here.inverse)
+            wg.store(*((here.inverse.x.at[part], done.x.at[batch, head, chunk, part]) for part in (0, 1)))
+        wg.stored(and_written=True)
 
-    tile, matrix = shared(CHUNK, BLOCK), shared(2, CHUNK, CHUNK, swizzle=32)
-    return kernel(
+    tile = wg.shared(CHUNK, BLOCK)
+    return wg.kernel(
         body,
         tokens._replace(v=None),
         prepared_shapes(plan, for_backward=for_backward),
-        Scratch(
+        PrepareChannelScratch(
             keys=Operands(tile, tile, tile if plan.erase_heads else None),
             decayed=Operands(tile, tile, tile if plan.erases else None),
-            gates=shared(2, CHUNK, BLOCK),
+            gates=wg.shared(2, CHUNK, BLOCK),
             takes=tile,
-            scalars=vectors(*tokens.scalars.shape[-2:]),
-            matrices=(matrix,) * 3,
-            whole=vectors(BLOCK),
+            scalars=wg.vectors(*tokens.scalars.shape[-2:]),
+            inverse=inverse_scratch(),
+            whole=wg.vectors(BLOCK),
             full=plgpu.Barrier(num_arrivals=4 + (plan.erase_heads > 0)),
             scalars_full=plgpu.Barrier(),
         ),
@@ -108,48 +91,48 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
 
 
 def _fetch(
-    plan: Plan, tokens: Tokens, here: Scratch, batch: Array, head: Array, chunk: Array, channels: pl.Slice
+    plan: Plan, tokens: Tokens, here: PrepareChannelScratch, batch: Array, head: Array, chunk: Array, channels: pl.Slice
 ) -> None:
     given, now = keys_of(plan, tokens, batch, head), pl.ds(chunk * CHUNK, CHUNK)
     copies = [(given.q.at[now, channels], here.keys.q), (given.k.at[now, channels], here.keys.k)]
     copies += [(tokens.gates.at[part, batch, now, head, channels], here.gates.at[part]) for part in (0, 1)]
     if plan.erase_heads:
         copies.append((given.erase.at[now, channels], here.keys.erase))
-    load(here.full, *copies)
-    loaded(here.full)
+    wg.load(here.full, *copies)
+    wg.loaded(here.full)
 
 
-def _scores(plan: Plan, here: Scratch, matrix: Ref, p: Array, a: Array) -> tuple[Array, Array]:
+def _scores(plan: Plan, here: PrepareChannelScratch, matrix: Ref, p: Array, a: Array) -> tuple[Array, Array]:
     """P without its scale, and A, with what these channels give."""
-    row, column = indices(CHUNK, CHUNK)
+    row, column = wg.indices(CHUNK, CHUNK)
     keys, decayed = here.keys, here.decayed
-    p = p + jnp.where(row == column, product((keys.q, turned(keys.k))), 0.0)
+    p = p + jnp.where(row == column, wg.product((keys.q, wg.turned(keys.k))), 0.0)
 
     def level(size: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         p, a = now
         factor = factors(size, here.gates, matrix)
-        put(decayed.q, read(keys.q) * factor)
-        put(decayed.k, read(keys.k) * factor)
+        wg.put(decayed.q, wg.read(keys.q) * factor)
+        wg.put(decayed.k, wg.read(keys.k) * factor)
         erase = decayed.k
         if plan.erase_heads:
             erase = decayed.erase
-            put(erase, read(keys.erase) * factor)
+            wg.put(erase, wg.read(keys.erase) * factor)
         plgpu.commit_smem()
-        p = p + jnp.where(meets(size), product((decayed.q, turned(decayed.k))), 0.0)
+        p = p + jnp.where(meets(size), wg.product((decayed.q, wg.turned(decayed.k))), 0.0)
         if plan.erases:
-            a = a + jnp.where(meets(size), product((erase, turned(decayed.k))), 0.0)
+            a = a + jnp.where(meets(size), wg.product((erase, wg.turned(decayed.k))), 0.0)
         return p, a
 
     return over_levels(level, (p, a))
 
 
-def _decay_keys(plan: Plan, here: Scratch, matrix: Ref) -> None:
+def _decay_keys(plan: Plan, here: PrepareChannelScratch, matrix: Ref) -> None:
     """Leaves the keys as the state meets them, and the decay of the whole chunk."""
     start = factors("start", here.gates, matrix)
-    put(here.decayed.q, read(here.keys.q) * (start * plan.scale))
+    wg.put(here.decayed.q, wg.read(here.keys.q) * (start * plan.scale))
     if plan.erases:
-        put(here.decayed.erase, read(here.keys.erase if plan.erase_heads else here.keys.k) * start)
-    row, _ = indices(CHUNK, BLOCK)
+        wg.put(here.decayed.erase, wg.read(here.keys.erase if plan.erase_heads else here.keys.k) * start)
+    row, _ = wg.indices(CHUNK, BLOCK)
     here.whole[...] = jnp.sum(jnp.where(row == CHUNK - 1, start, 0.0), axis=0)
     plgpu.commit_smem()
-    put(here.decayed.k, read(here.keys.k) * factors("end", here.gates, matrix))
+    wg.put(here.decayed.k, wg.read(here.keys.k) * factors("end", here.gates, matrix))

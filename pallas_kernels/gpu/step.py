@@ -18,24 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.batching import joins_batch
+from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.plan import BLOCK
-from pallas_kernels.gpu.warpgroup import (
-    Ref,
-    along_columns,
-    along_rows,
-    each_column,
-    each_row,
-    kernel,
-    load,
-    loaded,
-    place,
-    put,
-    read,
-    shared,
-    store,
-    stored,
-    vectors,
-)
+from pallas_kernels.gpu.warpgroup import Ref
 from pallas_kernels.inputs import Inputs
 
 
@@ -47,7 +32,7 @@ class Token(NamedTuple):
     v: Ref  # [batch, heads, value]
 
 
-class Scratch(NamedTuple):
+class StepScratch(NamedTuple):
     token: Token
     out: Ref
     full: Ref
@@ -65,48 +50,49 @@ def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
     q, k, v, beta, g, erase = token
     batch, heads, key, value = state.shape
     block, f32 = 32 if key == 256 else BLOCK, jnp.float32
-    keys = [scale * q.astype(f32), k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)]
+    write = k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)
+    keys = {"query": scale * q.astype(f32), "write": write}
     if g is not None:
         decay = jnp.exp(g.astype(f32))
-        keys.append(jnp.broadcast_to(decay.reshape(batch, heads, -1), (batch, heads, key)))
+        keys["decay"] = jnp.broadcast_to(decay.reshape(batch, heads, -1), (batch, heads, key))
     if erase is not None:
-        keys.append(erase.astype(f32))
+        keys["erase"] = erase.astype(f32)
 
-    def body(token: Token, o: Ref, scratch: Scratch) -> None:
-        batch, head, which = place("batch", "head", "block")
+    def body(token: Token, o: Ref, scratch: StepScratch) -> None:
+        batch, head, which = wg.place("batch", "head", "block")
         channels, here = pl.ds(which * block, block), scratch.token
-        load(
+        wg.load(
             scratch.full,
             (token.state.at[batch, head, :, channels], here.state),
             (token.keys.at[batch, head], here.keys),
             (token.v.at[batch, head, channels], here.v),
         )
-        loaded(scratch.full)
+        wg.loaded(scratch.full)
 
-        def of_key(kind: int) -> Array:
-            return each_row(along_rows(here.keys.at[kind]), block)
+        def of_key(kind: str) -> Array:
+            return wg.each_row(wg.along_rows(here.keys.at[list(keys).index(kind)]), block)
 
-        now, error = read(here.state), along_columns(here.v)
+        now, error = wg.read(here.state), wg.along_columns(here.v)
         if g is not None:
-            now = now * of_key(2)
+            now = now * of_key("decay")
         if erase is not None:
-            error = error - jnp.sum(of_key(len(keys) - 1) * now, axis=0)
-        now = now + of_key(1) * each_column(error, key)
-        put(here.state, now)
-        scratch.out[...] = jnp.sum(of_key(0) * now, axis=0)
-        store(
+            error = error - jnp.sum(of_key("erase") * now, axis=0)
+        now = now + of_key("write") * wg.each_column(error, key)
+        wg.put(here.state, now)
+        scratch.out[...] = jnp.sum(of_key("query") * now, axis=0)
+        wg.store(
             (here.state, token.state.at[batch, head, :, channels]),
             (scratch.out, o.at[batch, head, channels]),
         )
-        stored(and_written=True)
+        wg.stored(and_written=True)
 
-    here = Token(shared(key, block, dtype=f32), vectors(len(keys), key), vectors(block))
+    here = Token(wg.shared(key, block, dtype=f32), wg.vectors(len(keys), key), wg.vectors(block))
     held = jax.new_ref(state.astype(f32))
-    o = kernel(
+    o = wg.kernel(
         body,
-        Token(held, jnp.stack(keys, 2), v.astype(f32)),
+        Token(held, jnp.stack(list(keys.values()), 2), v.astype(f32)),
         jax.ShapeDtypeStruct((batch, heads, value), f32),
-        Scratch(here, vectors(block), plgpu.Barrier(num_arrivals=3)),
+        StepScratch(here, wg.vectors(block), plgpu.Barrier(num_arrivals=3)),
         {"block": value // block, "head": heads, "batch": batch},
         "delta_rule_step",
     )

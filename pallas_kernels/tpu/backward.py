@@ -1,8 +1,9 @@
 """The backward kernel: from the states before every group of tiles, forwards through the group and back again.
 
-The inverses of the tiles are those of the forward; all else is made again.
+The inverses of the tiles are those of the forward; all else is made again. The grid is that of the forward kernel, its
+groups from the last to the first: the cotangents of the states stay in VMEM.
 
-With the symbols of `pallas_kernels.tpu.tile`, N = Y dS'^T, and dO already multiplied by the scale:
+With the symbols of `pallas_kernels.tpu.forward`, N = Y dS'^T, and dO already multiplied by the scale:
 
     dY = (P diag(b))^T dO + (b exp(Z) K) dS'
     (I + A diag(b))^T dB = dY                            dV = dB
@@ -22,24 +23,19 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import backward_channel, scores
-from pallas_kernels.tpu.backward_scratch import (
-    Scratch,
-    Stash,
-    add,
-    add_erase,
-    reads_of,
-    scratch_shapes,
-    stash_shapes,
-)
+from pallas_kernels.tpu import backward_channel
+from pallas_kernels.tpu.backward_scratch import BackwardScratch, Stash, add, add_erase, reads_of
 from pallas_kernels.tpu.forward import (
     Kept,
     bytes_of,
+    carry,
     held,
     in_memory,
     kept_bytes,
     kept_specs,
     of_tile,
+    prepare,
+    solve_product,
     state_spec,
     tokens_bytes,
     tokens_specs,
@@ -54,14 +50,12 @@ from pallas_kernels.tpu.tile import (
     Prepared,
     Ref,
     Tokens,
-    carry,
     erase_of,
     of_head,
     of_key,
     operand,
-    prepare,
     scalar_row,
-    solve_product,
+    start_columns,
 )
 
 PAIRS, READS, WRITES, WHOLE = range(1, 5)  # the rows of a gate per head in the cotangents of the scalars, after beta's
@@ -71,19 +65,19 @@ def backward_bytes(plan: Plan) -> int:
     """VMEM that `backward` needs: its scratch, and its blocks twice."""
     states = 3 * plan.heads * plan.key * plan.value * 4
     d_out = plan.group * TILE * plan.heads * plan.value * operand(plan).itemsize
-    return bytes_of((stash_shapes(plan), scratch_shapes(plan))) + 2 * (
+    return bytes_of((Stash.shapes(plan), BackwardScratch.shapes(plan))) + 2 * (
         2 * tokens_bytes(plan) + d_out + states + kept_bytes(plan)
     )
 
 
 def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array) -> tuple[Tokens, Array]:
-    """Cotangents of the inputs, laid out like them, and of the initial states.
+    """Cotangents of the inputs, laid out like them, and of the initial states, float32 `[batch, heads, key, value]`.
 
-    Those of `scalars` are `[batch, programs, tiles, kinds * heads, 128]`: beta; with a gate per head also the four parts of
-    its gradient.
+    `d_o` is `[batch, time, heads * value]`, `d_state` the cotangents of the final states. Those of `scalars` are `[batch,
+    programs, tiles, kinds * heads, 128]`: beta; with a gate per head also the four parts of its gradient.
     """
     f32 = jnp.float32
-    heads, last = plan.programs * plan.heads, plan.groups - 1
+    last = plan.groups - 1
     specs = tokens_specs(plan, lambda t: last - t)
     kinds = 1 + WHOLE * (plan.gate == "head")
 
@@ -95,8 +89,8 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
         d_tokens: Tokens,
         d_state: Ref,
         stash: Stash,
-        scratch: Scratch,
-        steep: Ref,
+        scratch: BackwardScratch,
+        steep: Ref,  # whether a tile is steep, int32 [group]
     ) -> None:
         def stash_of(index: Array) -> Stash:
             left = jax.tree.map(lambda ref: ref.at[index], stash)
@@ -113,18 +107,19 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
         @pl.loop(0, plan.group)
         def _(index: Array) -> None:
             tile, left, here = of_tile(tokens, index), stash_of(index), in_memory(scratch, index)
-            is_steep = prepare(plan, tile, left.prepared, here.temporary)
+            is_steep = prepare(plan, tile, left.prepared, here.tile)
             if is_steep is not None:
                 steep[index] = is_steep.astype(jnp.int32)
             for h in range(plan.heads):
                 left.states[h] = here.state[h].astype(left.states.dtype)
-            carry(plan, tile, left.prepared, here.state, here.new, left.y, None, None)
+            carry(plan, tile, left.prepared, here.state, here.solve, left.y, None, None)
 
         @pl.loop(0, plan.group)
         def _(step: Array) -> None:
             index = plan.group - 1 - step
             d_tile_o = d_o.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            tile, d_tile, here = of_tile(tokens, index), of_tile(d_tokens, index), in_memory(scratch, step)
+            tile, d_tile = of_tile(tokens, index), of_tile(d_tokens, index)
+            here = in_memory(scratch, step)
             is_steep = steep[index] == 1 if plan.gate == "channel" else None
             _tile_backward(plan, tile, stash_of(index), d_tile_o, d_state.at[0], d_tile, here, is_steep)
 
@@ -133,21 +128,15 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
 
     out_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokens)
     scalars = jax.ShapeDtypeStruct((plan.batch, plan.programs, plan.tiles, kinds * plan.heads, TILE), f32)
-    square = (heads, plan.key, plan.value)
     return pl.pallas_call(
         body,
         grid=(plan.batch, plan.programs, plan.groups),
-        in_specs=[
-            specs,
-            kept_specs(plan, lambda t: last - t),
-            specs.v,
-            state_spec(plan),
-        ],
+        in_specs=[specs, kept_specs(plan, lambda t: last - t), specs.v, state_spec(plan)],
         out_specs=[specs._replace(scalars=tile_scalars(specs.scalars)), state_spec(plan)],
-        out_shape=[out_shapes._replace(scalars=scalars), jax.ShapeDtypeStruct((plan.batch, *square), f32)],
+        out_shape=[out_shapes._replace(scalars=scalars), jax.ShapeDtypeStruct(d_state.shape, f32)],
         scratch_shapes=[
-            stash_shapes(plan),
-            held(scratch_shapes(plan)),
+            Stash.shapes(plan),
+            held(BackwardScratch.shapes(plan)),
             pltpu.SMEM((plan.group,), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -164,10 +153,14 @@ def _tile_backward(
     d_o: Ref,
     d_state: Ref,
     d_tokens: Tokens,
-    scratch: Scratch,
+    scratch: BackwardScratch,
     steep: Array | None,
 ) -> None:
-    """Cotangents of one tile's inputs; `d_state` holds those of the state after the tile, and then before it."""
+    """Cotangents of one tile's inputs, from those of its outputs, `[128, heads * value]`.
+
+    `d_state`, float32 `[heads, key, value]`, holds those of the state after the tile, and then before it; with a gate per
+    channel `steep` is what `prepare` returned.
+    """
     value = plan.value
     for h in range(plan.heads):
         scratch.d_o[h] = (of_head(d_o, h, value).astype(jnp.float32) * plan.scale).astype(scratch.d_o.dtype)
@@ -179,6 +172,8 @@ def _tile_backward(
         backward_channel.scores_backward(plan, tokens, stash.prepared, scratch, steep)
     else:
         _head_scores_backward(plan, tokens, scratch)
+    _reads_backward(plan, tokens, stash, d_tokens.scalars, scratch)
+    _writes_backward(plan, tokens, stash, d_state, d_tokens.scalars, scratch)
     _state_backward(plan, tokens, stash, d_state, d_tokens.scalars, scratch)
     if plan.gate == "channel":
         backward_channel.gates_backward(plan, d_tokens.g, scratch)
@@ -190,20 +185,20 @@ def _tile_backward(
         d_tokens.erase[:, j * plan.key : (j + 1) * plan.key] = scratch.d_erase[j].astype(d_tokens.erase.dtype)
 
 
-def _values_backward(plan: Plan, tokens: Tokens, done: Prepared, d_state: Ref, scratch: Scratch) -> None:
-    """dY and dB."""
+def _values_backward(plan: Plan, tokens: Tokens, done: Prepared, d_state: Ref, scratch: BackwardScratch) -> None:
+    """dY, and from it dB."""
     exact, dtype = plan.exact, scratch.d_b.dtype
     for h in range(plan.heads):
         weights = (done.p[h] * scalar_row(plan, tokens, BETA, h)).astype(dtype)
-        scratch.scores_turned[h, :, :TILE] = transposed(weights)
+        scratch.weights_turned[h] = transposed(weights)
     for h in range(plan.heads):
         scratch.keys_turned[h] = transposed(done.keys[h])
     for h in range(plan.heads):
-        scratch.new[h] = product(scratch.scores_turned[h, :, :TILE], scratch.d_o[h], exact)
+        scratch.solve[h] = product(scratch.weights_turned[h], scratch.d_o[h], exact)
     for h in range(plan.heads):
-        d_new = scratch.new[h] + product(scratch.keys_turned[h], d_state[h], exact)
+        d_new = scratch.solve[h] + product(scratch.keys_turned[h], d_state[h], exact)
         if plan.erases:
-            scratch.new[h] = d_new
+            scratch.solve[h] = d_new
         else:
             scratch.d_b[h] = d_new.astype(dtype)
     if not plan.erases:
@@ -211,19 +206,19 @@ def _values_backward(plan: Plan, tokens: Tokens, done: Prepared, d_state: Ref, s
     for h in range(plan.heads):
         scratch.x_turned[h] = transposed(done.x[h])
         corner = done.a[h, HALF:] * scalar_row(plan, tokens, BETA, h)
-        scratch.raw_p[h, :, :HALF] = transposed(corner)
+        scratch.corner_turned[h] = transposed(corner)[:HALF]
     for h in range(plan.heads):
-        scratch.new[h, HALF:] = solve_product(plan, scratch.x_turned[h, HALF:], scratch.new[h, HALF:])
+        scratch.solve[h, HALF:] = solve_product(plan, scratch.x_turned[h, HALF:], scratch.solve[h, HALF:])
     for h in range(plan.heads):
-        known = solve_product(plan, scratch.raw_p[h, :HALF, :HALF], scratch.new[h, HALF:])
-        scratch.new[h, :HALF] = scratch.new[h, :HALF] - known
+        known = solve_product(plan, scratch.corner_turned[h], scratch.solve[h, HALF:])
+        scratch.solve[h, :HALF] = scratch.solve[h, :HALF] - known
     for h in range(plan.heads):
-        scratch.new[h, :HALF] = solve_product(plan, scratch.x_turned[h, :HALF], scratch.new[h, :HALF])
+        scratch.solve[h, :HALF] = solve_product(plan, scratch.x_turned[h, :HALF], scratch.solve[h, :HALF])
     for h in range(plan.heads):
-        scratch.d_b[h] = scratch.new[h].astype(dtype)
+        scratch.d_b[h] = scratch.solve[h].astype(dtype)
 
 
-def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, scratch: Scratch) -> None:
+def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, scratch: BackwardScratch) -> None:
     """dA and dP, times the decay of a gate per head; the parts of beta's and a gate's cotangents that lie in the scores."""
     done, exact = stash.prepared, plan.exact
     row, lane = rows(TILE, TILE), lanes(TILE, TILE)
@@ -242,29 +237,29 @@ def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref,
             d_a = scratch.raw_a[h] if plan.gate == "channel" else jnp.where(row > lane, scratch.raw_a[h], 0.0)
             scratch.d_a[h] = (d_a * -scale).astype(scratch.d_a.dtype)
             terms = terms - d_a * done.a[h]
-        d_scalars[pl.ds(h, 1)] = jnp.sum(terms, 0, keepdims=True)
+        _put(plan, d_scalars, BETA, h, jnp.sum(terms, 0, keepdims=True))
         if plan.gate == "head":
-            scratch.raw_p[h] = terms * weight
+            scratch.pair_terms[h] = terms * weight
     if plan.gate != "head":
         return
     for h in range(plan.heads):
-        scratch.raw_p[h] = product(scratch.raw_p[h], (row < lane).astype(jnp.float32), exact)
+        scratch.pair_sums[h] = product(scratch.pair_terms[h], (row < lane).astype(jnp.float32), exact)
     for h in range(plan.heads):
-        crossing = jnp.sum(jnp.where(row >= lane, scratch.raw_p[h], 0.0), 0, keepdims=True)
-        d_scalars[pl.ds(PAIRS * plan.heads + h, 1)] = crossing
+        crossing = jnp.sum(jnp.where(row >= lane, scratch.pair_sums[h], 0.0), 0, keepdims=True)
+        _put(plan, d_scalars, PAIRS, h, crossing)
 
 
-def _head_scores_backward(plan: Plan, tokens: Tokens, scratch: Scratch) -> None:
+def _head_scores_backward(plan: Plan, tokens: Tokens, scratch: BackwardScratch) -> None:
     """What the scores give to queries, keys and erase keys; the first to write them."""
     for h in range(plan.heads):
-        scratch.scores_turned[h, :, :TILE] = transposed(scratch.d_p[h])
+        scratch.d_scores_turned[h, :, :TILE] = transposed(scratch.d_p[h])
         if plan.erases:
-            scratch.scores_turned[h, :, TILE:] = transposed(scratch.d_a[h])
+            scratch.d_scores_turned[h, :, TILE:] = transposed(scratch.d_a[h])
     for h in range(plan.heads):
         reads = of_key(plan, tokens.q, h)
         if plan.erases:
             reads = jnp.concatenate([reads, erase_of(plan, tokens, h)], 0)
-        add(plan, scratch.d_k, h, product(scratch.scores_turned[h], reads, plan.exact))
+        add(plan, scratch.d_k, h, product(scratch.d_scores_turned[h], reads, plan.exact))
     for h in range(plan.heads):
         d_reads = product(reads_of(plan, scratch.d_p, scratch.d_a, h), of_key(plan, tokens.k, h), plan.exact)
         add(plan, scratch.d_q, h, d_reads[:TILE])
@@ -277,70 +272,85 @@ def _row_sums(x: Array, exact: bool) -> Array:
     return product(jnp.ones((8, x.shape[1]), jnp.float32), x, exact, transpose_b=True)[:1]
 
 
-def _state_backward(plan: Plan, tokens: Tokens, stash: Stash, d_state: Ref, d_scalars: Ref, scratch: Scratch) -> None:
-    """What reads from the state before the tile and writes to the one after it; turns dS' into dS."""
-    done, exact, f32 = stash.prepared, plan.exact, jnp.float32
-    picked = tokens.scalars[: plan.heads]
-    if plan.gate == "head":
-        start, end = (tokens.scalars[kind * plan.heads : (kind + 1) * plan.heads] for kind in (START, END))
-        picked = jnp.concatenate([picked * end, start], 0)
-    columns = transposed(picked)
-    levels = len(scores.BLOCKS)
+def _put(plan: Plan, d_scalars: Ref, kind: int, head: int, x: Array) -> None:
+    """Writes a row of the cotangents of the scalars, `[1, 128]`."""
+    d_scalars[pl.ds(kind * plan.heads + head, 1)] = x
 
-    def put(kind: int, h: int, x: Array) -> None:
-        d_scalars[pl.ds(kind * plan.heads + h, 1)] = x
+
+def _reads_backward(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, scratch: BackwardScratch) -> None:
+    """What reads the state before the tile: queries and erase keys, and the gates up to them."""
+    done, exact, f32 = stash.prepared, plan.exact, jnp.float32
+    columns = start_columns(plan, tokens) if plan.gate == "head" else None
 
     def start_of(h: int) -> Array:
-        return column(columns, plan.heads + h, plan.key) if plan.gate == "head" else done.factors[h, -2 * TILE : -TILE]
+        return done.factors.start[h] if columns is None else column(columns, h, plan.key)
 
     for h in range(plan.heads):
         d_reads = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.states[h], exact, transpose_b=True)
-        scratch.d_reads[h] = d_reads[:TILE]
+        scratch.query_reads[h] = d_reads[:TILE]
         if plan.erases:
-            scratch.d_writes[h] = d_reads[TILE:]
-    for h in range(plan.heads):  # queries
-        d_read = scratch.d_reads[h]
+            scratch.erase_reads[h] = d_reads[TILE:]
+    for h in range(plan.heads):
+        d_read = scratch.query_reads[h]
         add(plan, scratch.d_q, h, d_read if plan.gate == "none" else d_read * start_of(h), start=False)
         if plan.gate != "none":
-            scratch.d_reads[h] = of_key(plan, tokens.q, h).astype(f32) * d_read
-    if plan.erases:  # erase keys
-        for h in range(plan.heads):
-            d_read = scratch.d_writes[h]
-            d_erase = d_read if plan.gate == "none" else d_read * start_of(h)
-            add_erase(plan, scratch, h, -d_erase, start=False)
-            if plan.gate != "none":
-                scratch.d_reads[h] = scratch.d_reads[h] - erase_of(plan, tokens, h).astype(f32) * d_read
-    for h in range(plan.heads):  # what the reads give to the gates
+            scratch.read_terms[h] = of_key(plan, tokens.q, h).astype(f32) * d_read
+    for h in range(plan.heads if plan.erases else 0):
+        d_read = scratch.erase_reads[h]
+        d_erase = d_read if plan.gate == "none" else d_read * start_of(h)
+        add_erase(plan, scratch, h, -d_erase, start=False)
+        if plan.gate != "none":
+            scratch.read_terms[h] = scratch.read_terms[h] - erase_of(plan, tokens, h).astype(f32) * d_read
+    for h in range(plan.heads):
         if plan.gate == "head":
-            put(READS, h, _row_sums(scratch.d_reads[h], exact) * scalar_row(plan, tokens, START, h))
+            terms = _row_sums(scratch.read_terms[h], exact)
+            _put(plan, d_scalars, READS, h, terms * scalar_row(plan, tokens, START, h))
         elif plan.gate == "channel":
-            terms = scratch.d_reads[h] * start_of(h)
-            scratch.terms[h, levels * TILE : (levels + 1) * TILE] = terms.astype(scratch.terms.dtype)
-    for h in range(plan.heads):  # keys
-        scratch.d_writes[h] = product(stash.y[h], d_state[h], exact, transpose_b=True)
+            terms = scratch.read_terms[h] * start_of(h)
+            scratch.terms(h, "reads")[...] = terms.astype(operand(plan))
+
+
+def _writes_backward(
+    plan: Plan, tokens: Tokens, stash: Stash, d_state: Ref, d_scalars: Ref, scratch: BackwardScratch
+) -> None:
+    """What writes to the state after the tile: keys and beta, and the gates behind them."""
+    done, exact, f32 = stash.prepared, plan.exact, jnp.float32
+    scales = tokens.scalars[: plan.heads]
+    if plan.gate == "head":
+        scales = scales * tokens.scalars[END * plan.heads : (END + 1) * plan.heads]
+    columns = transposed(scales)  # b exp(Z), or b
+    for h in range(plan.heads):
+        scratch.writes[h] = product(stash.y[h], d_state[h], exact, transpose_b=True)
     for h in range(plan.heads):
         k = of_key(plan, tokens.k, h).astype(f32)
-        d_write = scratch.d_writes[h]
+        d_write = scratch.writes[h]
         if plan.gate == "channel":
-            d_write = d_write * done.factors[h, -TILE:]
+            d_write = d_write * done.factors.end[h]
         weighted = d_write * column(columns, h, plan.key)
         add(plan, scratch.d_k, h, weighted, start=False)
-        scratch.d_writes[h] = k * d_write
+        scratch.write_terms[h] = k * d_write
         if plan.gate == "channel":
-            scratch.terms[h, (levels + 1) * TILE :] = (k * weighted).astype(scratch.terms.dtype)
+            scratch.terms(h, "writes")[...] = (k * weighted).astype(operand(plan))
     for h in range(plan.heads):
-        weight = _row_sums(scratch.d_writes[h], exact)
+        weight = _row_sums(scratch.write_terms[h], exact)
+        beta = scalar_row(plan, tokens, BETA, h)
         if plan.gate == "head":
             weight = weight * scalar_row(plan, tokens, END, h)
-            put(WRITES, h, weight * scalar_row(plan, tokens, BETA, h))
+            _put(plan, d_scalars, WRITES, h, weight * beta)
         d_beta = d_scalars[pl.ds(h, 1)] + weight
         if plan.erases:
             # dB_j = beta_j U_j and d_beta_j = Y_j . U_j: where beta is not zero this needs no sum that cancels.
-            beta = scalar_row(plan, tokens, BETA, h)
-            direct = _row_sums(stash.y[h].astype(f32) * scratch.new[h], exact)
+            direct = _row_sums(stash.y[h].astype(f32) * scratch.solve[h], exact)
             d_beta = jnp.where(beta == 0.0, d_beta, direct / jnp.where(beta == 0.0, 1.0, beta))
-        d_scalars[pl.ds(h, 1)] = d_beta
-    for h in range(plan.heads):  # the state
+        _put(plan, d_scalars, BETA, h, d_beta)
+
+
+def _state_backward(
+    plan: Plan, tokens: Tokens, stash: Stash, d_state: Ref, d_scalars: Ref, scratch: BackwardScratch
+) -> None:
+    """Turns dS' into dS; what the decay of the whole tile gives to its gates."""
+    done, exact, f32 = stash.prepared, plan.exact, jnp.float32
+    for h in range(plan.heads):
         reads = [of_key(plan, tokens.q, h) if done.query_in is None else done.query_in[h]]
         if plan.erases:
             reads.append(-(erase_of(plan, tokens, h) if done.erase_in is None else done.erase_in[h]))
@@ -354,10 +364,10 @@ def _state_backward(plan: Plan, tokens: Tokens, stash: Stash, d_state: Ref, d_sc
         if plan.gate == "head":
             whole = scalar_row(plan, tokens, START, h)[:, TILE - 1 :]
             total = jnp.sum(old * d_new, keepdims=True) * whole
-            put(WHOLE, h, jnp.where(lanes(1, TILE) == 0, total, 0.0))
+            _put(plan, d_scalars, WHOLE, h, jnp.where(lanes(1, TILE) == 0, total, 0.0))
             d_state[h] = d_new * whole
         elif plan.gate == "channel":
-            scratch.whole[h] = done.whole[h] * _row_sums(old * d_new, exact)
+            scratch.d_whole[h] = done.whole[h] * _row_sums(old * d_new, exact)
             d_state[h] = d_new * column(transposed(done.whole[h]), 0, plan.value)
     for h in range(plan.heads):
         d_reads = reads_of(plan, scratch.d_o, scratch.d_b, h)

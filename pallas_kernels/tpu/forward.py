@@ -1,4 +1,22 @@
-"""The forward kernel: states stay in VMEM while the tiles of all tokens pass."""
+"""The forward: states stay in VMEM while the tiles of all tokens pass.
+
+The kernel's grid is (batch, programs, groups): a step handles `plan.heads` value heads of a group of `plan.group` tiles, and
+groups run one after another. What the backward kernel has in common with it, the blocks of a grid step, is here too.
+
+With the symbols of `delta_jax.ops.chunkwise`, b = beta and G, Z the sums of the gates up to and after a token, of one tile:
+
+    A_ij = sum_d e_i k_j exp(G_i - G_j)   (i > j)        P_ij = sum_d q_i k_j exp(G_i - G_j)   (i >= j)
+    B = V - (exp(G) E) S                                 what the state does not know yet
+    (I + A diag(b)) Y = B                                what is left of it once the earlier writes are known
+    O = scale ((exp(G) Q) S + P diag(b) Y)
+    S' = exp(G_128) S + ((exp(Z) K)^T diag(b)) Y
+
+b scales columns only, so it is never needed as a column: a token's scalars lie on the lanes, where they are cheap. The first
+half of Y is solved before the second, with the inverses of the two diagonal blocks of 64.
+
+Every stage runs over all heads before the next one starts: the heads are independent, and a stage of eight hides the
+latency of one. What passes between stages lies in VMEM (`pallas_kernels.tpu.tile` has the shapes).
+"""
 
 import math
 from collections.abc import Callable
@@ -10,20 +28,27 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu import inverse, scores
+from pallas_kernels.tpu.forward_channel import channel_scores
 from pallas_kernels.tpu.plan import Plan, vmem_bytes
-from pallas_kernels.tpu.products import TILE
+from pallas_kernels.tpu.products import TILE, column, float32_product, lanes, product, rows, split, transposed
 from pallas_kernels.tpu.tile import (
+    BETA,
+    END,
+    GATE,
     HALF,
     Prepared,
     Ref,
-    Temporary,
+    TileScratch,
     Tokens,
-    carry,
-    invert,
+    erase_of,
+    of_head,
+    of_key,
     operand,
-    prepare,
     prepared_shapes,
-    temporary_shapes,
+    scalar_row,
+    start_columns,
+    tile_scratch_shapes,
 )
 
 
@@ -34,16 +59,19 @@ class Kept(NamedTuple):
     inverses: Ref  # `Prepared.x` of every tile, float32 [batch, heads, tiles, 64, 128]
 
 
-class Scratch(NamedTuple):
+class ForwardScratch(NamedTuple):
     prepared: Prepared
-    temporary: Temporary
-    new: Ref
-    y: Ref
-    reads: Ref
+    tile: TileScratch
+    solve: Ref  # B, and solved in place Y, float32 [heads, 128, value]
+    y: Ref  # Y as an operand, likewise
+    reads: Ref  # (exp(G) Q) S, float32 likewise
 
 
 def tokens_specs(plan: Plan, time: Callable[[Array], Array] = lambda t: t) -> Tokens:
-    """The blocks of the inputs of a grid step; `time` maps the last grid index to a group of tiles."""
+    """The blocks of the inputs of a grid step, `[1, group * 128, heads * size]`; of scalars `[1, 1, group, rows, 128]`.
+
+    `time` maps the last grid index to a group of tiles.
+    """
 
     def tokens(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, plan.group * TILE, width), lambda b, h, t: (b, time(t), h))
@@ -116,10 +144,10 @@ def kept_bytes(plan: Plan) -> int:
     return 4 * plan.heads * (plan.key * plan.value + plan.group * HALF * TILE * plan.erases)
 
 
-def _scratch_shapes(plan: Plan) -> Scratch:
+def _scratch_shapes(plan: Plan) -> ForwardScratch:
     wide = pltpu.VMEM((plan.heads, TILE, plan.value), jnp.float32)
     y = pltpu.VMEM(wide.shape, operand(plan))
-    return Scratch(prepared_shapes(plan), temporary_shapes(plan, inverts=plan.erases), wide, y, wide)
+    return ForwardScratch(prepared_shapes(plan), tile_scratch_shapes(plan, inverts=plan.erases), wide, y, wide)
 
 
 def forward_bytes(plan: Plan) -> int:
@@ -137,7 +165,7 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
     heads = plan.programs * plan.heads
     square = (heads, plan.key, plan.value)
 
-    def body(tokens: Tokens, first: Ref, out: Ref, state: Ref, kept: Kept | None, scratch: Scratch) -> None:
+    def body(tokens: Tokens, first: Ref, out: Ref, state: Ref, kept: Kept | None, scratch: ForwardScratch) -> None:
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             state[0] = jnp.zeros(state.shape[1:], state.dtype) if first is None else first[0]
@@ -151,11 +179,11 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
             done = here.prepared
             if kept is not None and plan.erases:
                 done = done._replace(x=kept.inverses.at[0, :, index])
-            prepare(plan, tile, done, here.temporary)
+            prepare(plan, tile, done, here.tile)
             if plan.erases:
-                invert(plan, tile, done, here.temporary)
+                invert(plan, tile, done, here.tile)
             tile_out = out.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            carry(plan, tile, done, state.at[0], here.new, here.y, here.reads, tile_out)
+            carry(plan, tile, done, state.at[0], here.solve, here.y, here.reads, tile_out)
 
     time = plan.tiles * TILE
     f32 = jnp.float32
@@ -167,11 +195,7 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
         body,
         grid=(plan.batch, plan.programs, plan.groups),
         in_specs=[tokens_specs(plan), None if initial_state is None else state_spec(plan)],
-        out_specs=[
-            tokens_specs(plan).v,
-            state_spec(plan),
-            kept_specs(plan) if keep else None,
-        ],
+        out_specs=[tokens_specs(plan).v, state_spec(plan), kept_specs(plan) if keep else None],
         out_shape=[
             jax.ShapeDtypeStruct((plan.batch, time, heads * plan.value), tokens.v.dtype),
             jax.ShapeDtypeStruct((plan.batch, *square), f32),
@@ -183,3 +207,128 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
         ),
         name="delta_rule_forward",
     )(tokens, initial_state)
+
+
+def prepare(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> Array | None:
+    """Fills `done` for one tile, but for the inverses; returns whether the tile is steep, with a gate per channel."""
+    if plan.gate == "channel":
+        return channel_scores(plan, tokens, done, scratch)
+    _head_scores(plan, tokens, done)
+    return None
+
+
+def _head_scores(plan: Plan, tokens: Tokens, done: Prepared) -> None:
+    lower = rows(TILE, TILE) >= lanes(TILE, TILE)
+    if done.decay is not None:
+        columns = start_columns(plan, tokens)
+        for h in range(plan.heads):
+            done.start[h] = column(columns, h, TILE)
+            done.decay[h] = scores.pair_decay(scalar_row(plan, tokens, GATE, h), plan.exact)
+
+    def decayed(raw: Array, h: int) -> Array:
+        return jnp.where(lower, raw, 0.0) if done.decay is None else raw * done.decay[h]
+
+    for j in range(plan.key_heads):
+        heads = range(j * plan.per_key, (j + 1) * plan.per_key)
+        reads = [of_head(tokens.q, j, plan.key)]
+        if plan.erases:
+            own = heads if plan.erase_heads == plan.heads else heads[:1]
+            reads += [erase_of(plan, tokens, h) for h in own]
+        raw = product(jnp.concatenate(reads, 0), of_head(tokens.k, j, plan.key), plan.exact, transpose_b=True)
+        for n, h in enumerate(heads):
+            if plan.erases:
+                place = TILE * (1 + min(n, len(reads) - 2))
+                done.a[h] = decayed(raw[place : place + TILE], h)
+            done.p[h] = decayed(raw[:TILE], h)
+    for j in range(plan.key_heads):
+        k = transposed(of_head(tokens.k, j, plan.key)).astype(jnp.float32)
+        for h in range(j * plan.per_key, (j + 1) * plan.per_key):
+            scale = scalar_row(plan, tokens, BETA, h)
+            if plan.gate == "head":
+                scale = scale * scalar_row(plan, tokens, END, h)
+            done.keys[h] = (k * scale).astype(done.keys.dtype)
+
+
+def invert(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> None:
+    """Fills `done.x`, from `done.a`."""
+
+    def blocks(h: int, size: int, period: int, offset: int) -> Array:
+        """The blocks at rows n * period + offset and the lanes of n, side by side, times beta."""
+        lane, result = lanes(size, TILE) // period, done.a[h, offset : offset + size]
+        for n in range(1, TILE // period):
+            result = jnp.where(lane == n, done.a[h, n * period + offset : n * period + offset + size], result)
+        return result * scalar_row(plan, tokens, BETA, h)
+
+    for h in range(plan.heads):
+        inverse.base_columns(blocks(h, 16, 16, 0), scratch.lower_columns.at[h], scratch.upper_columns.at[h])
+    for h in range(plan.heads):
+        top, bottom = inverse.invert_base(scratch.lower_columns.at[h], scratch.upper_columns.at[h])
+        scratch.inverse_16[h, :8], scratch.inverse_16[h, 8:] = top, bottom
+    pairs = [(h, min(h + 1, plan.heads - 1)) for h in range(0, plan.heads, 2)]
+    for size, source, merged in ((16, scratch.inverse_16, scratch.inverse_32), (32, scratch.inverse_32, done.x)):
+        for n, (first, second) in enumerate(pairs):
+            corners = [blocks(h, size, 2 * size, size) for h in (first, second)]
+            right = inverse.merge_right(source[first], source[second], corners[0], corners[1], plan.exact)
+            scratch.crossing[n, :size] = right
+        for n, (first, second) in enumerate(pairs):
+            right = scratch.crossing[n, :size]
+            merged[first], merged[second] = inverse.merge_left(source[first], source[second], right, plan.exact)
+
+
+def solve_product(plan: Plan, a: Array, b: Array) -> Array:
+    """A product of the triangular solve, float32 whatever the inputs: with eigenvalues below zero its sums cancel."""
+    return float32_product(a, (b,) if plan.exact else split(b))
+
+
+def carry(plan: Plan, tokens: Tokens, done: Prepared, state: Ref, solve: Ref, y: Ref, reads: Ref, out: Ref) -> None:
+    """Carries the states of all heads, float32 `[heads, key, value]`, through one tile and leaves Y in `y`.
+
+    `solve` (float32) and `y` are `[heads, 128, value]`: B is solved in place. With `out`, `[128, heads * value]`, the tile's
+    outputs are written too; what they read from the state passes through `reads`, which is as `solve`.
+    """
+    columns = start_columns(plan, tokens) if plan.gate == "head" else None
+    value = plan.value
+
+    def decayed(known: Array, h: int) -> Array:
+        """What a state read gives once the state has decayed up to each token."""
+        if done.start is None:
+            return known
+        return known * jnp.concatenate([done.start[h]] * -(-value // TILE), 1)[:, :value]
+
+    for h in range(plan.heads):
+        old = state[h].astype(operand(plan))
+        read = []
+        if plan.erases:
+            read.append(erase_of(plan, tokens, h) if done.erase_in is None else done.erase_in[h])
+        if out is not None:
+            q = of_key(plan, tokens.q, h)
+            read.append(q if done.query_in is None else done.query_in[h])
+        if read:
+            known = product(jnp.concatenate(read, 0), old, plan.exact)
+        if plan.erases:
+            solve[h] = of_head(tokens.v, h, value).astype(jnp.float32) - decayed(known[:TILE], h)
+        else:
+            y[h] = of_head(tokens.v, h, value).astype(y.dtype)
+        if out is not None:
+            reads[h] = decayed(known[-TILE:], h)
+    if plan.erases:
+        for h in range(plan.heads):
+            solve[h, :HALF] = solve_product(plan, done.x[h][:, :HALF], solve[h, :HALF])
+        for h in range(plan.heads):
+            corner = (done.a[h, HALF:] * scalar_row(plan, tokens, BETA, h))[:, :HALF]
+            solve[h, HALF:] = solve[h, HALF:] - solve_product(plan, corner, solve[h, :HALF])
+        for h in range(plan.heads):
+            solve[h, HALF:] = solve_product(plan, done.x[h][:, HALF:], solve[h, HALF:])
+        for h in range(plan.heads):
+            y[h] = solve[h].astype(y.dtype)
+    for h in range(plan.heads):
+        if out is not None:
+            weights = (done.p[h] * scalar_row(plan, tokens, BETA, h)).astype(y.dtype)
+            o = (reads[h] + product(weights, y[h], plan.exact)) * plan.scale
+            out[:, h * value : (h + 1) * value] = o.astype(out.dtype)
+        old = state[h]
+        if columns is not None:
+            old = old * jnp.broadcast_to(columns[TILE - 1 :, h : h + 1], (1, value))
+        elif done.whole is not None:
+            old = old * column(transposed(done.whole[h]), 0, value)
+        state[h] = old + product(done.keys[h], y[h], plan.exact)

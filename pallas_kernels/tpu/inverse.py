@@ -1,4 +1,4 @@
-"""The inverse of unit lower-triangular matrices in float32, from blocks of 16 upwards, safe on repeated keys.
+"""The inverse of unit lower-triangular matrices in float32, from blocks of 16 to blocks of 64, safe on repeated keys.
 
 The eight diagonal blocks of 16 of a tile of 128 tokens lie on lanes of their own, so they are one array `[16, 128]`, and
 substitution on the vector unit inverts them together:
@@ -19,32 +19,37 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.products import TILE, float32_product, lanes, rows, split
 
 BASE = 16
+LOWER_COLUMNS, UPPER_COLUMNS = (
+    15,
+    7,
+)  # the columns that have something below the diagonal in rows 8 to 15, and in 0 to 7
 
 
-def base_columns(a: Array, columns: Array) -> None:
+def base_columns(a: Array, lower: Array, upper: Array) -> None:
     """Column j of every block of `a`, `[16, 128]`, repeated over the block's lanes: what substitution multiplies with.
 
-    What is not below a diagonal is not read. `columns` gets the lower halves of columns 0 ... 14 and the upper of 0 ... 6.
+    What is not below a diagonal is not read. `lower` `[15, 8, 128]` gets rows 8 to 15 of columns 0 to 14, `upper`
+    `[7, 8, 128]` rows 0 to 7 of columns 0 to 6.
     """
     row, lane = rows(BASE, TILE), lanes(BASE, TILE)
     a = jnp.where(lane % BASE < row, a, 0.0)
     block = lane[:8] // BASE * BASE
-    for j in range(BASE - 1):
-        columns[j] = jnp.take_along_axis(a[8:], block + j, axis=1)
-        if j < 7:
-            columns[BASE + j] = jnp.take_along_axis(a[:8], block + j, axis=1)
+    for j in range(LOWER_COLUMNS):
+        lower[j] = jnp.take_along_axis(a[8:], block + j, axis=1)
+        if j < UPPER_COLUMNS:
+            upper[j] = jnp.take_along_axis(a[:8], block + j, axis=1)
 
 
-def invert_base(columns: Array) -> tuple[Array, Array]:
-    """Inverses of I + a for the blocks of `base_columns`, side by side, as two halves of 8 rows."""
+def invert_base(lower: Array, upper: Array) -> tuple[Array, Array]:
+    """Inverses of I + a for the blocks of `base_columns`, side by side, as rows 0 to 7 and 8 to 15, `[8, 128]` each."""
     row, lane = rows(BASE, TILE), lanes(BASE, TILE)
     x = jnp.where(lane % BASE == row, 1.0, 0.0).astype(jnp.float32)
     top, bottom = x[:8], x[8:]
-    for j in range(BASE - 1):
+    for j in range(LOWER_COLUMNS):
         solved = (top if j < 8 else bottom)[j % 8 : j % 8 + 1]
-        if j < 7:
-            top = top - columns[BASE + j] * solved
-        bottom = bottom - columns[j] * solved
+        if j < UPPER_COLUMNS:
+            top = top - upper[j] * solved
+        bottom = bottom - lower[j] * solved
     return top, bottom
 
 

@@ -22,8 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.products import TILE, lanes, product, rows, split
 
-BLOCKS = (1, 2, 4, 8, 16, 32, 64)
 NEAR = 16  # tokens that are one product where gates are gentle
+NEAR_BLOCKS, FAR_BLOCKS = (1, 2, 4, 8), (16, 32, 64)  # the levels inside that many tokens, and those beyond
+BLOCKS = NEAR_BLOCKS + FAR_BLOCKS
 
 
 def steep(sums: Sequence[Array], exact: bool) -> Array:

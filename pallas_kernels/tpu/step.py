@@ -28,35 +28,35 @@ def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
     counts = head_counts(heads, heads, key, value)
     here = max((n for n in counts if n <= MAX_HEADS), default=counts[0])
     f32 = jnp.float32
-    rows = [scale * q.astype(f32), k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)]
+    write = k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)
+    rows = {"query": scale * q.astype(f32), "write": write}
     if erase is not None:
-        rows.append(erase.astype(f32))
-    decay, per_channel = None, False
+        rows["erase"] = erase.astype(f32)
+    decay = None
     if g is not None and g.ndim == 3:
-        per_channel = True
-        rows.append(jnp.exp(g.astype(f32)))
+        rows["decay"] = jnp.exp(g.astype(f32))
     elif g is not None:
         decay = jnp.broadcast_to(jnp.exp(g.astype(f32))[..., None], (batch, heads, TILE))
 
     def body(state: Array, keys: Array, v: Array, decay: Array | None, out: Array, new: Array) -> None:
         columns = transposed(keys[0, 0])
         for h in range(here):
-            wide = [column(columns, kind * here + h, TILE) for kind in range(len(rows))]
+            wide = {kind: column(columns, n * here + h, TILE) for n, kind in enumerate(rows)}
             for start in range(0, value, TILE):
                 width = min(TILE, value - start)
                 part = pl.ds(start, width)
-                q, write, *others = (x[:, :width] for x in wide)
+                key_of = {kind: x[:, :width] for kind, x in wide.items()}
                 now = state[0, h, :, part]
-                if per_channel:
-                    now = others[-1] * now
+                if "decay" in rows:
+                    now = key_of["decay"] * now
                 elif decay is not None:
                     now = decay[0, 0, h : h + 1, :width] * now
                 error = v[0, 0, h : h + 1, part]
                 if erase is not None:
-                    error = error - jnp.sum(others[0] * now, 0, keepdims=True)
-                now = now + write * error
+                    error = error - jnp.sum(key_of["erase"] * now, 0, keepdims=True)
+                now = now + key_of["write"] * error
                 new[0, h, :, part] = now
-                out[0, 0, h : h + 1, part] = jnp.sum(q * now, 0, keepdims=True)
+                out[0, 0, h : h + 1, part] = jnp.sum(key_of["query"] * now, 0, keepdims=True)
 
     def heads_of(width: int, count: int = 1) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, count * here, width), lambda b, h: (b, h, 0, 0))
@@ -81,7 +81,7 @@ def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
         name="delta_rule_step",
     )(
         state.astype(f32),
-        jnp.concatenate([cut(x) for x in rows], 2),
+        jnp.concatenate([cut(x) for x in rows.values()], 2),
         cut(v.astype(f32)),
         None if decay is None else cut(decay),
     )
