@@ -35,6 +35,10 @@ class MixerSpec:
     Attributes:
         mixer: a key of `delta_jax.layers.MIXERS`, or "package.module:Class" for a mixer from outside.
         options: keyword arguments of that layer as (name, value) pairs; some the model itself sets.
+
+    Examples:
+        >>> MixerSpec(mixer="gated_delta_net", options=(("num_heads", 2), ("expand_v", 2.0))).mixer
+        'gated_delta_net'
     """
 
     mixer: str
@@ -87,6 +91,11 @@ class PlacedMixer(MixerSpec):
 
     Attributes:
         layers: their places in the stack, the first is 0.
+
+    Examples:
+        >>> attention = PlacedMixer(mixer="attention", options=(("num_heads", 2),), layers=(3, 7))
+        >>> attention.layers
+        (3, 7)
     """
 
     layers: tuple[int, ...]
@@ -124,6 +133,11 @@ class ExpertsConfig:
         use_shared_gate: whether every token gates the shared expert.
         balance_rate: by how much a training step moves the bias of an expert that got more or fewer tokens than the
             mean. All tokens of the batch count, padding too.
+
+    Examples:
+        >>> experts = ExpertsConfig(size=8, number=4, per_token=2, shared_size=8)
+        >>> experts.router
+        'sigmoid'
     """
 
     size: int
@@ -169,6 +183,12 @@ class ModelConfig:
             products with weights; "block", everything but the input of every block.
         dtype: of the computation. Norms, decays, states and logits are float32 regardless.
         param_dtype: of the parameters.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=2, pattern=(mixer,))
+        >>> config.mlp_size is None, config.dtype
+        (True, 'bfloat16')
     """
 
     vocab_size: int

@@ -24,6 +24,13 @@ class TrainState:
         step: optimizer steps done.
         parameters: nested dictionary of float32 arrays.
         optimizer: the optax state.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), mlp_size=0)
+        >>> state = abstract_state(config, optax.sgd(0.1), make_mesh(MeshConfig(), jax.devices()[:1]))
+        >>> isinstance(state, TrainState), sorted(state.parameters)
+        (True, ['blocks', 'embed', 'final_norm', 'lm_head'])
     """
 
     step: Int[Array, ""]
@@ -61,6 +68,13 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
     Raises:
         ValueError: a parameter has no partition rule or does not divide over the mesh, or the optimizer is Muon without
             ``muon_dimension_numbers``.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), mlp_size=0)
+        >>> state = abstract_state(config, optax.sgd(0.1), make_mesh(MeshConfig(), jax.devices()[:1]))
+        >>> state.parameters["embed"]["embedding"].shape  # nothing is allocated
+        (11, 8)
     """
     _, parameters = abstract_model(config)
     shardings = parameter_shardings(parameters, mesh, config.parameter_rules)
@@ -99,6 +113,13 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
 
     Returns:
         The state at step 0.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), mlp_size=0)
+        >>> state = initial_state(config, optax.sgd(0.1), make_mesh(MeshConfig(), jax.devices()[:1]), seed=0)
+        >>> int(state.step), state.parameters["embed"]["embedding"].shape
+        (0, (11, 8))
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 

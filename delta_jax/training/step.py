@@ -59,6 +59,16 @@ def make_train_step(
     Returns:
         The step. Its metrics are float32: loss (nats per token), gradient_norm (before clipping),
         learning_rate and tokens (those in the batch that count).
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), mlp_size=0)
+        >>> mesh, row = make_mesh(MeshConfig(), jax.devices()[:1]), np.ones((1, 2, 3), np.int32)
+        >>> step = make_train_step(config, optax.sgd(0.1), lambda step: jnp.float32(0.1), mesh)
+        >>> batch = {"inputs": row, "targets": row, "segment_ids": row, "mask": row.astype(np.float32)}
+        >>> state, metrics = step(initial_state(config, optax.sgd(0.1), mesh, seed=0), shard_batch(batch, mesh))
+        >>> int(state.step), float(metrics["tokens"])
+        (1, 6.0)
     """
     structure, _ = abstract_model(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
@@ -103,7 +113,18 @@ def make_train_step(
 
 
 def make_evaluation_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """Build ``(parameters, batch) -> (nats, tokens)``: sums over a batch of arrays [1, batch, time]."""
+    """Build ``(parameters, batch) -> (nats, tokens)``: sums over a batch of arrays [1, batch, time].
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), mlp_size=0)
+        >>> mesh, row = make_mesh(MeshConfig(), jax.devices()[:1]), np.ones((1, 2, 3), np.int32)
+        >>> parameters = initial_state(config, optax.sgd(0.1), mesh, seed=0).parameters
+        >>> batch = {"inputs": row, "targets": row, "segment_ids": row, "mask": row.astype(np.float32)}
+        >>> nats, tokens = make_evaluation_step(config, mesh)(parameters, shard_batch(batch, mesh))
+        >>> float(tokens)
+        6.0
+    """
     structure, _ = abstract_model(config)
 
     @_on(mesh)
