@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import optax
 import pytest
 from flax import nnx
 
+DOCS = Path(__file__).parents[1] / "docs"
 PACKAGES = [
     "delta_jax",
     "delta_jax.data",
@@ -66,3 +68,30 @@ def test_examples_of_docstrings(package: str, tmp_path: Path, monkeypatch: pytes
         runner.run(test, out=said.append)
     assert runner.failures == 0, "".join(said)
     assert runner.tries > 0
+
+
+PAGES = sorted(
+    page.relative_to(DOCS).as_posix()
+    for page in DOCS.rglob("*.md")
+    if "```python\n" in page.read_text() and page.parent.name != "reference"
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_pages(page: str) -> None:
+    """The blocks of a page go on from one another; what they claim they assert themselves."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"{page}, block {number}", "exec"), scope)
+
+
+def test_the_site_has_every_page_and_every_package() -> None:
+    """`mkdocs build --strict` itself is `make docs`; here it is enough that nothing public is without a page."""
+    reference = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    described = set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE))
+    assert described == set(PACKAGES) - {"delta_jax"}  # whose names are those of delta_jax.ops
+    assert set(importlib.import_module("delta_jax").__all__) - {"__version__"} <= set(
+        importlib.import_module("delta_jax.ops").__all__
+    )
