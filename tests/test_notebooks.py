@@ -14,7 +14,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 LAYER = "WIDTH, HEADS, BATCH, LENGTH, STEPS, VOCABULARY = 16, 2, 8, 12, 3, 8"
-TRACKING = "STEPS, BATCH, TRAINED, TESTED, WIDTH, SEQUENCES = 3, 4, 12, 20, 8, 8"
+TRACKING = "STEPS, BATCH, TRAINED, TESTED, WIDTH, SEQUENCES = 30, 8, 12, 20, 8, 8"
 
 
 def run(name: str, sizes: str | None) -> tuple[dict[str, Any], str]:
@@ -64,4 +64,5 @@ def test_a_layer_in_a_model_of_ones_own() -> None:
 def test_state_tracking() -> None:
     scope, said = run("state_tracking", TRACKING)
     assert {values.shape for values in scope["accuracy"].values()} == {(20,)}
-    assert said.count("loss 0.") == 2
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) ", said)]
+    assert len(losses) == 2 and max(losses) < 0.9  # of three tokens one is never the answer, which is learnt at once
