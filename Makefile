@@ -5,13 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14 python; do \
 RUN := .venv/bin/python
 # libtpu, which compiles the kernels ahead of time in the tests, is made for Linux on x86-64 alone.
 COMMA := ,
-EXTRAS := dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(COMMA)tpu)
+EXTRAS := dev,docs$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(COMMA)tpu)
 # Where there is no accelerator, libtpu would look for one at every start and complain at length.
 ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: demo test test-slow test-oldest lint format peers bench-cpu bench-gpu check-gpu tpu-schedule accuracy clean
+.PHONY: demo test test-slow test-oldest lint format docs peers bench-cpu bench-gpu check-gpu tpu-schedule accuracy clean
 
 demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per byte and a sample
 	$(RUN) -m experiments.demo
@@ -33,6 +33,9 @@ lint: .venv/installed  ## formatting, linting, types
 format: .venv/installed
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
+
+docs: .venv/installed  ## the documentation's site, in build/site; needs no network
+	PATH="$(CURDIR)/.venv/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 peers: .venv/installed  ## the libraries the CPU benchmark compares with, each in an environment of its own
 	benchmarks/peers/setup.sh $(RUN)

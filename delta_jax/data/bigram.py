@@ -33,6 +33,11 @@ def bigram_bits_per_byte(config: DataConfig, *, training_bytes: int = 100_000_00
 
     Raises:
         ValueError: the corpus cannot be read, or there is no document on a side.
+
+    Examples:
+        >>> import json
+        >>> 2.0 < bigram_bits_per_byte(DataConfig(path=json.__path__[0] + "/*.py")) < 8.0
+        True
     """
     corpus = SplitCorpus(config)
     corpus.require("training")

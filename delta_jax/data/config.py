@@ -29,6 +29,10 @@ class DataConfig:
             document do not follow each other; 1 keeps the packing order. The window lives in memory.
         on_error: what a document that cannot be read does, or a file: "stop" raises a `DataError`, "skip" leaves
             it out and counts it. Documents without a character are left out in any case.
+
+    Examples:
+        >>> DataConfig(path="corpus/*.jsonl", text_field="body", validation_fraction=0.1).tokenizer
+        'bytes'
     """
 
     path: str = "stdlib"

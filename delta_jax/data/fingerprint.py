@@ -44,6 +44,14 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
     Raises:
         DataError: as `load_documents`.
         ValueError: there is no such tokenizer.
+
+    Examples:
+        >>> import json
+        >>> config = DataConfig(path=json.__path__[0] + "/*.py")
+        >>> fingerprint(config) == fingerprint(config)
+        True
+        >>> fingerprint(config)["tokenizer"]
+        'bytes'
     """
     documents = load_documents(config)
     files = documents.files
@@ -67,6 +75,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     Args:
         old: the fingerprint of before.
         new: that of now.
+
+    Examples:
+        >>> old = {"documents": 3, "files": 3, "bytes": 9, "names": "a", "sizes": "b", "content": "c", "tokenizer": "bytes"}
+        >>> differences(old, old)
+        []
+        >>> len(differences(old, {**old, "documents": 4}))
+        1
     """
     found = []
     for key, words in _WORDS.items():

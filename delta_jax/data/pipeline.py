@@ -53,6 +53,15 @@ def train_batches(
     Raises:
         ValueError: an impossible size, a corpus or tokenizer that cannot be read, no document to train on. A fault of
             a document raises a `DataError` when the stream comes to it, and again at every further call.
+
+    Examples:
+        >>> import json
+        >>> config = DataConfig(path=json.__path__[0] + "/*.py", shuffle_rows=8)
+        >>> batches = train_batches(config, batch_size=2, sequence_length=16)
+        >>> batch = next(batches)
+        >>> bool((batch["inputs"][:, 1:] == batch["targets"][:, :-1]).all())
+        True
+        >>> batches.close()
     """
     _check_sizes(batch_size, sequence_length)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -97,6 +106,13 @@ def validation_batches(
 
     Raises:
         ValueError: as `train_batches`.
+
+    Examples:
+        >>> import json
+        >>> config = DataConfig(path=json.__path__[0] + "/*.py")
+        >>> batches = list(validation_batches(config, batch_size=2, sequence_length=512))
+        >>> sum(int(batch["bytes"].sum()) for batch in batches) == validation_bytes(config)
+        True
     """
     _check_sizes(batch_size, sequence_length)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -116,6 +132,13 @@ def validation_bytes(config: DataConfig) -> int:
 
     The document id that closes each document is among the targets and adds to the nats, and it stands for no byte
     but those at the end of the document that no token stands for.
+
+    Examples:
+        >>> import json
+        >>> config = DataConfig(path=json.__path__[0] + "/*.py")
+        >>> training, validation = split(config)
+        >>> validation_bytes(config) == sum(len(text.encode()) for text in validation)
+        True
     """
     return sum(len(text.encode()) for _, text in SplitCorpus(config).texts("validation"))
 
@@ -128,6 +151,12 @@ def split(config: DataConfig) -> tuple[grain.MapDataset[str], grain.MapDataset[s
 
     Raises:
         ValueError: the corpus cannot be read, or there is no document on a side.
+
+    Examples:
+        >>> import json
+        >>> training, validation = split(DataConfig(path=json.__path__[0] + "/*.py"))
+        >>> set(training).isdisjoint(validation)
+        True
     """
     corpus = SplitCorpus(config)
     corpus.require("training")
@@ -220,6 +249,14 @@ class TrainBatches(grain.experimental.ThreadPrefetchDatasetIterator):
 
     Attributes:
         skipped: kind of fault -> documents left out so far, each counted once; part of the state.
+
+    Examples:
+        >>> import json
+        >>> config = DataConfig(path=json.__path__[0] + "/*.py", shuffle_rows=8)
+        >>> batches = train_batches(config, batch_size=2, sequence_length=16)
+        >>> isinstance(batches, TrainBatches), next(batches)["inputs"].shape
+        (True, (2, 16))
+        >>> batches.close()
     """
 
     def __init__(self, batches: grain.DatasetIterator[Batch], skipped: dict[str, int]) -> None:

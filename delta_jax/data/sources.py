@@ -65,6 +65,12 @@ def load_documents(config: DataConfig) -> Documents:
         DataError: nothing lies at `path`, its format cannot be told or it holds no document; unless bad documents are
             skipped, also if a file cannot be opened or the first document not be read. Later documents are checked
             when they are read.
+
+    Examples:
+        >>> import json
+        >>> documents = load_documents(DataConfig(path=json.__path__[0] + "/*.py"))
+        >>> any("class JSONDecoder" in documents[number] for number in range(len(documents)))
+        True
     """
     documents: Documents
     if config.path == EMBEDDED:

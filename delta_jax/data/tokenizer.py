@@ -64,7 +64,15 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """The 256 byte values and the document id 256."""
+    """The 256 byte values and the document id 256.
+
+    Examples:
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("delta").tolist()
+        [100, 101, 108, 116, 97]
+        >>> tokenizer.decode([100, 101, 108, 116, 97])
+        'delta'
+    """
 
     vocab_size = 257
     document_id = 256
@@ -93,6 +101,14 @@ class JsonTokenizer:
 
     Nothing in a text becomes a special token, and no text is cut off: truncation and padding, which a tokenizer.json
     may ask for, are off.
+
+    Examples:
+        >>> from tokenizers import Tokenizer, models
+        >>> tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "delta": 1}, unk_token="<unk>"))
+        >>> _ = tokenizer.add_special_tokens(["<|endoftext|>"])
+        >>> tokenizer.save("tokenizer.json")
+        >>> JsonTokenizer("tokenizer.json").document_id
+        2
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -151,6 +167,10 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises:
         ValueError: no such file, not a tokenizer.json, or no special token that can separate documents.
+
+    Examples:
+        >>> load_tokenizer("bytes").vocab_size
+        257
     """
     return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
 

@@ -28,6 +28,11 @@ class EvaluationResult:
         perplexity: exp(loss), per token.
         tokens: targets that counted.
         bytes: bytes of text that the targets stand for.
+
+    Examples:
+        >>> result = EvaluationResult(loss=1.0, bits_per_byte=1.44, perplexity=2.72, tokens=10, bytes=10)
+        >>> result.perplexity
+        2.72
     """
 
     loss: float
@@ -57,6 +62,13 @@ def evaluate(
 
     Raises:
         ValueError: no target counted, bytes is not positive, or batches without "bytes" and nothing in its place.
+
+    Examples:
+        >>> row = np.ones((1, 3), np.int32)
+        >>> batch = {"inputs": row, "targets": row, "segment_ids": row, "mask": row.astype(np.float32), "bytes": row}
+        >>> result = evaluate(lambda tokens, segment_ids: jnp.zeros((*tokens.shape, 4)), [batch])
+        >>> round(result.bits_per_byte, 3), result.tokens  # a guess among four
+        (2.0, 3)
     """
     measurement = Measurement(bytes=bytes)
     # A function becomes a pytree without leaves, as a module is one with leaves: one jitted sum serves both,

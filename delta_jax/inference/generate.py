@@ -54,6 +54,14 @@ def generate(
 
     Raises:
         ValueError: a prompt is empty or holds an id outside the vocabulary, or an option is impossible.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
+        >>> model = LanguageModel(config, rngs=nnx.Rngs(0))
+        >>> new = generate(model, [[1, 2, 3], [4]], max_new_tokens=2)
+        >>> [len(tokens) for tokens in new]
+        [2, 2]
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     vocab_size = model.config.vocab_size

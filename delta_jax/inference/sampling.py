@@ -41,6 +41,10 @@ class Sampling:
 
     Raises:
         ValueError: one is out of its range, or there is a choice among tokens at temperature 0.
+
+    Examples:
+        >>> Sampling(temperature=0.8, top_p=0.95)
+        Sampling(temperature=0.8, top_k=None, top_p=0.95)
     """
 
     temperature: float = 0.0
@@ -68,7 +72,12 @@ class Sampling:
 
 
 def keep_top_k(logits: Float[Array, "*leading vocab"], k: int | Int[Array, ""]) -> Float[Array, "*leading vocab"]:
-    """Sets all but the k greatest logits to -inf; of equal ones the lower ids are kept first."""
+    """Sets all but the k greatest logits to -inf; of equal ones the lower ids are kept first.
+
+    Examples:
+        >>> keep_top_k(jnp.array([1.0, 3.0, 2.0]), 2).tolist()
+        [-inf, 3.0, 2.0]
+    """
     return jnp.where(_ranks(logits) < k, logits, -jnp.inf)
 
 
@@ -76,6 +85,10 @@ def keep_top_p(logits: Float[Array, "*leading vocab"], p: float | Float[Array, "
     """Sets to -inf all but the fewest likeliest tokens whose probabilities sum to at least p; 1 keeps every token.
 
     Source: Holtzman et al., "The curious case of neural text degeneration", 2019, section 3.1.
+
+    Examples:
+        >>> keep_top_p(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.7)[2].item()
+        -inf
     """
     ordered = -jnp.sort(-jax.nn.softmax(logits.astype(jnp.float32)), axis=-1)
     before = jnp.cumsum(ordered, axis=-1) - ordered
@@ -129,6 +142,14 @@ def sample(
 
     Raises:
         ValueError: keys are missing though the temperature is above 0.
+
+    Examples:
+        >>> logits = jnp.array([[0.0, 5.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> sample(logits, Sampling()).tolist()
+        [1, 0]
+        >>> keys = jax.random.split(jax.random.key(0), 2)  # one for each row
+        >>> sample(logits, Sampling(temperature=1.0, top_k=1), keys).tolist()
+        [1, 0]
     """
     if keys is None:
         if sampling.temperature > 0:

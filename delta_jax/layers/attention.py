@@ -55,6 +55,14 @@ class Attention(CachedAttention):
 
     Source: Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; the window: Beltagy et al., "Longformer",
     2020; the gate after Qiu et al., "Gated attention for large language models", 2025, as in Qwen3-Next.
+
+    Examples:
+        >>> layer = Attention(16, num_heads=2, num_kv_heads=1, window=3, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((2, 5, 16))
+        >>> layer(x).shape
+        (2, 5, 16)
+        >>> layer.init_cache(batch_size=2).entries[0].shape  # as many tokens as the window holds
+        (2, 3, 1, 8)
     """
 
     def __init__(

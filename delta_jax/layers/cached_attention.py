@@ -25,6 +25,12 @@ class AttentionCache(NamedTuple):
         entries: what is kept of a token, such as its key and value, each [B, slots, ...].
         position: [B] int32, tokens of the segment so far.
         segment_id: [B] int32, the segment that the last token belonged to; 0 where no ids were given.
+
+    Examples:
+        >>> layer = Attention(16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> cache = layer.init_cache(batch_size=2, length=7)
+        >>> [entry.shape for entry in cache.entries], cache.position.tolist()
+        ([(2, 7, 2, 8), (2, 7, 2, 8)], [0, 0])
     """
 
     entries: tuple[Float[Array, "batch slots *rest"], ...]
@@ -75,6 +81,10 @@ class CachedAttention(TokenMixer):
     Positions count from the beginning of a segment, and the cache holds tokens of the current segment only. With a
     window its size is the window's; without one it holds `length` tokens of a segment. A call that goes beyond is
     refused where that is known, outside `jit` and without segment ids; elsewhere its outputs beyond are NaN.
+
+    Examples:
+        >>> issubclass(Attention, CachedAttention) and issubclass(LatentAttention, CachedAttention)
+        True
     """
 
     window: int | None

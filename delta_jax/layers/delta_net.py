@@ -25,6 +25,15 @@ class DeltaNet(Mixer):
     Source: Yang, Wang, Zhang, Shen and Kim, "Parallelizing linear transformers with the delta rule over
     sequence length", 2024 (arXiv 2406.06484); beta in [0, 2] after Grazzi, Siems et al., 2024
     (arXiv 2411.12537).
+
+    Examples:
+        >>> layer = DeltaNet(16, num_heads=2, allow_negative_eigenvalues=True, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((2, 5, 16))
+        >>> layer(x).shape
+        (2, 5, 16)
+        >>> y, cache = layer(x, return_cache=True)  # decoding goes on from the cache
+        >>> cache.state.shape
+        (2, 2, 8, 8)
     """
 
     def __init__(

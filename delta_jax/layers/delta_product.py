@@ -31,6 +31,13 @@ class DeltaProduct(Mixer):
 
     Source: Siems, Carstensen, Zela, Hutter, Pontil and Grazzi, "DeltaProduct: improving state-tracking in linear RNNs
     via Householder products", 2025 (arXiv 2502.10297) section 3.
+
+    Examples:
+        >>> layer = DeltaProduct(16, num_householder=2, num_heads=2, head_dim=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
+        >>> layer.k_proj.kernel.shape  # two keys a token
+        (16, 32)
     """
 
     rule = Rule(delta_product, delta_product_step)
@@ -85,6 +92,11 @@ class GatedDeltaProduct(DeltaProduct):
     Arguments as in `DeltaProduct`; the decay is that of `GatedDeltaNet`.
 
     Source: arXiv 2502.10297 section 3, with the decay of arXiv 2412.06464.
+
+    Examples:
+        >>> layer = GatedDeltaProduct(16, num_householder=2, num_heads=2, head_dim=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     decays = True

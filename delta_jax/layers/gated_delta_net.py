@@ -26,6 +26,14 @@ class GatedDeltaNet(Mixer):
 
     Source: Yang, Kautz and Hatamizadeh, "Gated delta networks: improving Mamba2 with delta rule", 2024
     (arXiv 2412.06464); the decay after Dao and Gu, "Transformers are SSMs", 2024.
+
+    Examples:
+        >>> layer = GatedDeltaNet(16, num_heads=2, head_dim=8, expand_v=2.0, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((2, 5, 16))
+        >>> layer(x).shape
+        (2, 5, 16)
+        >>> layer.init_cache(batch_size=2).state.shape  # values are twice as wide as keys
+        (2, 2, 8, 16)
     """
 
     beta_bias: ClassVar[bool] = False

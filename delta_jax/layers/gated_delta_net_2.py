@@ -34,6 +34,11 @@ class GatedDeltaNet2(Mixer):
         options: the other options, see `MixerSettings`.
 
     Source: Hatamizadeh, Choi and Kautz, "Gated DeltaNet-2", 2026 (arXiv 2605.22791).
+
+    Examples:
+        >>> layer = GatedDeltaNet2(16, num_heads=2, head_dim=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     def __init__(

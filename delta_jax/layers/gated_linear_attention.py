@@ -36,6 +36,13 @@ class GatedLinearAttention(LinearAttention):
 
     Source: Yang, Wang, Shen, Panda and Kim, "Gated linear attention transformers with hardware-efficient training", 2023
     (arXiv 2312.06635) section 4.
+
+    Examples:
+        >>> layer = GatedLinearAttention(16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
+        >>> layer.init_cache(batch_size=2).state.shape  # keys of half the width
+        (2, 2, 4, 8)
     """
 
     def __init__(

@@ -22,6 +22,11 @@ class KaczmarzLinearAttention(GatedDeltaNet):
 
     Arguments as in `GatedDeltaNet`. Source: Zou, Ren and Liu, "Kaczmarz linear attention", 2026
     (arXiv 2605.08587).
+
+    Examples:
+        >>> layer = KaczmarzLinearAttention(16, num_heads=2, head_dim=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     beta_bias = True

@@ -37,6 +37,11 @@ class KimiDeltaAttention(Mixer):
 
     Source: Kimi Team, "Kimi Linear: an expressive, efficient attention architecture", 2025 (arXiv 2510.26692)
     equations 1 and 10; read its chunkwise gamma^{i->r} as gamma_r / gamma_i, the product as printed starts one too early.
+
+    Examples:
+        >>> layer = KimiDeltaAttention(16, num_heads=2, head_dim=8, gate_lower_bound=-5.0, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     def __init__(

@@ -47,6 +47,13 @@ class LatentAttention(CachedAttention):
 
     Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1; without positions: Kimi Team, "Kimi Linear", 2025
     (arXiv 2510.26692), section 3.
+
+    Examples:
+        >>> sizes = {"kv_lora_rank": 6, "qk_nope_head_dim": 8, "qk_rope_head_dim": 2, "v_head_dim": 8}
+        >>> layer = LatentAttention(16, num_heads=2, **sizes, rngs=nnx.Rngs(0))
+        >>> y, cache = layer(jnp.ones((2, 5, 16)), return_cache=True)
+        >>> y.shape, [entry.shape for entry in cache.entries]  # c and r of each token, for all heads
+        ((2, 5, 16), [(2, 5, 8)])
     """
 
     window = None

@@ -34,6 +34,11 @@ class LinearAttention(Mixer):
         options: the other options, see `MixerSettings`.
 
     Source: Katharopoulos, Vyas, Pappas and Fleuret, "Transformers are RNNs", 2020 (arXiv 2006.16236) section 3.
+
+    Examples:
+        >>> layer = LinearAttention(16, num_heads=2, feature_map="l2", rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     rule = Rule(linear_attention, linear_attention_step)
@@ -91,6 +96,11 @@ class RetNet(LinearAttention):
         options: the other options, see `MixerSettings`; no short convolution unless asked for.
 
     Source: Sun et al., "Retentive network", 2023 (arXiv 2307.08621) section 2.1.
+
+    Examples:
+        >>> layer = RetNet(16, num_heads=2, head_dim=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     rope_theta = 10000.0

@@ -36,6 +36,11 @@ class Mamba2(Mixer):
         options: the other options, see `MixerSettings`.
 
     Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv 2405.21060) section 7.
+
+    Examples:
+        >>> layer = Mamba2(16, num_heads=1, head_dim=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     rule = Rule(linear_attention, linear_attention_step)

@@ -44,6 +44,11 @@ class Mixer(TokenMixer):
         rule: the op, and one token of it.
         scale: of the op.
         rope_theta: base of a rotary embedding of q and k; None is none.
+
+    Examples:
+        >>> layer = DeltaNet(16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> isinstance(layer, Mixer), layer.rule.whole.__name__
+        (True, 'delta_rule')
     """
 
     rule: ClassVar[Rule] = Rule(delta_rule, delta_rule_step)

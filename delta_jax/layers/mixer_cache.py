@@ -17,6 +17,12 @@ class MixerCache(NamedTuple):
         state: [B, Hv, K, V] float32.
         segment_id: [B] int32, the segment that the last token belonged to; 0 where no ids were given.
         position: [B] int32, tokens of that segment so far.
+
+    Examples:
+        >>> layer = DeltaNet(16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> cache = layer.init_cache(batch_size=2)
+        >>> isinstance(cache, MixerCache), [tail.shape for tail in cache.convolution]
+        (True, [(2, 3, 16), (2, 3, 16), (2, 3, 16)])
     """
 
     convolution: tuple[Float[Array, "batch tail channels"], ...]

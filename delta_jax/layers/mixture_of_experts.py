@@ -29,7 +29,13 @@ SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 
 
 class ExpertBias(nnx.Param):
-    """Added to an expert's score when experts are chosen. Gradients never reach it: the train step moves it."""
+    """Added to an expert's score when experts are chosen. Gradients never reach it: the train step moves it.
+
+    Examples:
+        >>> bias = ExpertBias(jnp.zeros((4,)))
+        >>> isinstance(bias, nnx.Param), bias[...].shape
+        (True, (4,))
+    """
 
 
 class MixtureOfExperts(nnx.Module):
@@ -59,6 +65,12 @@ class MixtureOfExperts(nnx.Module):
 
     Source: DeepSeek-AI, "DeepSeek-V3", 2024, section 2.1.2, as in Kimi Team, "Kimi Linear", 2025 (arXiv 2510.26692);
     softmax and shared gate: Qwen3-Next.
+
+    Examples:
+        >>> layer = MixtureOfExperts(16, size=8, number=4, num_experts_per_token=2, shared_expert_size=8, rngs=nnx.Rngs(0))
+        >>> y, load = layer(jnp.ones((2, 5, 16)))
+        >>> y.shape, int(load.sum())  # ten tokens went to two experts each
+        ((2, 5, 16), 20)
     """
 
     def __init__(

@@ -26,6 +26,11 @@ class SwiGLU(nnx.Module):
         ValueError: an option is impossible.
 
     Source: Shazeer, "GLU variants improve Transformer", 2020, equation 6.
+
+    Examples:
+        >>> mlp = SwiGLU(16, 32, rngs=nnx.Rngs(0))
+        >>> mlp(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     def __init__(

@@ -35,6 +35,12 @@ class RMSNorm(nnx.Module):
 
     Source: Zhang and Sennrich, "Root mean square layer normalization", 2019, equation 4; zero-centred as in Gemma
     and Qwen3-Next.
+
+    Examples:
+        >>> norm = RMSNorm(4)
+        >>> y = norm(jnp.array([[1.0, -1.0, 3.0, 5.0]]))
+        >>> bool(jnp.allclose(jnp.mean(y * y), 1.0, atol=1e-4))
+        True
     """
 
     def __init__(
@@ -76,6 +82,10 @@ def l2_normalize(x: Float[Array, "*leading size"], eps: float = 1e-6) -> Float[A
 
     Raises:
         ValueError: x has no axis or is not floating-point, or eps is not a positive number.
+
+    Examples:
+        >>> l2_normalize(jnp.array([3.0, 4.0])).round(3).tolist() == jnp.array([0.6, 0.8]).tolist()
+        True
     """
     require_positive_numbers(eps=eps)
     x = checked_array("x", x, {"...": None, "size": None})

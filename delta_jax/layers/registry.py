@@ -54,6 +54,12 @@ def find_mixer(name: str) -> type[TokenMixer]:
 
     Raises:
         ValueError: there is no such name, nothing can be imported from there, or it is not a subclass of `TokenMixer`.
+
+    Examples:
+        >>> find_mixer("delta_net").__name__
+        'DeltaNet'
+        >>> find_mixer("delta_jax.layers.delta_net:DeltaNet") is find_mixer("delta_net")
+        True
     """
     if isinstance(name, str) and name in MIXERS:
         return MIXERS[name]
@@ -82,6 +88,10 @@ def mixer_options(name: str) -> dict[str, Any]:
 
     Raises:
         ValueError: see `find_mixer`.
+
+    Examples:
+        >>> "num_heads" in mixer_options("delta_net"), "gate_lower_bound" in mixer_options("kimi_delta_attention")
+        (True, True)
     """
     options: dict[str, Any] = {}
     for cls in find_mixer(name).__mro__:

@@ -36,6 +36,10 @@ class MixerSpec:
     Attributes:
         mixer: a key of `delta_jax.layers.MIXERS`, or "package.module:Class" for a mixer from outside.
         options: keyword arguments of that layer as (name, value) pairs; some the model itself sets.
+
+    Examples:
+        >>> MixerSpec(mixer="gated_delta_net", options=(("num_heads", 2), ("expand_v", 2.0))).mixer
+        'gated_delta_net'
     """
 
     mixer: str
@@ -90,6 +94,11 @@ class LayerOverride(MixerSpec):
 
     Attributes:
         layers: their numbers in the stack, the first is 0.
+
+    Examples:
+        >>> attention = LayerOverride(mixer="attention", options=(("num_heads", 2),), layers=(3, 7))
+        >>> attention.layers
+        (3, 7)
     """
 
     layers: tuple[int, ...]
@@ -127,6 +136,11 @@ class ExpertsConfig:
         use_shared_expert_gate: whether every token gates the shared expert.
         balance_rate: by how much a training step moves the bias of an expert that got more or fewer tokens than the
             mean. All tokens of the batch count, padding too.
+
+    Examples:
+        >>> experts = ExpertsConfig(size=8, number=4, num_experts_per_token=2, shared_expert_size=8)
+        >>> experts.router
+        'sigmoid'
     """
 
     expert_size: int
@@ -175,6 +189,12 @@ class ModelConfig:
         remat_offload: likewise what is kept in the host's memory, and fetched for the backward pass.
         dtype: of the computation. Norms, decays, states and logits are float32 regardless.
         param_dtype: of the parameters.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=2, pattern=(mixer,))
+        >>> config.intermediate_size is None, config.dtype
+        (True, 'bfloat16')
     """
 
     vocab_size: int

@@ -85,6 +85,13 @@ class LanguageModel(nnx.Module):
 
     Raises:
         ValueError: config is no `ModelConfig`, rngs are no `nnx.Rngs`, or a mixer's options are impossible.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=2, pattern=(mixer,), intermediate_size=8)
+        >>> model = LanguageModel(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 11)
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -310,7 +317,12 @@ class LanguageModel(nnx.Module):
 
 
 def number_of_parameters(model: nnx.Module) -> int:
-    """How many numbers the model learns by gradients; works on the result of `nnx.eval_shape` too."""
+    """How many numbers the model learns by gradients; works on the result of `nnx.eval_shape` too.
+
+    Examples:
+        >>> number_of_parameters(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+        16
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.All(nnx.Param, nnx.Not(ExpertBias)))))
 
 

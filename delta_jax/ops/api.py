@@ -67,6 +67,15 @@ def delta_rule(
         of `jax.linearize` is called, the error is a TypeError of JAX itself).
 
     Source: arXiv 2406.06484 section 3, arXiv 2412.06464 section 3, in their general asymmetric form.
+
+    Examples:
+        >>> k = jnp.eye(4)[None, :3, None]  # three tokens with three keys, one head: [1, 3, 1, 4]
+        >>> v = jnp.arange(6.0).reshape(1, 3, 1, 2)
+        >>> o, state = delta_rule(k, k, v, beta=jnp.ones((1, 3, 1)), scale=1.0)
+        >>> o.shape, state.shape
+        ((1, 3, 1, 2), (1, 1, 4, 2))
+        >>> bool(jnp.allclose(state[0, 0, :3], v[0, :, 0]))  # what was written under each key
+        True
     """
     arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids)
     return _run(arguments, scale, chunk_size, implementation)
@@ -104,6 +113,13 @@ def delta_product(
         kernels run on a sequence of time * writes tokens.
 
     Source: arXiv 2502.10297 section 3, with its gate on the first write.
+
+    Examples:
+        >>> q, k = jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 2, 1, 4)) / 2  # two writes for each of three tokens
+        >>> v, beta = jnp.ones((1, 3, 2, 1, 2)), jnp.ones((1, 3, 2, 1))
+        >>> o, state = delta_product(q, k, v, beta)
+        >>> o.shape, state.shape
+        ((1, 3, 1, 2), (1, 1, 4, 2))
     """
     arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids, writes=True)
     return _run(arguments, scale, chunk_size, implementation)
@@ -126,6 +142,12 @@ def linear_attention(
         S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
     Arguments, results and errors are those of `delta_rule`. Source: arXiv 2312.06635 section 4.
+
+    Examples:
+        >>> x = jnp.ones((1, 3, 1, 4))
+        >>> o, state = linear_attention(x, x, x, scale=1.0)
+        >>> state[0, 0, 0, 0].item()  # nothing is erased: three tokens add up
+        3.0
     """
     arguments = arguments_of(q, k, v, None, g, None, initial_state, segment_ids)
     return _run(arguments, scale, chunk_size, implementation, erases=False)
@@ -157,6 +179,15 @@ def delta_rule_step(
     Raises:
       ValueError: for a shape, head count or dtype that does not fit, naming the argument, and for an implementation
         that cannot run here.
+
+    Examples:
+        >>> k, v = jnp.eye(4)[None, :1], jnp.ones((1, 1, 2))  # one token, one head
+        >>> o, state = delta_rule_step(k, k, v, state=jnp.zeros((1, 1, 4, 2)), scale=1.0)
+        >>> o.tolist()  # read where it was written
+        [[[1.0, 1.0]]]
+        >>> o, state = delta_rule_step(k, k, 5 * v, state=state, scale=1.0)
+        >>> o.tolist()  # the first value is erased
+        [[[5.0, 5.0]]]
     """
     arguments = arguments_of(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True)
     return _run_step(arguments, scale, implementation)
@@ -174,7 +205,14 @@ def delta_product_step(
     scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
-    """One token of `delta_product`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`."""
+    """One token of `delta_product`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`.
+
+    Examples:
+        >>> k, v = jnp.eye(4)[None, :2, None], jnp.ones((1, 2, 1, 3))  # two writes, one head
+        >>> o, state = delta_product_step(k[:, 0], k, v, state=jnp.zeros((1, 1, 4, 3)))
+        >>> o.shape, state.shape
+        ((1, 1, 3), (1, 1, 4, 3))
+    """
     arguments = arguments_of(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True, writes=True)
     return _run_step(arguments, scale, implementation)
 
@@ -189,7 +227,14 @@ def linear_attention_step(
     scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
-    """One token of `linear_attention`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`."""
+    """One token of `linear_attention`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`.
+
+    Examples:
+        >>> x, state = jnp.ones((1, 1, 4)), jnp.zeros((1, 1, 4, 4))
+        >>> o, state = linear_attention_step(x, x, x, state=state, scale=1.0)
+        >>> o.tolist()
+        [[[4.0, 4.0, 4.0, 4.0]]]
+    """
     arguments = arguments_of(q_t, k_t, v_t, None, g_t, None, state, None, step=True)
     return _run_step(arguments, scale, implementation, erases=False)
 

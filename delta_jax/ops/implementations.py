@@ -100,7 +100,12 @@ IMPLEMENTATIONS = (
 
 
 def implementations() -> dict[str, str | None]:
-    """What `implementation=` accepts here: None beside a name that can run, else the sentence that says why it cannot."""
+    """What `implementation=` accepts here: None beside a name that can run, else the sentence that says why it cannot.
+
+    Examples:
+        >>> implementations()["xla"] is None  # it runs everywhere
+        True
+    """
     return {name: _why_not(_called(name), None) for name in _names()}
 
 

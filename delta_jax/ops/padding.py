@@ -44,6 +44,12 @@ def skip_tokens(mask: Bool[Array, "batch time"], **inputs: Any) -> dict[str, Any
 
     Raises:
         ValueError: mask is not bool [B, T], or an array does not begin with these axes.
+
+    Examples:
+        >>> mask, x = jnp.array([[False, True, True]]), jnp.ones((1, 3, 1, 2))
+        >>> neutral = skip_tokens(mask, q=x, k=x, v=x)
+        >>> neutral["k"][0, :, 0, 0].tolist()
+        [0.0, 1.0, 1.0]
     """
     skipped = {}
     for name, x in inputs.items():

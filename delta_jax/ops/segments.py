@@ -86,6 +86,12 @@ def segment_states(
 
     Raises:
         ValueError: a limit is not a positive integer, or is known to be exceeded.
+
+    Examples:
+        >>> x, ids = jnp.ones((1, 4, 1, 2)) / 2**0.5, jnp.array([[1, 1, 2, 2]])
+        >>> o, states = segment_states(delta_rule, q=x, k=x, v=x, segment_ids=ids, max_segments=2)
+        >>> states.shape, bool(jnp.allclose(states[:, 0], states[:, 1], atol=1e-6))
+        ((1, 2, 1, 2, 2), True)
     """
     time = segment_ids.shape[1]
     max_length = time if max_length is None else max_length

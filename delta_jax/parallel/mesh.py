@@ -20,6 +20,10 @@ class MeshConfig:
         data: copies of the model, each with its own part of the batch.
         fsdp: parts into which parameters are cut; the batch is cut along it too.
         tensor: parts into which heads, MLP channels and the vocabulary are cut.
+
+    Examples:
+        >>> MeshConfig(fsdp=4, tensor=2)  # and copies on what is left
+        MeshConfig(data=-1, fsdp=4, tensor=2)
     """
 
     data: int = -1
@@ -49,6 +53,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
+
+    Examples:
+        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        >>> dict(mesh.shape)
+        {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [config.data, config.fsdp, config.tensor]

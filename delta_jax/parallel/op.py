@@ -36,7 +36,12 @@ _EXPLICIT: ContextVar[Cut | None] = ContextVar("explicit", default=None)
 
 
 def current_cut() -> Cut | None:
-    """How a layer that is traced here is cut: as its types say, or over a mesh of ``make_mesh`` that is set."""
+    """How a layer that is traced here is cut: as its types say, or over a mesh of ``make_mesh`` that is set.
+
+    Examples:
+        >>> current_cut() is None  # no mesh is set
+        True
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if set(mesh.axis_types) != {AxisType.Auto} or mesh.size == 1:
         return None
@@ -44,7 +49,12 @@ def current_cut() -> Cut | None:
 
 
 def spec_of(x: Array) -> P:
-    """How the type of an array says that its axes are cut, an entry for each; all None without explicit mesh axes."""
+    """How the type of an array says that its axes are cut, an entry for each; all None without explicit mesh axes.
+
+    Examples:
+        >>> tuple(spec_of(jnp.ones((2, 3))))
+        (None, None)
+    """
     return P(*(axes_of(x, axis) or None for axis in range(x.ndim)))
 
 
@@ -59,6 +69,11 @@ def by_compiler[Result](function: Callable[..., Result], arguments: tuple[Any, .
         function: of the arguments alone.
         arguments: trees of arrays; the first axis of what is in the second holds sequences.
         results: a tree of partition specs, or of its branches, like what the function returns.
+
+    Examples:
+        >>> x = jnp.ones((2, 3))
+        >>> by_compiler(lambda scale, x: scale * x, (2.0, x), jax.sharding.PartitionSpec(None, None)).shape
+        (2, 3)
     """
     leaves = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array)]
     mesh = explicit_mesh(leaves)
@@ -82,6 +97,11 @@ def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
     """Cuts the batch as the mesh says and leaves the other axes to the compiler; ``x`` itself without a mesh.
 
     Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch.
+
+    Examples:
+        >>> x = jnp.ones((2, 3))
+        >>> cut_batch(x) is x  # no mesh is set
+        True
     """
     cut = current_cut()
     if cut is None or not cut.batch or x.shape[0] % _parts(cut.mesh, cut.batch):
@@ -96,6 +116,10 @@ def indivisible(batch: int, heads: int) -> str | None:
     Args:
         batch: sequences.
         heads: the smallest number of heads of an argument of the op, those of the keys.
+
+    Examples:
+        >>> indivisible(batch=3, heads=2) is None  # no mesh is set
+        True
     """
     cut = current_cut()
     if cut is None:
@@ -134,6 +158,12 @@ def by_heads(
 
     Raises:
         ValueError: the batch or the key heads do not divide over the mesh.
+
+    Examples:
+        >>> x = jnp.ones((1, 3, 2, 4)) / 2
+        >>> o, state = by_heads(lambda inputs, state, ids: delta_rule(*inputs, initial_state=state), (x, x, x), None, None)
+        >>> o.shape, state.shape
+        ((1, 3, 2, 4), (1, 2, 4, 4))
     """
     cut = current_cut()
     if cut is None:
@@ -175,6 +205,13 @@ def by_tokens(
 
     Returns:
         The output [B, T, D] in the dtype of the first leaf, and the load [E] of all devices' tokens.
+
+    Examples:
+        >>> def mix(x, gate, up, down):
+        ...     return jnp.einsum("btd,edf,efd->btd", x, gate * up, down), jnp.full((2,), 3)
+        >>> y, load = by_tokens(mix, jnp.ones((1, 3, 4)), *jnp.ones((2, 2, 4, 5)), jnp.ones((2, 5, 4)))
+        >>> y.shape, load.tolist()
+        ((1, 3, 4), [3, 3])
     """
     cut, first = current_cut(), jax.tree.leaves(tokens)[0]
     if cut is None or not cut.batch or first.shape[0] % _parts(cut.mesh, cut.batch):

@@ -45,6 +45,10 @@ class ParameterRule(NamedTuple):
         axes: over which axis of the mesh each of its axes is cut, "fsdp" or "tensor"; None leaves one whole. Heads and
             channels inside a layer go over "tensor", the model's width over "fsdp".
         decays: whether weight decay applies to it.
+
+    Examples:
+        >>> ParameterRule(axes=("fsdp", "tensor"), decays=True)  # a kernel [width, channels of heads]
+        ParameterRule(axes=('fsdp', 'tensor'), decays=True)
     """
 
     axes: tuple[str | None, ...]
@@ -52,7 +56,13 @@ class ParameterRule(NamedTuple):
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """The path of a leaf as "a/b/c"."""
+    """The path of a leaf as "a/b/c".
+
+    Examples:
+        >>> ((path, _),) = jax.tree_util.tree_leaves_with_path({"q_proj": {"kernel": 1}})
+        >>> path_string(path)
+        'q_proj/kernel'
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -72,6 +82,11 @@ def partition_spec(
 
     Raises:
         ValueError: no rule names the parameter, its rank is not the rule's, or an axis does not divide.
+
+    Examples:
+        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        >>> tuple(partition_spec("blocks/0/mixer/q_proj/kernel", (2, 8, 16), mesh))  # two layers, stacked
+        (None, 'fsdp', 'tensor')
     """
     known = (tuple(rule) for pattern, rule in RULES if re.search(rf"(^|/){pattern}$", path))
     rule = rules[path].axes if rules and path in rules else next(known, None)
@@ -97,6 +112,12 @@ def parameter_shardings(parameters: Any, mesh: Mesh, rules: Mapping[str, Paramet
 
     Raises:
         ValueError: see ``partition_spec``.
+
+    Examples:
+        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        >>> shardings = parameter_shardings({"mixer": {"q_proj": {"kernel": jnp.ones((8, 16))}}}, mesh)
+        >>> tuple(shardings["mixer"]["q_proj"]["kernel"].spec)
+        ('fsdp', 'tensor')
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -106,17 +127,32 @@ def parameter_shardings(parameters: Any, mesh: Mesh, rules: Mapping[str, Paramet
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of a value every device has whole."""
+    """The sharding of a value every device has whole.
+
+    Examples:
+        >>> replicated(make_mesh(MeshConfig(), jax.devices()[:1])).is_fully_replicated
+        True
+    """
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays [micro_batches, batch, time]: the batch is cut over data and fsdp."""
+    """The sharding of arrays [micro_batches, batch, time]: the batch is cut over data and fsdp.
+
+    Examples:
+        >>> tuple(batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1])).spec)
+        (None, ('data', 'fsdp'))
+    """
     return NamedSharding(mesh, P(None, BATCH))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the batch is cut."""
+    """Into how many parts the batch is cut.
+
+    Examples:
+        >>> batch_parts(make_mesh(MeshConfig(), jax.devices()[:1]))
+        1
+    """
     return int(mesh.shape["data"] * mesh.shape["fsdp"])
 
 
@@ -124,6 +160,11 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Put host arrays [micro_batches, batch, time] on the mesh.
 
     Every process passes the same, whole arrays; each device gets its part.
+
+    Examples:
+        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        >>> shard_batch({"inputs": np.ones((1, 2, 3), np.int32)}, mesh)["inputs"].shape
+        (1, 2, 3)
     """
     sharding = batch_sharding(mesh)
     return {

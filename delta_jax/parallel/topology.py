@@ -32,6 +32,10 @@ class Chip:
         flops: products in bfloat16, operations a second.
         hbm_bytes: bytes a second to and from that memory.
         ici_bytes: bytes a second that a chip can receive from others of its slice, over all links.
+
+    Examples:
+        >>> CHIPS["v5e"].hbm_gib
+        16
     """
 
     axes: int
@@ -56,6 +60,10 @@ def chip_of(topology: str) -> Chip:
 
     Raises:
         ValueError: the name is not a generation and a grid of chips; libtpu alone would take some of these down with it.
+
+    Examples:
+        >>> chip_of("v5e:4x4").axes
+        2
     """
     generation, _, grid = topology.partition(":")
     chip = CHIPS.get(generation)
@@ -85,6 +93,11 @@ def tpu_topology(name: str) -> Sequence[jax.Device]:
 
     Raises:
         ValueError: libtpu is not installed or cannot be loaded, or there is no such slice.
+
+    Examples:
+        >>> devices = tpu_topology("v5e:2x2")  # needs libtpu, but no TPU
+        >>> len(devices), devices[0].platform
+        (4, 'tpu')
     """
     chip_of(name)
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:

@@ -50,6 +50,12 @@ class Checkpoints:
 
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> with Checkpoints(Path("new"), CheckpointConfig()) as checkpoints:
+        ...     checkpoints.latest is None  # nothing is saved yet
+        True
     """
 
     def __init__(self, output: Path, config: CheckpointConfig):
@@ -167,6 +173,11 @@ def restore_model(folder: str | Path, step: int | None = None) -> tuple[TrainCon
     Raises:
         ValueError: there is no checkpoint, or all are damaged; or there is none of that step, or it is; or the tokenizer
             is lost.
+
+    Examples:
+        >>> config, model = restore_model("run")  # made by the example of `train`
+        >>> config.steps, model(jnp.array([[1, 2, 3]])).shape
+        (2, (1, 3, 257))
     """
     checkpoints = Path(folder).absolute() / CHECKPOINTS
     if not checkpoints.is_dir():

@@ -31,6 +31,10 @@ class OptimizerConfig:
         epsilon: added to the root of the second moment.
         weight_decay: decoupled decay, times the learning rate; see ``weight_decay_mask`` for what decays.
         clip_norm: the global norm gradients are scaled down to; None does not clip.
+
+    Examples:
+        >>> OptimizerConfig(learning_rate=1e-3, schedule="wsd", warmup_steps=100).clip_norm
+        1.0
     """
 
     learning_rate: float = 3e-4
@@ -71,6 +75,10 @@ class CheckpointConfig:
         every: steps between checkpoints.
         keep_last: how many of the newest are kept.
         keep_every: steps that are multiples of it are kept for good; None keeps none beyond ``keep_last``.
+
+    Examples:
+        >>> CheckpointConfig(every=500, keep_last=1).keep_every is None
+        True
     """
 
     every: int = 1000
@@ -110,6 +118,12 @@ class TrainConfig:
             at the end in any case.
         evaluation_batches: micro-batches used by each evaluation; None uses the whole validation
             split.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> model = ModelConfig(vocab_size=257, hidden_size=8, num_layers=1, pattern=(mixer,))
+        >>> TrainConfig(model=model, steps=100, batch_size=8, sequence_length=32).output
+        'runs/default'
     """
 
     model: ModelConfig

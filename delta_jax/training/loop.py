@@ -44,6 +44,11 @@ class TrainResult:
         output: the run's folder.
         training: the entries of metrics.jsonl.
         evaluations: the entries of evaluation.jsonl, the one before the first step included.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> TrainResult(step=3, interrupted=False, output=Path("runs/mine"), training=(), evaluations=()).step
+        3
     """
 
     step: int
@@ -83,6 +88,18 @@ def train(
             checkpoint found there.
         DataError: a document cannot be read, or whatever else came out of the data; every step done is saved.
         NonFiniteLossError: the loss or the gradient is not finite; the newest checkpoint is from before.
+
+    Examples:
+        >>> import json
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> size = {"vocab_size": 257, "hidden_size": 8, "num_layers": 1, "intermediate_size": 0, "dtype": "float32"}
+        >>> model = ModelConfig(pattern=(mixer,), **size)
+        >>> data = DataConfig(path=json.__path__[0] + "/*.py", shuffle_rows=8)
+        >>> sizes = {"steps": 2, "batch_size": 2, "sequence_length": 16, "evaluation_batches": 1}
+        >>> config = TrainConfig(model=model, data=data, **sizes, output="run")
+        >>> result = train(config, devices=jax.devices()[:1], progress=False)
+        >>> result.step, len(result.evaluations)  # before the first step and after the last
+        (2, 2)
     """
     output = open_folder(config.output)
     _check_tokenizer(config)

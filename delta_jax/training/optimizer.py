@@ -31,6 +31,11 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
     Returns:
         A function from the int32 step to the float32 learning rate.
+
+    Examples:
+        >>> schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), steps=100)
+        >>> float(schedule(jnp.array(5))), float(schedule(jnp.array(10)))
+        (0.5, 1.0)
     """
     warmup, rest = config.warmup_steps, steps - config.warmup_steps
     # From zero, and the first ratio added: from that ratio to one, optax's formula would not begin with it exactly.
@@ -63,6 +68,10 @@ def weight_decay_mask(parameters: Any, rules: Mapping[str, ParameterRule] | None
 
     Raises:
         ValueError: a parameter has a name of which neither is known.
+
+    Examples:
+        >>> weight_decay_mask({"q_proj": {"kernel": jnp.ones((8, 8))}, "norm": {"scale": jnp.ones((8,))}})
+        {'norm': {'scale': False}, 'q_proj': {'kernel': True}}
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
@@ -100,6 +109,11 @@ def muon_dimension_numbers(parameters: Any, rules: Mapping[str, ParameterRule] |
 
     Raises:
         ValueError: a parameter has a name of which it is not known what it is.
+
+    Examples:
+        >>> parameters = {"blocks": [{"mixer": {"q_proj": {"kernel": jnp.ones((2, 8, 8))}}}]}  # two layers, stacked
+        >>> muon_dimension_numbers(parameters)["blocks"][0]["mixer"]["q_proj"]["kernel"].output_axis
+        2
     """
     matrices = weight_decay_mask(parameters, rules)
 
@@ -140,6 +154,11 @@ def make_optimizer(
 
     Returns:
         The optax transformation.
+
+    Examples:
+        >>> optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), steps=100)
+        >>> isinstance(optimizer, optax.GradientTransformation)
+        True
     """
     adamw = optax.adamw(
         learning_rate_schedule(config, steps),

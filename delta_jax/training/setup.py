@@ -32,6 +32,14 @@ class Setup:
         evaluation_batch: the batch of an evaluation step likewise, arrays [1, batch, time].
         train_step: ``(state, batch) -> (state, metrics)``, jitted; see ``make_train_step``.
         evaluation_step: ``(parameters, batch) -> row_sums``, jitted; see ``delta_jax.evaluation.row_sums``.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> model = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
+        >>> config = TrainConfig(model=model, steps=2, batch_size=1, sequence_length=3)
+        >>> setup = set_up(config, jax.devices()[:1])
+        >>> sorted(setup.state.parameters)  # nothing is allocated
+        ['blocks', 'embed', 'final_norm', 'lm_head']
     """
 
     config: TrainConfig
@@ -78,6 +86,17 @@ def set_up(
     Raises:
         ValueError: the mesh does not fit the devices, the sequences of a micro-batch do not divide over the mesh, the model
             refuses them, or a parameter cannot be cut; see ``abstract_state``.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> model = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
+        >>> config = TrainConfig(model=model, steps=2, batch_size=1, sequence_length=3)
+        >>> setup = set_up(config, jax.devices()[:1])
+        >>> row = np.ones((1, 1, 3), np.int32)
+        >>> batch = {"inputs": row, "targets": row, "segment_ids": row, "mask": row.astype(np.float32)}
+        >>> state, metrics = setup.train_step(setup.initial_state(), shard_batch(batch, setup.mesh))
+        >>> int(state.step), float(metrics["tokens"])
+        (1, 3.0)
     """
     mesh = make_mesh(config.mesh, devices)
     micro, parts = config.batch_size // config.gradient_accumulation, batch_parts(mesh)

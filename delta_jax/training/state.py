@@ -24,6 +24,14 @@ class TrainState:
         step: optimizer steps done.
         parameters: nested dictionary of float32 arrays.
         optimizer: the optax state.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
+        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        >>> state = abstract_state(abstract_model(config)[1], optax.sgd(0.1), mesh)
+        >>> isinstance(state, TrainState), sorted(state.parameters)
+        (True, ['blocks', 'embed', 'final_norm', 'lm_head'])
     """
 
     step: Any
@@ -67,6 +75,14 @@ def abstract_state(
     Raises:
         ValueError: a parameter has no partition rule or does not divide over the mesh, or the optimizer is Muon without
             ``muon_dimension_numbers``.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
+        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        >>> state = abstract_state(abstract_model(config)[1], optax.sgd(0.1), mesh)
+        >>> state.parameters["embed"]["embedding"].shape  # nothing is allocated
+        (11, 8)
     """
     shardings = parameter_shardings(parameters, mesh, rules)
     whole = replicated(mesh)

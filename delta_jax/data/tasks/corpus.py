@@ -32,6 +32,13 @@ class Corpus:
         data: the corpus, its tokenizer and its split. The default is the source of Python's standard library in bytes,
             where bits are bits per byte but for the one in thousands that ends a document.
         length: T.
+
+    Examples:
+        >>> import json
+        >>> task = Corpus(data=DataConfig(path=json.__path__[0] + "/*.py"), length=16)
+        >>> examples = draw(task, 3, split="test", seed=0)
+        >>> bool((examples.inputs[:, 1:] == examples.targets[:, :-1]).all())
+        True
     """
 
     data: DataConfig = field(default_factory=DataConfig)

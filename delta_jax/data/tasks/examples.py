@@ -33,6 +33,11 @@ class Examples(NamedTuple):
         answers: [n, T] int32; positions of one sequence that share a number give one answer together, the sum of
             their probabilities, and count once. None where every position answers for itself.
         identity: [n] uint64, what decides the split; None is a hash of the inputs.
+
+    Examples:
+        >>> examples = draw(Parity(lengths=(8, 8)), 5, split="train", seed=0)
+        >>> examples.take(slice(2)).inputs.shape
+        (2, 7)
     """
 
     inputs: np.ndarray
@@ -85,6 +90,14 @@ def draw(task: Task, number: int, *, split: Split, seed: int | tuple[int, ...]) 
 
     Raises:
         ValueError: the split is neither, the number is not positive, or the task has too few sequences for this split.
+
+    Examples:
+        >>> task = Parity(lengths=(16, 16))
+        >>> train = draw(task, 4, split="train", seed=0)
+        >>> train.inputs.shape
+        (4, 15)
+        >>> bool((train.inputs == draw(task, 4, split="train", seed=0).inputs).all())
+        True
     """
     if split not in _SPLITS:
         raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
@@ -110,7 +123,14 @@ def draw(task: Task, number: int, *, split: Split, seed: int | tuple[int, ...]) 
 
 
 def identities(examples: Examples) -> np.ndarray:
-    """[n] uint64: `examples.identity`, or a hash of the inputs of each sequence."""
+    """[n] uint64: `examples.identity`, or a hash of the inputs of each sequence.
+
+    Examples:
+        >>> task = Parity(lengths=(16, 16))
+        >>> train, test = (draw(task, 50, split=split, seed=0) for split in ("train", "test"))
+        >>> set(identities(train)).isdisjoint(identities(test))
+        True
+    """
     if examples.identity is not None:
         return examples.identity
     rows = np.ascontiguousarray(examples.inputs).reshape(len(examples.inputs), -1)

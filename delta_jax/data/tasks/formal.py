@@ -42,6 +42,12 @@ class Parity(_Words):
 
     Source: Grazzi et al., Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, section 5.1 and
     appendix E.1.
+
+    Examples:
+        >>> examples = draw(Parity(lengths=(12, 12), every_token=True), 3, split="train", seed=0)
+        >>> ones = np.cumsum(examples.inputs == 2, axis=1)
+        >>> bool((examples.targets == 1 + ones % 2).all())
+        True
     """
 
     every_token: bool = False
@@ -103,6 +109,11 @@ class ModularArithmetic(_Arithmetic):
 
     Source: Grazzi et al., Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, section 5.1 and
     appendix E.1.
+
+    Examples:
+        >>> examples = draw(ModularArithmetic(lengths=(3, 11)), 3, split="train", seed=0)
+        >>> (examples.targets != IGNORED).sum(axis=1).tolist()  # one question each
+        [1, 1, 1]
     """
 
     def __post_init__(self) -> None:
@@ -156,6 +167,10 @@ class BracketedArithmetic(_Arithmetic):
 
     Source: Grazzi et al., Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, section 5.1 and
     appendix E.1.
+
+    Examples:
+        >>> draw(BracketedArithmetic(lengths=(3, 12)), 3, split="train", seed=0).inputs.shape
+        (3, 11)
     """
 
     multiplication: bool = False

@@ -35,6 +35,11 @@ class GraphConnectivity:
 
     Source: the task is that of Merrill et al., Why Are Linear RNNs More Parallelizable? (arXiv 2603.03612); how graphs are
     drawn is ours.
+
+    Examples:
+        >>> examples = draw(GraphConnectivity(edges=(1, 6)), 3, split="train", seed=0)
+        >>> set(examples.targets[examples.targets != IGNORED].tolist()) <= {2, 3}  # no and yes
+        True
     """
 
     edges: Range = (1, 100)

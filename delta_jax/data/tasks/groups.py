@@ -73,6 +73,11 @@ class WordProblem:
     Sources: Merrill et al., The Illusion of State in State-Space Models, section 5; Grazzi et al., Unlocking
     State-Tracking in Linear RNNs Through Negative Eigenvalues, section 5.2 and appendix E.2; Siems et al., DeltaProduct,
     section 5.1.
+
+    Examples:
+        >>> examples = draw(WordProblem(group="S3", elements=8), 2, split="train", seed=0)
+        >>> (examples.targets != IGNORED).sum(axis=1).tolist()  # the product after every element
+        [8, 8]
     """
 
     group: str = "S5"

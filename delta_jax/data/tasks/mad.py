@@ -27,6 +27,11 @@ class Memorization:
 
     Source: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures" (2024), section 3.1 and appendix B. The
     benchmark trains on 256 sequences. Its dictionary has the same distribution, not the same entries.
+
+    Examples:
+        >>> examples = draw(Memorization(length=8), 3, split="train", seed=0)
+        >>> examples.inputs[0, 1::2].tolist()  # INSERT
+        [255, 255, 255, 255]
     """
 
     vocab_size: int = 256
@@ -74,6 +79,11 @@ class Compression:
 
     Source: Poli et al. (2024), section 3.1 and appendix B: the decoder is a two-layer perceptron on the last output plus
     a sinusoidal embedding of t.
+
+    Examples:
+        >>> examples = draw(Compression(vocab_size=16, length=8), 3, split="train", seed=0)
+        >>> examples.inputs[:, -1].tolist(), bool((examples.targets == examples.inputs).all())
+        ([15, 15, 15], True)
     """
 
     vocab_size: int = 16
@@ -107,6 +117,12 @@ class SelectiveCopying:
 
     Source: Poli et al. (2024), section 3.1 and appendix B. (The benchmark's code strews blanks with numpy's global
     generator, so its seed does not fix its data; here everything comes from `rng`.)
+
+    Examples:
+        >>> examples = draw(SelectiveCopying(length=24, copies=4), 2, split="train", seed=0)
+        >>> first = examples.inputs[0]
+        >>> examples.targets[0, -4:].tolist() == first[first < 14].tolist()  # without blanks and COPY
+        True
     """
 
     vocab_size: int = 16

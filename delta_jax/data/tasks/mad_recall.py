@@ -39,6 +39,11 @@ class InContextRecall:
         noise: probability of a slot to be noise.
 
     Source: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures" (2024), section 3.1 and appendix B.
+
+    Examples:
+        >>> examples = draw(InContextRecall(vocab_size=8, length=16), 3, split="test", seed=0)
+        >>> examples.targets[examples.targets != IGNORED].min().item() >= 4  # values
+        True
     """
 
     vocab_size: int = 16
@@ -92,7 +97,12 @@ class InContextRecall:
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyRecall(InContextRecall):
-    """`InContextRecall` at the benchmark's setting with noise."""
+    """`InContextRecall` at the benchmark's setting with noise.
+
+    Examples:
+        >>> draw(NoisyRecall(length=32), 3, split="train", seed=0).inputs.shape
+        (3, 32)
+    """
 
     vocab_size: int = 32
     noise_tokens: int = 16
@@ -120,6 +130,10 @@ class FuzzyRecall:
 
     Source: Poli et al. (2024), section 3.1 and appendix B. (In the benchmark's code the last key can be one that was
     never shown, when its place falls behind the end of the context; here it always was.)
+
+    Examples:
+        >>> draw(FuzzyRecall(length=32), 3, split="test", seed=0).inputs.shape
+        (3, 32)
     """
 
     vocab_size: int = 16

@@ -29,6 +29,10 @@ class MatrixProducts:
 
     Source: the task is that of Merrill et al., Why Are Linear RNNs More Parallelizable? (arXiv 2603.03612), where the
     numbers are not given to us; the spelling of matrices is ours.
+
+    Examples:
+        >>> draw(MatrixProducts(matrices=4), 3, split="train", seed=0).inputs.shape  # nine entries each
+        (3, 36)
     """
 
     matrices: int = 100

@@ -56,6 +56,12 @@ class Needles:
 
     Source: Hsieh et al., "RULER" (2024), section 3 and appendix B; lists of names are our own. The score there is whether
     the answer occurs in 128 greedy tokens, here whether each digit is the likeliest after the right ones before it.
+
+    Examples:
+        >>> task = Needles(haystack_bytes=64, digits=3, opening="", needle="{key}: {value}.", question="{key}?")
+        >>> examples = draw(task, 2, split="train", seed=0)
+        >>> (examples.targets != IGNORED).sum(axis=1).tolist()  # three digits each
+        [3, 3]
     """
 
     haystack: Literal["noise", "needles", "text"] = "noise"

@@ -40,6 +40,11 @@ class MQAR:
         filler_tokens: so many tokens at the end of the vocabulary are fillers only; 0 takes fillers from all tokens.
 
     Source: Arora et al., "Zoology" (2023), section 4 and appendix; the forgetting variant and `passes` are of its code.
+
+    Examples:
+        >>> examples = draw(MQAR(vocab_size=256, length=64, pairs=4, random_non_queries=False), 3, split="train", seed=0)
+        >>> examples.inputs.shape, int((examples.targets[0] != IGNORED).sum())
+        ((3, 64), 4)
     """
 
     vocab_size: int = _BENCHMARK_VOCABULARY

@@ -52,6 +52,12 @@ class RegBench:
         string_length: smallest and largest length of a string, in letters.
 
     Source: Akyürek et al., In-Context Language Learning: Architectures and Algorithms, section 3.
+
+    Examples:
+        >>> task = RegBench(letters=6, states=(3, 4), symbols=(3, 4), edges=(1, 2))
+        >>> examples = draw(task, 2, split="train", seed=0)
+        >>> examples.legal.shape == (*examples.inputs.shape, 8)
+        True
     """
 
     letters: int = 18

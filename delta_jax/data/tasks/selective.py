@@ -100,6 +100,12 @@ class SelectivBench:
         grammar_seed: one grammar for all sequences.
 
     Source: SelectivBench (arXiv 2601.12598).
+
+    Examples:
+        >>> task = SelectivBench(ambiguity=5, elements=12)
+        >>> examples = draw(task, 2, split="train", seed=0)
+        >>> examples.inputs.shape == (2, task.length)
+        True
     """
 
     ambiguity: int = 40
