@@ -67,7 +67,8 @@ class MixtureOfExperts(nnx.Module):
     softmax and shared gate: Qwen3-Next.
 
     Examples:
-        >>> layer = MixtureOfExperts(16, size=8, number=4, num_experts_per_token=2, shared_expert_size=8, rngs=nnx.Rngs(0))
+        >>> sizes = {"expert_size": 8, "num_experts": 4, "num_experts_per_token": 2, "shared_expert_size": 8}
+        >>> layer = MixtureOfExperts(16, **sizes, rngs=nnx.Rngs(0))
         >>> y, load = layer(jnp.ones((2, 5, 16)))
         >>> y.shape, int(load.sum())  # ten tokens went to two experts each
         ((2, 5, 16), 20)

@@ -138,7 +138,7 @@ class ExpertsConfig:
             mean. All tokens of the batch count, padding too.
 
     Examples:
-        >>> experts = ExpertsConfig(size=8, number=4, num_experts_per_token=2, shared_expert_size=8)
+        >>> experts = ExpertsConfig(expert_size=8, num_experts=4, num_experts_per_token=2, shared_expert_size=8)
         >>> experts.router
         'sigmoid'
     """

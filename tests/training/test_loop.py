@@ -1,12 +1,14 @@
 """What a run writes, and every way it refuses to start or stops."""
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -139,41 +141,33 @@ def test_a_batch_that_does_not_divide(table: Table) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twelfth batch is poisoned: its mask holds a NaN."""
+    """A product overflows in the twelfth step, after which no number of it is finite."""
     from delta_jax.training import loop
 
-    real = loop.train_batches
+    real = loop.set_up
 
-    class Poisoned:
-        skipped: ClassVar[dict[str, int]] = {}
+    def poisoned(*arguments: Any) -> Any:
+        setup = real(*arguments)
 
-        def __init__(self, inner: Any):
-            self._inner, self._count = inner, 0
+        def step(state: Any, batch: Any) -> Any:
+            new, metrics = setup.train_step(state, batch)
+            if int(new.step) == 12:
+                new, metrics = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, (new, metrics))
+            return new, metrics
 
-        def __iter__(self) -> Iterator[Any]:
-            return self
+        return dataclasses.replace(setup, train_step=step)
 
-        def __next__(self) -> Any:
-            batch = dict(next(self._inner))
-            self._count += 1
-            if self._count == 12:
-                batch["mask"] = np.full_like(batch["mask"], np.nan)
-            return batch
-
-        def get_state(self) -> Any:
-            return self._inner.get_state()
-
-    monkeypatch.setattr(loop, "train_batches", lambda *a, **k: Poisoned(real(*a, **k)))
+    monkeypatch.setattr(loop, "set_up", poisoned)
     config = load_config(TrainConfig, table())
     with pytest.raises(NonFiniteLossError, match=r"loss nan .*at step 12 .*checkpoint 10 .*intact; .*learning_rate"):
         train(config, devices=jax.devices()[:1], progress=False)
     output = Path(config.output)
     assert sorted(int(path.name) for path in (output / "checkpoints").iterdir()) == [5, 10]
-    assert np.isnan(np.load(output / "non_finite_step_12.npz")["mask"]).all()
+    assert np.load(output / "non_finite_step_12.npz")["inputs"].any()
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == list(
         range(1, 12)
     )
-    monkeypatch.setattr(loop, "train_batches", real)
+    monkeypatch.setattr(loop, "set_up", real)
     result = train(config, devices=jax.devices()[:1], progress=False)
     assert [entry["step"] for entry in result.training] == list(range(1, 41))
     assert all(np.isfinite(entry["loss"]) for entry in result.training)
