@@ -121,7 +121,15 @@ class Measurement:
 
 
 def row_sums(model: LogitsFunction, batch: Mapping[str, Array]) -> RowSums:
-    """Nats and counted targets of each row of a batch, float32 [B]; model and batch as in `evaluate`."""
+    """Nats and counted targets of each row of a batch, float32 [B]; model and batch as in `evaluate`.
+
+    Examples:
+        >>> row = jnp.ones((1, 3), jnp.int32)
+        >>> batch = {"inputs": row, "targets": row, "segment_ids": row, "mask": row.astype(jnp.float32)}
+        >>> nats, tokens = row_sums(lambda tokens, segment_ids: jnp.zeros((1, 3, 2)), batch)
+        >>> float(nats[0]), float(tokens[0])  # three times the logarithm of two
+        (2.0794..., 3.0)
+    """
     counted = counted_targets(batch["targets"], batch["mask"])
     nats = token_nats(model(batch["inputs"], segment_ids=batch["segment_ids"]), batch["targets"], counted)
     return nats.sum(axis=-1), counted.sum(axis=-1, dtype=jnp.float32)

@@ -26,12 +26,9 @@ class TrainState:
         optimizer: the optax state.
 
     Examples:
-        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
-        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
-        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        >>> state = abstract_state(abstract_model(config)[1], optax.sgd(0.1), mesh)
-        >>> isinstance(state, TrainState), sorted(state.parameters)
-        (True, ['blocks', 'embed', 'final_norm', 'lm_head'])
+        >>> state = TrainState(step=jnp.int32(0), parameters={"kernel": jnp.ones((2, 2))}, optimizer=())
+        >>> jax.tree.map(jnp.shape, state).parameters
+        {'kernel': (2, 2)}
     """
 
     step: Any
@@ -75,14 +72,6 @@ def abstract_state(
     Raises:
         ValueError: a parameter has no partition rule or does not divide over the mesh, or the optimizer is Muon without
             ``muon_dimension_numbers``.
-
-    Examples:
-        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
-        >>> config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
-        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        >>> state = abstract_state(abstract_model(config)[1], optax.sgd(0.1), mesh)
-        >>> state.parameters["embed"]["embedding"].shape  # nothing is allocated
-        (11, 8)
     """
     shardings = parameter_shardings(parameters, mesh, rules)
     whole = replicated(mesh)
