@@ -84,7 +84,7 @@ class Measurement:
 
     Examples:
         >>> measurement = Measurement(bytes=4)
-        >>> measurement.add({}, (np.array([2.0, 4.0]), np.array([1.0, 2.0])))
+        >>> measurement.add({}, (jnp.array([2.0, 4.0]), jnp.array([1.0, 2.0])))
         >>> measurement.result().loss
         2.0
     """
