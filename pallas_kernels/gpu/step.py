@@ -50,8 +50,10 @@ def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
     q, k, v, beta, g, erase = token
     batch, heads, key, value = state.shape
     block, f32 = 32 if key == 256 else BLOCK, jnp.float32
-    write = k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)
-    keys = {"query": scale * q.astype(f32), "write": write}
+    keys = {
+        "query": scale * q.astype(f32),
+        "write": k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32),
+    }
     if g is not None:
         decay = jnp.exp(g.astype(f32))
         keys["decay"] = jnp.broadcast_to(decay.reshape(batch, heads, -1), (batch, heads, key))

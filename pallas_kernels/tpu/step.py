@@ -28,8 +28,10 @@ def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
     counts = head_counts(heads, heads, key, value)
     here = max((n for n in counts if n <= MAX_HEADS), default=counts[0])
     f32 = jnp.float32
-    write = k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32)
-    rows = {"query": scale * q.astype(f32), "write": write}
+    rows = {
+        "query": scale * q.astype(f32),
+        "write": k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32),
+    }
     if erase is not None:
         rows["erase"] = erase.astype(f32)
     decay = None
