@@ -1,4 +1,4 @@
-"""The command line: delta-jax train | generate | evaluate | plan | info."""
+"""The command line: delta-jax train | generate | evaluate | plan | config | info."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", parents=[common], help="train a model, or go on with a run that stopped")
+    keys = "Every key and what it means, with the values of a preset: delta-jax config PRESET."
+    train = commands.add_parser(
+        "train", parents=[common], help="train a model, or go on with a run that stopped", epilog=keys
+    )
     train.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=100 or data.path=books/")
     train.set_defaults(run=_train)
@@ -161,6 +164,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(run=_plan)
 
+    config = commands.add_parser(
+        "config",
+        parents=[common],
+        help="print a configuration: every key, what it means, its value; a file to start from",
+    )
+    config.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
+    config.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=100 or data.path=books/")
+    config.set_defaults(run=_show_config)
+
     info = commands.add_parser("info", parents=[common], help="versions, devices, and what can run on them")
     info.set_defaults(run=_info)
     return parser
@@ -183,6 +195,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from delta_jax.training import train
 
     train(config)
+    return 0
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from delta_jax.config import described
+
+    print(described(config), end="")
     return 0
 
 

@@ -3,7 +3,11 @@
 import dataclasses
 import difflib
 import functools
+import inspect
+import json
 import math
+import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -46,6 +50,42 @@ def to_dict(config: Any) -> dict[str, Any]:
     if not isinstance(result, dict):
         raise ValueError(f"to_dict wants a dataclass, got {type(config).__name__}")
     return result
+
+
+def described(config: Any) -> str:
+    """A configuration as a TOML file, which ``load_config`` reads again, with the meaning of every key above it.
+
+    What a key means is what the docstring of its dataclass says. Keys that are null, which TOML has not, are comments.
+    """
+    return "\n".join(_described(config, "")) + "\n"
+
+
+def _described(config: Any, path: str) -> list[str]:
+    table = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    meanings = config.meanings() if hasattr(config, "meanings") else meanings_of(type(config))
+    lines: list[str] = []
+    inner: list[str] = []
+    for name, value in table.items():
+        where, entries = f"{path}{name}", value if isinstance(value, tuple | list) else ()
+        meaning = textwrap.wrap(meanings.get(name, ""), 116, initial_indent="# ", subsequent_indent="# ")
+        if dataclasses.is_dataclass(value):
+            inner += ["", *meaning, f"[{where}]", *_described(value, f"{where}.")]
+        elif entries and dataclasses.is_dataclass(entries[0]):
+            for number, entry in enumerate(entries):
+                inner += ["", *(meaning if number == 0 else ()), f"[[{where}]]", *_described(entry, f"{where}.")]
+        else:
+            plain = _plain(value)
+            lines += [*meaning, f"# {name} = null" if plain is None else f"{name} = {json.dumps(plain)}"]
+    return lines + inner
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """What the docstring of a class says of its attributes or arguments."""
+    doc, found = inspect.cleandoc(cls.__doc__ or ""), dict[str, str]()
+    for section in re.findall(r"^(?:Attributes|Args):\n(.*?)(?:\n\n|\Z)", doc, re.DOTALL | re.MULTILINE):
+        for names, text in re.findall(r"^ {4}([\w, ]+): (.*?)(?=^ {4}\S|\Z)", section, re.DOTALL | re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
 
 
 def preset_names() -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Configuration: files, presets, overrides, and every way to get them wrong."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from delta_jax.config import differences, load_config, preset_names, to_dict
+from delta_jax.config import described, differences, load_config, preset_names, to_dict
 from delta_jax.training import OptimizerConfig, TrainConfig
 
 
@@ -154,9 +155,17 @@ def test_a_missing_or_malformed_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_loads_and_survives_a_round_trip(name: str) -> None:
+def test_every_preset_loads_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     config = load_config(TrainConfig, name)
     assert load_config(TrainConfig, to_dict(config)) == config
+    file = tmp_path / "described.toml"
+    file.write_text(described(config))
+    assert load_config(TrainConfig, file) == config
+    above = ""
+    for line in described(config).splitlines():  # no key without its meaning
+        if re.match(r"\w+ = |# \w+ = null$", line):
+            assert above.startswith("# ") and not above.endswith("= null"), line
+        above = line
 
 
 def test_overrides_reach_the_mixers_of_a_preset() -> None:

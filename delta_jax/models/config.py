@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from flax import nnx
 
-from delta_jax.config import convert, did_you_mean
+from delta_jax.config import convert, did_you_mean, meanings_of
 from delta_jax.layers import MixtureOfExperts, TokenMixer, find_mixer
 from delta_jax.layers.checks import (
     require_counts,
@@ -18,6 +18,7 @@ from delta_jax.layers.checks import (
     require_positive_integers,
     require_positive_numbers,
 )
+from delta_jax.layers.options import MixerSettings
 from delta_jax.layers.registry import GIVEN_BY_MODEL, mixer_options
 from delta_jax.models.stack import Run, cut_into_runs
 from delta_jax.parallel import AXES, ParameterRule, path_string
@@ -86,6 +87,12 @@ class MixerSpec:
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
         return {"mixer": self.mixer, **dict(self.options)}
+
+    def meanings(self) -> dict[str, str]:
+        """What the keys of such a table mean, those of the mixer included."""
+        own = meanings_of(find_mixer(self.mixer)).items()
+        shared = meanings_of(MixerSettings) | {name: text for name, text in own if not text.startswith("as in")}
+        return shared | meanings_of(MixerSpec) | meanings_of(type(self))
 
 
 @dataclass(frozen=True, kw_only=True)

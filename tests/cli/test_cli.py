@@ -192,6 +192,21 @@ def test_info(capsys):
             assert re.search(rf'^"{name}" +cannot run here: {re.escape(reason)}$', out, re.MULTILINE)
 
 
+def test_config_prints_every_key_with_its_meaning(capsys, tmp_path):
+    assert main(["config", "tiny", "steps=70", "optimizer.warmup_steps=7"]) == 0
+    shown = capsys.readouterr().out
+    assert "# optimizer steps of the whole run.\nsteps = 70\n" in shown
+    assert "# heads of q and k.\nnum_heads = " in shown
+    file = tmp_path / "tiny.toml"
+    file.write_text(shown)
+    assert main(["config", str(file)]) == 0
+    assert capsys.readouterr().out == shown
+    assert "name a TOML file or a preset" in mistake(capsys, "config")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "delta-jax config PRESET" in capsys.readouterr().out
+
+
 def test_unknown_key(config, capsys):
     error = mistake(capsys, "train", config, "model.hidden_sise=64")
     assert "model.hidden_sise" in error
