@@ -204,7 +204,7 @@ def test_config_prints_every_key_with_its_meaning(capsys, tmp_path):
     assert "name a TOML file or a preset" in mistake(capsys, "config")
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert "delta-jax config PRESET" in capsys.readouterr().out
+    assert "delta-jax config PRESET" in " ".join(capsys.readouterr().out.split())
 
 
 def test_unknown_key(config, capsys):
