@@ -113,7 +113,7 @@ def _equation_flops(equation: JaxprEqn) -> float:
         times = params["mesh"].size
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
-    return times * sum(inner)
+    return times * sum(inner, 0.0)
 
 
 def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
