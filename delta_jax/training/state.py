@@ -1,7 +1,6 @@
 """The train state: an explicit, immutable pytree, and how it is made and laid out on a mesh."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,7 @@ from delta_jax.parallel import parameter_shardings, replicated
 from delta_jax.training.optimizer import check_matrices
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
+class TrainState(NamedTuple):
     """All that a step changes.
 
     Attributes:
@@ -26,7 +23,7 @@ class TrainState:
         optimizer: the optax state.
     """
 
-    step: Int[Array, ""] | jax.ShapeDtypeStruct
+    step: Int[Array, ""]
     parameters: Any
     optimizer: Any
 
