@@ -15,13 +15,15 @@ from delta_jax.models import LanguageModel, ModelCache
 
 __all__ = ["generate"]
 
+type Prompt = Sequence[int] | Int[np.ndarray, " _"]
+
 _PAD, _PROMPT = 0, 1
 _BLOCK = 64  # tokens that one call of the compiled loop adds at most
 
 
 def generate(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -100,9 +102,7 @@ def _stops(stop_id: int | Sequence[int] | None, vocab_size: int) -> Bool[np.ndar
     return stops
 
 
-def _left_pad(
-    prompts: Sequence[Sequence[int]], vocab_size: int
-) -> tuple[Int[Array, "batch time"], Int[Array, "batch time"]]:
+def _left_pad(prompts: Sequence[Prompt], vocab_size: int) -> tuple[Int[Array, "batch time"], Int[Array, "batch time"]]:
     """Tokens and segment ids; the length is a power of two, so that few shapes are ever compiled."""
     if len(prompts) == 0:
         raise ValueError("prompts must hold at least one prompt")

@@ -284,9 +284,8 @@ class _Model:
             else:
                 odds, cost = jax.device_get(self._probabilities(parameters, part))
                 odds = odds.reshape(runs, *part.targets.shape, -1)
-                votes = [
-                    voted(asked.answers[at : at + size], part.targets, one, asked.answers.max() + 1) for one in odds
-                ]
+                number = int(asked.answers.max()) + 1
+                votes = [voted(asked.answers[at : at + size], part.targets, one, number) for one in odds]
                 found, cost = [vote for _, vote in votes], cost.reshape(runs, *part.targets.shape)
                 targets.append(votes[0][0])
             for run in range(runs):

@@ -1,5 +1,6 @@
 """What tells two states of a corpus apart, and what does not."""
 
+import importlib
 import json
 import os
 import shutil
@@ -79,10 +80,10 @@ def test_a_corpus_that_grows_in_its_file(tmp_path):
 
 
 def test_a_large_corpus_is_sampled_at_both_ends_and_between(tmp_path, monkeypatch):
-    module = fingerprint.__globals__
-    monkeypatch.setitem(module, "_WHOLE", 1000)
-    monkeypatch.setitem(module, "_BLOCKS", 5)
-    monkeypatch.setitem(module, "_BLOCK", 100)
+    module = importlib.import_module("delta_jax.data.fingerprint")  # the package has a function of that name
+    monkeypatch.setattr(module, "_WHOLE", 1000)
+    monkeypatch.setattr(module, "_BLOCKS", 5)
+    monkeypatch.setattr(module, "_BLOCK", 100)
     for name in "ab":
         (tmp_path / f"{name}.txt").write_bytes(name.encode() * 1000)
     first = of(tmp_path)

@@ -79,6 +79,7 @@ def test_several_stop_ids(model):
     assert len(cut[1]) < NEW
 
 
+@pytest.mark.usefixtures("as_users_call")  # an integer is a number
 def test_no_value_compiles_again_and_none_changes_the_tokens_before_it_matters(model):
     from delta_jax.inference.generate import _decode, _prefill
 
