@@ -22,7 +22,7 @@ def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     Loops count as often as they run, kernels as often as their grid has steps, and what is computed again for the
     backward pass counts again. (XLA's own figure counts the body of a loop once and a kernel not at all.)
     """
-    return sum(_equation_flops(equation) for equation in _open(jaxpr).eqns)
+    return sum((_equation_flops(equation) for equation in _open(jaxpr).eqns), 0.0)
 
 
 def kernel_names(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[str, ...]:
