@@ -299,7 +299,7 @@ def _wrong_type(key: str, wanted: str, value: Any) -> ValueError:
     return ValueError(f"{key or 'configuration'}: wanted {wanted}, got {shown} ({type(value).__name__})")
 
 
-# What was called otherwise in version 0.1 -> its name now, where that is known.
+# What was called otherwise once -> its name now, which helps where that is known.
 RENAMED = {
     "dense_layers": "num_dense_layers",
     "key_dim": "qk_nope_head_dim",
