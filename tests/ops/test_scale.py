@@ -19,7 +19,7 @@ def inputs(dtype=jnp.float32, time=40, shape=(1, 2, 4, 8, 8)):
 
 def assert_close(got, want, limit):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(np.asarray(x, np.float64), np.asarray(y, np.float64)) <= limit
+        assert relative_error(x, y) <= limit
 
 
 @pytest.mark.parametrize("implementation", ["recurrent", "xla", "mosaic_tpu"])
