@@ -22,7 +22,7 @@ def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     Loops count as often as they run, kernels as often as their grid has steps, and what is computed again for the
     backward pass counts again. (XLA's own figure counts the body of a loop once and a kernel not at all.)
     """
-    return sum(_equation_flops(equation) for equation in _open(jaxpr).eqns)
+    return sum((_equation_flops(equation) for equation in _open(jaxpr).eqns), 0.0)
 
 
 def kernel_names(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ def _equation_flops(equation: JaxprEqn) -> float:
         times = params["mesh"].size
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
-    return times * sum(inner)
+    return times * sum(inner, 0.0)
 
 
 def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
@@ -159,7 +159,7 @@ def _size(shapes: str, *, halves: bool) -> float:
         math.prod(int(n) for n in dims.split(",") if n) * (1 if dtype == "pred" else int(bits) / 8)
         for dtype, bits, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", shapes))
     ]
-    return sum(sizes[len(sizes) // 2 :]) if halves else sum(sizes)
+    return sum(sizes[len(sizes) // 2 :] if halves else sizes, 0.0)
 
 
 def _group(line: str, devices: int) -> int:

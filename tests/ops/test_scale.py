@@ -54,6 +54,7 @@ class Parameter:
         return jnp.float32(0.5)
 
 
+@pytest.mark.usefixtures("as_users_call")
 def test_whatever_holds_a_number():
     x = inputs(time=5)
     want, _ = delta_rule(**x, scale=0.5, implementation="recurrent")
