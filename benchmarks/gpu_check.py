@@ -58,7 +58,7 @@ def steps(member: str) -> Iterator[str]:
     step = jax.jit(lambda token, state: step_of(member)(**token, state=state, implementation="pallas"))
     for t in range(9):
         _, state = step({f"{name}_t": x[:, t] for name, x in arrays.items()}, state)
-    error = relative_error(np.asarray(state), np.asarray(final))
+    error = relative_error(state, final)
     if not error < 1e-5:
         yield f"{member}, steps: {error:.2e} > 1e-5"
 

@@ -385,11 +385,11 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else plural}"
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: int | float) -> str:
     return _in_units(size, ("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
 
-def _in_units(number: float, *units: tuple[str, float]) -> str:
+def _in_units(number: int | float, *units: tuple[str, int | float]) -> str:
     """The number in the largest unit of which there is one, or in the last."""
     unit, size = next((pair for pair in units if number >= pair[1]), units[-1])
     return f"{number / size:.4g} {unit}"

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from delta_jax.testing.members import Inputs, op_of
 
@@ -73,8 +74,12 @@ def reference(
         return evaluate(member, inputs, np.float64, cotangents, **options, implementation="recurrent")
 
 
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Root-mean-square error over the root mean square of the reference; infinite where that is 0 and `got` is not."""
+def relative_error(got: ArrayLike, want: ArrayLike) -> float:
+    """Root-mean-square error over the root mean square of the reference; infinite where that is 0 and `got` is not.
+
+    Both are compared in float64, whatever they come in.
+    """
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     error, size = np.sqrt(np.mean(np.square(got - want))), np.sqrt(np.mean(np.square(want)))
     return float(error / size) if size else (0.0 if error == 0 else np.inf)
 

@@ -159,7 +159,7 @@ def _size(shapes: str, *, halves: bool) -> float:
         math.prod(int(n) for n in dims.split(",") if n) * (1 if dtype == "pred" else int(bits) / 8)
         for dtype, bits, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", shapes))
     ]
-    return sum(sizes[len(sizes) // 2 :]) if halves else sum(sizes)
+    return sum(sizes[len(sizes) // 2 :] if halves else sizes, 0.0)
 
 
 def _group(line: str, devices: int) -> int:

@@ -58,11 +58,12 @@ def memory_bytes(hlo: str) -> float:
     parsed = {name: _parse(text) for name, text in lines.items()}
     runs: dict[str, int] = defaultdict(int)
     _count(entry, 1, lines, runs)
-    return sum(
-        float(times) * _moved(instruction, parsed[name], parsed)
+    moved = (
+        times * _moved(instruction, parsed[name], parsed)
         for name, times in runs.items()
         for instruction in parsed[name].values()
     )
+    return float(sum(moved))
 
 
 def _parse(lines: list[str]) -> dict[str, _Instruction]:

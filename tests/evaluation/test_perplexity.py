@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,17 +109,13 @@ def test_what_the_mask_hides_cannot_matter():
 
 
 def test_a_second_evaluation_compiles_nothing():
-    traces = 0
-
-    class Counted(Toy):
-        def __call__(self, tokens, *, segment_ids):
-            nonlocal traces
-            traces += 1
-            return super().__call__(tokens, segment_ids=segment_ids)
+    class Once(Toy):
+        __call__ = chex.assert_max_traces(Toy.__call__, 1)
 
     for seed in range(3):
-        evaluate(Counted(nnx.Rngs(seed)), make_batches(), bytes=1)
-    assert traces == 1
+        evaluate(Once(nnx.Rngs(seed)), make_batches(), bytes=1)
+    with pytest.raises(AssertionError, match="traced"):
+        evaluate(Once(nnx.Rngs(0)), make_batches(time=7), bytes=1)
 
 
 def test_bits_per_byte_of_a_bigram_model_is_the_baseline(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from delta_jax.layers import Attention, LatentAttention
+from delta_jax.testing import relative_error
 
 HIDDEN, TIME = 12, 17
 LAYERS = {
@@ -64,11 +65,6 @@ def inputs(seed=1):
 @jax.jit
 def run(layer, x, segment_ids=None, cache=None):
     return layer(x, segment_ids=segment_ids, cache=cache, return_cache=True)
-
-
-def relative(actual, wanted):
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    return np.sqrt(np.mean((actual - wanted) ** 2) / np.mean(wanted**2))
 
 
 def close(one, other, atol=2e-6):
@@ -152,7 +148,7 @@ def test_layer_computes_its_equations(name):
     reference = attention if LAYERS[name][0] is Attention else latent_attention
     options = {"norm_eps": 1e-5} | LAYERS[name][1]
     wanted = np.stack([reference(parameters(layer), np.asarray(row, np.float64), options) for row in x])
-    assert relative(y, wanted) < 1e-6
+    assert relative_error(y, wanted) < 1e-6
 
 
 @layers
@@ -163,7 +159,7 @@ def test_step_by_step_equals_the_whole(name):
     for t in range(TIME):
         y, cache = run(layer, x[:, t : t + 1], None, cache)
         outputs.append(y)
-    assert relative(jnp.concatenate(outputs, axis=1), whole) < 1e-6
+    assert relative_error(jnp.concatenate(outputs, axis=1), whole) < 1e-6
     close(cache, last)
 
 
@@ -176,7 +172,7 @@ def test_packed_equals_separate(name):
         edges = [0, *(np.flatnonzero(np.diff(SEGMENTS[row])) + 1).tolist(), TIME]
         for start, stop in pairwise(edges):
             alone, _ = run(layer, jnp.roll(x, -start, axis=1))
-            assert relative(packed[row, start:stop], alone[row, : stop - start]) < 1e-6
+            assert relative_error(packed[row, start:stop], alone[row, : stop - start]) < 1e-6
         assert cache.position[row] == edges[-1] - edges[-2]
     np.testing.assert_array_equal(cache.segment_id, SEGMENTS[:, -1])
 
@@ -188,7 +184,7 @@ def test_a_call_continues_the_segment_of_the_cache_or_begins_anew(name, cut):
     whole, _ = run(layer, x, ids)
     first, cache = run(layer, x[:, :cut], ids[:, :cut], layer.init_cache(2, length=TIME))
     second, cache = run(layer, x[:, cut:], ids[:, cut:], cache)
-    assert relative(jnp.concatenate([first, second], axis=1), whole) < 1e-6
+    assert relative_error(jnp.concatenate([first, second], axis=1), whole) < 1e-6
     close(cache, run(layer, x, ids, layer.init_cache(2, length=TIME))[1])
 
 
@@ -199,7 +195,7 @@ def test_a_call_without_ids_continues_the_last_segment(name):
     whole, _ = run(layer, x, ids)
     _, cache = run(layer, x[:, :12], ids[:, :12], layer.init_cache(2, length=TIME))
     rest, cache = run(layer, x[:, 12:], None, cache)
-    assert relative(rest, whole[:, 12:]) < 1e-6
+    assert relative_error(rest, whole[:, 12:]) < 1e-6
     np.testing.assert_array_equal(cache.segment_id, ids[:, -1])
 
 
@@ -210,7 +206,7 @@ def test_outputs_never_depend_on_later_inputs(name):
     for cut in (1, 5, 16):
         changed, _ = run(layer, x.at[:, cut:].set(inputs(2)[:, cut:]))
         np.testing.assert_array_equal(y[:, :cut], changed[:, :cut])
-        assert relative(y[:, cut:], changed[:, cut:]) > 0.1
+        assert relative_error(y[:, cut:], changed[:, cut:]) > 0.1
 
 
 def test_a_window_hides_what_lies_before_it():
@@ -259,7 +255,7 @@ def test_narrow_types_compute_near_float32(name, dtype):
     narrow, cache = run(make(name, dtype=dtype), x)
     assert narrow.dtype == dtype
     assert all(entry.dtype == dtype for entry in cache.entries)
-    assert 1e-5 < relative(narrow, wide) < 0.02
+    assert 1e-5 < relative_error(narrow, wide) < 0.02
 
 
 @pytest.mark.parametrize("name", ["gated", "latent"])

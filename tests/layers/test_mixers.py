@@ -11,6 +11,7 @@ from flax import nnx
 
 from delta_jax.layers import MIXERS, Mixer
 from delta_jax.parallel import MeshConfig, make_mesh, parameter_shardings
+from delta_jax.testing import relative_error
 from delta_jax.training.optimizer import weight_decay_mask
 
 HIDDEN, TIME, PREFILL = 16, 19, 7
@@ -55,11 +56,6 @@ def run(layer, x, segment_ids=None):
     return call(layer, x, jnp.asarray(ids), layer.init_cache(len(x)))
 
 
-def relative(actual, wanted):
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    return np.sqrt(np.mean((actual - wanted) ** 2) / np.mean(wanted**2))
-
-
 members = pytest.mark.parametrize("name", MEMBERS)
 variants = pytest.mark.parametrize(("name", "variant"), [(name, n) for name in MEMBERS for n in range(2)])
 
@@ -84,7 +80,7 @@ def test_prefill_and_steps_equal_the_whole(name, variant):
         needless = variant == 0 and (ids[:, 0] == cache.segment_id).all()
         y, cache = call(layer, x[:, t : t + 1], None if needless else ids, cache)
         outputs.append(y)
-    assert relative(jnp.concatenate(outputs, axis=1), whole) < 3e-6
+    assert relative_error(jnp.concatenate(outputs, axis=1), whole) < 3e-6
     for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(last), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -96,7 +92,7 @@ def test_prefill_and_steps_equal_the_whole(name, variant):
 def test_packed_equals_separate(name, variant):
     layer, x = make(name, variant), inputs()
     packed, _ = run(layer, x, SEGMENTS)
-    assert relative(packed, run(layer, x)[0]) > 0.05
+    assert relative_error(packed, run(layer, x)[0]) > 0.05
     pieces = [
         (row, start, stop)
         for row in range(2)
@@ -106,7 +102,7 @@ def test_packed_equals_separate(name, variant):
         alone, _ = run(
             layer, jnp.roll(x[np.array([row, row])], -start, axis=1)
         )  # what follows the piece changes nothing in it
-        assert relative(packed[row, start:stop], alone[0, : stop - start]) < 3e-6
+        assert relative_error(packed[row, start:stop], alone[0, : stop - start]) < 3e-6
 
 
 @variants
@@ -116,7 +112,7 @@ def test_outputs_never_depend_on_later_inputs(name, variant):
     for cut in (1, 5, 16):
         changed, _ = run(layer, x.at[:, cut:].set(inputs(2)[:, cut:]))
         np.testing.assert_array_equal(y[:, :cut], changed[:, :cut])
-        assert relative(y[:, cut:], changed[:, cut:]) > 0.1
+        assert relative_error(y[:, cut:], changed[:, cut:]) > 0.1
 
 
 @variants
@@ -128,7 +124,7 @@ def test_gradients_reach_every_parameter(name, variant):
         return jnp.sum(weights * y), y
 
     gradients, y = jax.jit(jax.grad(loss, has_aux=True))(layer)
-    assert relative(y, run(layer, x)[0]) < 1e-6
+    assert relative_error(y, run(layer, x)[0]) < 1e-6
     for path, gradient in nnx.to_flat_state(nnx.state(gradients)):
         size = np.sqrt(np.mean(np.square(gradient[...])))
         assert np.isfinite(size), path
@@ -149,7 +145,7 @@ def test_the_seed_decides_every_number(name):
     again, _ = run(MIXERS[name](HIDDEN, **(SMALL | MEMBERS[name][0]), rngs=nnx.Rngs(5)), x)
     other, _ = run(make(name, seed=6), x)
     np.testing.assert_array_equal(y, again)
-    assert relative(other, y) > 0.1
+    assert relative_error(other, y) > 0.1
 
 
 @variants
@@ -170,7 +166,7 @@ def test_bfloat16_computes_near_float32(name):
     narrow, cache = run(layer, x)
     assert narrow.dtype == jnp.bfloat16
     assert cache.state.dtype == jnp.float32
-    assert 1e-4 < relative(narrow, wide) < 0.05
+    assert 1e-4 < relative_error(narrow, wide) < 0.05
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.state(layer)))
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from delta_jax.layers import MIXERS, l2_normalize
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig, number_of_parameters
+from delta_jax.testing import relative_error
 
 HIDDEN, HEADS, DIM = 16, 2, 8
 # The recurrence compiles in a fraction of the time; that the op's forms agree is its own contract.
@@ -43,7 +44,7 @@ def assert_equal(one, other, limit=2e-6):
 
     left, right = run(one), run(other)
     for name, a in left.items():
-        error = np.sqrt(np.mean((np.asarray(a, np.float64) - right[name]) ** 2) / np.mean(np.square(a)))
+        error = relative_error(right[name], a)
         assert error <= limit, (name, error)
 
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from delta_jax.layers import MIXERS
+from delta_jax.testing import relative_error
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 GATED = {"num_heads": 2, "num_v_heads": 4, "head_dim": 6, "expand_v": 8 / 6}
@@ -20,10 +21,6 @@ CASES = {
     "glm5_next": ("kimi_delta_attention", KIMI | {"gate_lower_bound": -5.0}),
     "mamba2": ("mamba2", {"num_heads": 1, "num_v_heads": 4, "head_dim": 12, "expand_v": 0.5}),
 }
-
-
-def relative(actual, wanted):
-    return np.sqrt(np.mean((np.asarray(actual, np.float64) - wanted) ** 2) / np.mean(np.float64(wanted) ** 2))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,7 +42,7 @@ def test_outputs_and_gradients_are_those_of_transformers(case):
 
     (d_layer, d_x), y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(layer, jnp.asarray(file["x"]))
     got = {"/".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(nnx.state(d_layer))}
-    assert relative(y, file["y"]) < 1e-5
-    assert relative(d_x, file["d_x"]) < 1e-5
+    assert relative_error(y, file["y"]) < 1e-5
+    assert relative_error(d_x, file["d_x"]) < 1e-5
     for key, gradient in wanted.items():
-        assert relative(got[key], gradient) < 1e-5, key
+        assert relative_error(got[key], gradient) < 1e-5, key

@@ -10,6 +10,7 @@ from flax import nnx
 
 from delta_jax.inference import generate
 from delta_jax.models import ExpertsConfig, LanguageModel, LayerOverride, MixerSpec, ModelConfig
+from delta_jax.testing import relative_error
 
 VOCAB, TIME = 29, 16
 LATENT = {"num_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2, "v_head_dim": 6}
@@ -54,11 +55,6 @@ def run(model, tokens, segment_ids=None, cache=None):
     return model(tokens, segment_ids=segment_ids, cache=cache, return_cache=True)
 
 
-def relative(actual, wanted):
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    return np.sqrt(np.mean((actual - wanted) ** 2) / np.mean(wanted**2))
-
-
 def test_layers_lie_where_the_config_says(model):
     assert [(len(run.block), run.repeats) for run in CONFIG.runs] == [(2, 2), (1, 1)]
     assert [type(block.mixer).__name__ for block in model.blocks] == ["DeltaNet", "Attention", "LatentAttention"]
@@ -79,7 +75,7 @@ def test_step_by_step_and_in_parts_equals_the_whole(model):
     for t in range(11, TIME):
         logits, cache = run(model, x[:, t : t + 1], None, cache)
         outputs.append(logits)
-    assert relative(jnp.concatenate(outputs, axis=1), whole) < 1e-5
+    assert relative_error(jnp.concatenate(outputs, axis=1), whole) < 1e-5
     beyond, _ = run(model, x[:, :1], None, cache)
     assert np.isnan(beyond).all()
     with pytest.raises(ValueError, match=f"room for {TIME} tokens of a segment and holds {TIME}"):
@@ -95,7 +91,7 @@ def test_packed_equals_separate(model):
     packed, _ = run(model, x, jnp.asarray(SEGMENTS))
     for row, start, stop in ((0, 0, 6), (0, 6, 16), (1, 0, 10), (1, 10, 16)):
         alone, _ = run(model, x[row : row + 1, start:stop])
-        assert relative(packed[row : row + 1, start:stop], alone) < 1e-5
+        assert relative_error(packed[row : row + 1, start:stop], alone) < 1e-5
 
 
 def test_generation_equals_running_the_whole_text_for_every_token(model):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig, number_of_parameters
+from delta_jax.testing import relative_error
 
 VOCAB, TIME = 23, 18
 SEGMENTS = np.array([[1] * 6 + [2] * 12, [1] * 12 + [0] * 6], np.int32)
@@ -46,11 +47,6 @@ def gradient(model, tokens):
     return jax.grad(loss)(model)
 
 
-def relative(actual, wanted):
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    return np.sqrt(np.mean((actual - wanted) ** 2) / np.mean(wanted**2))
-
-
 def test_parameters_have_the_names_that_rules_are_written_for():
     mixer = {f"{x}_proj/kernel" for x in "qkvbo"} | {f"{x}_conv/kernel" for x in "qkv"} | {"o_norm/scale"}
     gated = mixer | {"a_proj/kernel", "g_proj/kernel", "A_log", "dt_bias"}
@@ -78,7 +74,7 @@ def test_the_scan_runs_the_blocks_in_order():
         for stack in model.blocks:
             hidden = apply(jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], stack), hidden)
     logits = np.asarray(model.final_norm(hidden), np.float64) @ np.asarray(model.lm_head.kernel[...], np.float64)
-    assert relative(model(x), logits) < 3e-6
+    assert relative_error(model(x), logits) < 3e-6
 
 
 @pytest.mark.parametrize("name", ["delta_net", "gated_delta_product"])  # every layer has its own contract
@@ -89,7 +85,7 @@ def test_step_by_step_equals_the_whole(name):
     for t in range(TIME):
         logits, cache = run(model, x[:, t : t + 1], None, cache)
         outputs.append(logits)
-    assert relative(jnp.concatenate(outputs, axis=1), whole) < 1e-5
+    assert relative_error(jnp.concatenate(outputs, axis=1), whole) < 1e-5
     for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(last), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         np.testing.assert_allclose(one, other, atol=1e-4)
@@ -100,9 +96,9 @@ def test_packed_equals_separate():
     packed, _ = run(model, x, jnp.asarray(SEGMENTS))
     for row, start, stop in ((0, 0, 6), (0, 6, 18), (1, 0, 12), (1, 12, 18)):
         alone, _ = run(model, x[row : row + 1, start:stop])
-        assert relative(packed[row : row + 1, start:stop], alone) < 1e-5
+        assert relative_error(packed[row : row + 1, start:stop], alone) < 1e-5
     unpacked, _ = run(model, x)
-    assert relative(packed[0, 6:], unpacked[0, 6:]) > 0.01
+    assert relative_error(packed[0, 6:], unpacked[0, 6:]) > 0.01
 
 
 def test_outputs_never_depend_on_later_tokens():
@@ -111,7 +107,7 @@ def test_outputs_never_depend_on_later_tokens():
     for cut in (1, 7, 16):
         changed, _ = run(model, x.at[:, cut:].set((x[:, cut:] + 1) % VOCAB))
         np.testing.assert_array_equal(logits[:, :cut], changed[:, :cut])
-        assert relative(changed[:, cut:], logits[:, cut:]) > 0.01
+        assert relative_error(changed[:, cut:], logits[:, cut:]) > 0.01
 
 
 def test_gradients_reach_every_parameter_of_every_layer():
@@ -174,7 +170,7 @@ def test_tied_embeddings_serve_as_the_head():
     features, cache = model.features(tokens())
     assert cache is None
     wanted = np.asarray(features, np.float64) @ np.asarray(model.embed.embedding[...], np.float64).T
-    assert relative(model(tokens()), wanted) < 1e-6
+    assert relative_error(model(tokens()), wanted) < 1e-6
 
 
 def test_a_model_without_mlp_is_its_mixers_alone():
@@ -183,7 +179,7 @@ def test_a_model_without_mlp_is_its_mixers_alone():
     for repeat in range(2):
         block = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], model.blocks[0])
         x = x + block.mixer(block.mixer_norm(x))
-    assert relative(model.features(tokens())[0], model.final_norm(x)) < 2e-6
+    assert relative_error(model.features(tokens())[0], model.final_norm(x)) < 2e-6
     names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     assert not any("mlp" in name for name in names)
 
@@ -191,16 +187,16 @@ def test_a_model_without_mlp_is_its_mixers_alone():
 def test_weights_of_the_first_tokens_sum_embeddings():
     model, ids = make(), tokens() % 5
     certain = model.features(jax.nn.one_hot(ids, 5))[0]
-    assert relative(certain, model.features(ids)[0]) < 1e-6
-    assert relative(certain, model.features(jax.nn.one_hot(ids, VOCAB))[0]) < 1e-6
-    assert relative(model.features(jax.nn.one_hot(ids, 5) / 2)[0], certain) > 1e-3
+    assert relative_error(certain, model.features(ids)[0]) < 1e-6
+    assert relative_error(certain, model.features(jax.nn.one_hot(ids, VOCAB))[0]) < 1e-6
+    assert relative_error(model.features(jax.nn.one_hot(ids, 5) / 2)[0], certain) > 1e-3
 
 
 def test_bfloat16_computes_near_float32_and_returns_float32_logits():
     wide, _ = run(make(), tokens())
     narrow, cache = run(make(dtype="bfloat16"), tokens())
     assert narrow.dtype == jnp.float32
-    assert 1e-3 < relative(narrow, wide) < 0.1
+    assert 1e-3 < relative_error(narrow, wide) < 0.1
     assert all(entry.state.dtype == jnp.float32 for entry in cache)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(make(dtype="bfloat16"))))
     values, counts = np.unique(
@@ -223,4 +219,4 @@ def test_the_cache_is_returned_only_when_asked_for():
     model, x = make(), tokens()
     logits, cache = model(x, cache=model.init_cache(2))
     assert len(cache) == 2
-    assert relative(model(x), logits) < 1e-6
+    assert relative_error(model(x), logits) < 1e-6

@@ -11,6 +11,7 @@ from flax import nnx
 from delta_jax.config import load_config
 from delta_jax.layers import Attention, LatentAttention, MixtureOfExperts
 from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.testing import relative_error
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HIDDEN = 12
@@ -123,11 +124,6 @@ def prefixed(prefix, arrays):
     return {f"{prefix}/{key}": value for key, value in arrays.items()}
 
 
-def relative(actual, wanted):
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    return np.sqrt(np.mean((actual - wanted) ** 2)) / max(np.sqrt(np.mean(wanted**2)), 1e-12)
-
-
 @pytest.mark.parametrize("convert", CASES, ids=lambda convert: convert.__name__)
 def test_outputs_and_gradients_are_those_of_transformers(convert):
     name = convert.__name__
@@ -148,11 +144,11 @@ def test_outputs_and_gradients_are_those_of_transformers(convert):
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (_, y), (of_layer, of_x) = gradient(layer, jnp.asarray(golden["x"]))
-    assert relative(y, golden["y"]) < 1e-6
-    assert relative(of_x, golden["dx"]) < 1e-5
+    assert relative_error(y, golden["y"]) < 1e-6
+    assert relative_error(of_x, golden["dx"]) < 1e-5
     wanted = convert(below(golden, "d/"))
     for path, value in nnx.to_flat_state(nnx.state(of_layer)):
-        assert relative(value[...], wanted["/".join(map(str, path))]) < 1e-5, path
+        assert relative_error(value[...], wanted["/".join(map(str, path))]) < 1e-5, path
 
 
 def options(convert):
@@ -234,4 +230,4 @@ def test_logits_of_a_whole_model_are_those_of_transformers(name):
     model = nnx.merge(structure, jax.tree_util.tree_map_with_path(fill, state))
     assert not parameters
     logits = jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(golden["tokens"]))
-    assert relative(logits, golden["logits"]) < 1e-5
+    assert relative_error(logits, golden["logits"]) < 1e-5

@@ -205,8 +205,8 @@ def test_splitting_and_carrying_the_state_equals_one_call(member, implementation
         piece = {name: x[:, start:stop] for name, x in arrays.items() if name != "initial_state"}
         o, carried = op(**piece, initial_state=carried, implementation=implementation)
         parts.append(o)
-    assert relative_error(np.concatenate(parts, 1), np.asarray(whole)) < 2e-6
-    assert relative_error(np.asarray(carried), np.asarray(state)) < 2e-6
+    assert relative_error(np.concatenate(parts, 1), whole) < 2e-6
+    assert relative_error(carried, state) < 2e-6
 
 
 @each_member_and_implementation
@@ -218,8 +218,8 @@ def test_step_by_step_equals_the_whole(member, implementation):
     step = jax.jit(lambda token, state: step_of(member)(**token, state=state, implementation=implementation))
     for t in range(9):
         o, state = step({f"{name}_t": x[:, t] for name, x in arrays.items()}, state)
-        assert relative_error(np.asarray(o), np.asarray(whole[:, t])) < 1e-6
-    assert relative_error(np.asarray(state), np.asarray(final)) < 1e-6
+        assert relative_error(o, whole[:, t]) < 1e-6
+    assert relative_error(state, final) < 1e-6
 
 
 @each_member_and_case

@@ -50,7 +50,7 @@ def test_equals_the_interleaved_delta_rule(writes, gate):
         for implementation in ("recurrent", "xla"):
             op = jax.jit(lambda x, i=implementation: delta_product(**x, segment_ids=segment_ids, implementation=i))
             for got, wanted in zip(jax.tree.leaves(value_and_gradients(op, x)), jax.tree.leaves(want), strict=True):
-                assert relative_error(np.asarray(got), np.asarray(wanted)) < 1e-12
+                assert relative_error(got, wanted) < 1e-12
 
 
 @pytest.mark.parametrize("implementation", ["recurrent", "xla"])
@@ -71,7 +71,7 @@ def test_vmap_and_defaults():
         one = jax.tree.map(lambda a, n=n: a[n], stacked)
         explicit = one | {"beta": jnp.ones(x["v"].shape[:-1]), "erase": one["k"]}
         want, _ = delta_product(**explicit, scale=x["k"].shape[-1] ** -0.5, implementation="recurrent")
-        assert relative_error(np.asarray(got[n]), np.asarray(want)) < 2e-6
+        assert relative_error(got[n], want) < 2e-6
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_tpu"])
@@ -89,7 +89,7 @@ def test_on_the_kernels(implementation):
     state = jnp.asarray(values["initial_state"], jnp.float32)
     want = delta_product_step(**token, state=state, implementation="recurrent")
     for a, b in zip(delta_product_step(**token, state=state, implementation=implementation), want, strict=True):
-        assert relative_error(np.asarray(a), np.asarray(b)) < 1e-6
+        assert relative_error(a, b) < 1e-6
 
 
 def test_the_backward_keeps_little():

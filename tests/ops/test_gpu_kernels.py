@@ -133,8 +133,8 @@ def test_splitting_and_carrying_the_state_equals_one_call(member):
         piece = {name: x[:, start : start + 50] for name, x in arrays.items()}
         o, carried = op_of(member)(**piece, initial_state=carried, implementation="mosaic_gpu")
         parts.append(o)
-    assert relative_error(np.asarray(np.concatenate(parts, 1), np.float64), np.asarray(whole, np.float64)) < 2**-7
-    assert relative_error(np.asarray(carried), np.asarray(state)) < 2**-7
+    assert relative_error(np.concatenate(parts, 1), whole) < 2**-7
+    assert relative_error(carried, state) < 2**-7
 
 
 @some_members
@@ -157,8 +157,8 @@ def test_step_by_step_equals_the_whole(member):
     step = jax.jit(lambda token, state: step_of(member)(**token, state=state, implementation="mosaic_gpu"))
     for t in range(4):
         o, state = step({f"{name}_t": x[:, t] for name, x in arrays.items()}, state)
-        assert relative_error(np.asarray(o, np.float64), np.asarray(whole[:, t], np.float64)) < 2**-8
-    assert relative_error(np.asarray(state), np.asarray(final)) < 1e-6
+        assert relative_error(o, whole[:, t]) < 2**-8
+    assert relative_error(state, final) < 1e-6
 
 
 def test_what_they_refuse():

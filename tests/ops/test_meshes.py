@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,7 +19,7 @@ SIZES = {"mosaic_tpu": {"time": 20, "shape": (2, 1, 1, 64, 64)}}
 
 def assert_close(got, want):
     for name, x in want.items():
-        assert relative_error(np.asarray(got[name]), np.asarray(x)) <= 5e-6, name
+        assert relative_error(got[name], x) <= 5e-6, name
 
 
 @pytest.mark.parametrize(("implementation", "member"), CASES)

@@ -19,7 +19,7 @@ def inputs(dtype=jnp.float32, time=40, shape=(1, 2, 4, 8, 8)):
 
 def assert_close(got, want, limit):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(np.asarray(x, np.float64), np.asarray(y, np.float64)) <= limit
+        assert relative_error(x, y) <= limit
 
 
 @pytest.mark.parametrize("implementation", ["recurrent", "xla", "mosaic_tpu"])
@@ -54,6 +54,7 @@ class Parameter:
         return jnp.float32(0.5)
 
 
+@pytest.mark.usefixtures("as_users_call")
 def test_whatever_holds_a_number():
     x = inputs(time=5)
     want, _ = delta_rule(**x, scale=0.5, implementation="recurrent")

@@ -33,7 +33,7 @@ def loss(x, implementation):
 
 def assert_close(got, want, limit=2e-6):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(np.asarray(x), np.asarray(y)) <= limit
+        assert relative_error(x, y) <= limit
 
 
 @each_implementation
