@@ -1,8 +1,9 @@
 """A group of chunks of the delta rule: its layout, what does not depend on the state, and the pass that carries the state.
 
-The symbols are those of `delta_jax.ops.chunkwise`. Arrays of a group are `[group, batch, heads, sets, chunk, dim]`: a token
-has one query and one gate but n keys, values, step sizes and erase keys. Decays are those between tokens, whichever of
-their writes are meant. Where sets are merged, the `n C` rows are the writes of a chunk, all first ones first.
+The symbols are those of `delta_jax.ops.chunkwise`. The op's arrays are `[batch, time, sets, heads, dim]` here: a token has one query
+and one gate but n keys, values, step sizes and erase keys. Those of a group are `[group, batch, heads, sets, chunk, dim]`. Decays are
+those between tokens, whichever of their writes are meant. Where sets are merged, the `n C` rows are the writes of a chunk, all
+first ones first.
 """
 
 from typing import NamedTuple
@@ -13,22 +14,11 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from delta_jax.ops.arrays import Arrays
 from delta_jax.ops.decay import Decay, chunk_decay, decayed_scores, merged
 from delta_jax.ops.inverse import unit_lower_inverse
 from delta_jax.ops.precision import accumulator_dtype, einsum, transposed
 from delta_jax.ops.recurrence import repeat_heads
-
-
-class Sets(NamedTuple):
-    """The op's arrays over all tokens, `[batch, time, sets, heads, dim]`; None where a member has none."""
-
-    q: Array
-    k: Array
-    v: Array
-    beta: Array | None
-    g: Array | None
-    erase: Array | None
-    reset: Array | None  # true where a segment starts; not differentiated
 
 
 class Blocking(NamedTuple):
@@ -65,7 +55,7 @@ class Pass(NamedTuple):
     reads: list[Array]
 
 
-def prepare(inputs: Sets, index: Array, blocking: Blocking) -> Factors:
+def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
     """Everything of group `index` that does not depend on the state."""
     heads, dtype = inputs.v.shape[3], accumulator_dtype(inputs.v.dtype)
     q, k, v = (enter(x, index, blocking, dtype, heads) for x in (inputs.q, inputs.k, inputs.v))

@@ -32,7 +32,6 @@ from delta_jax.ops.chunks import (
     Blocking,
     Factors,
     Pass,
-    Sets,
     carry,
     enter,
     join,
@@ -96,13 +95,12 @@ def backward(
     padding = inputs.v.shape[1] - time
     d_o = jnp.pad(d_o, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else d_o
 
-    def body(d_state: Array, group: tuple[Array, Array]) -> tuple[Array, Sets]:
+    def body(d_state: Array, group: tuple[Array, Array]) -> tuple[Array, Arrays]:
         return _group_backward(inputs, *group, d_o, d_state, blocking)
 
     d_state, d_inputs = jax.lax.scan(body, d_state, (jnp.arange(states.shape[0]), states), reverse=True)
-    found = Arrays(*d_inputs[:6], None, None)
     like = arrays._replace(initial_state=None, reset=None)
-    return jax.tree.map(lambda d, x: join(d)[:, :time].reshape(x.shape).astype(x.dtype), found, like), d_state
+    return jax.tree.map(lambda d, x: join(d)[:, :time].reshape(x.shape).astype(x.dtype), d_inputs, like), d_state
 
 
 def _blocking(arrays: Arrays, options: Options) -> Blocking:
@@ -117,11 +115,11 @@ def _blocking(arrays: Arrays, options: Options) -> Blocking:
     return Blocking(options.scale, chunk, group, writes, options.erases)
 
 
-def _groups(inputs: Sets, blocking: Blocking) -> int:
+def _groups(inputs: Arrays, blocking: Blocking) -> int:
     return inputs.v.shape[1] // (blocking.chunk * blocking.group)
 
 
-def _in_sets(arrays: Arrays, blocking: Blocking) -> Sets:
+def _in_sets(arrays: Arrays, blocking: Blocking) -> Arrays:
     """The op's arrays as `[batch, time, sets, heads, dim]`, their tokens filled up to whole groups."""
     q, k, v, beta, g, erase, _, reset = arrays
     batch, time = q.shape[:2]
@@ -133,13 +131,14 @@ def _in_sets(arrays: Arrays, blocking: Blocking) -> Sets:
         x = x.reshape(batch, time, *shape)
         return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))) if padding else x
 
-    return Sets(
+    return Arrays(
         sets(q, 1, *q.shape[-2:]),
         sets(k, writes, *k.shape[-2:]),
         sets(v, writes, heads, v.shape[-1]),
         None if beta is None else sets(beta, writes, heads, 1),
         None if g is None else sets(g, 1, heads, -1),
         None if erase is None else sets(erase, writes, -1, k.shape[-1]),
+        None,
         None if reset is None else sets(reset, 1, 1, 1),
     )
 
@@ -150,8 +149,8 @@ def power_of_two(limit: int) -> int:
 
 
 def _group_backward(
-    inputs: Sets, index: Array, state: Array, d_o: Array, d_state: Array, blocking: Blocking
-) -> tuple[Array, Sets]:
+    inputs: Arrays, index: Array, state: Array, d_o: Array, d_state: Array, blocking: Blocking
+) -> tuple[Array, Arrays]:
     """Cotangents of a group's first state and inputs, from those of its outputs and last state."""
     factors = prepare(inputs, index, blocking)
     done = carry(factors, state, blocking)
@@ -178,13 +177,14 @@ def _group_backward(
         d_k = d_k + d_rows[..., :-1, :, :]
     elif inputs.erase is not None:
         d_erase = leave(d_rows[..., :-1, :, :], inputs.erase.shape[3])
-    return d_state, Sets(
+    return d_state, Arrays(
         q=leave(blocking.scale * d_rows[..., -1:, :, :], key_heads),
         k=leave(d_k, key_heads),
         v=leave(_by_set(d_v, blocking)),
         beta=None if d_beta is None else leave(_by_set(d_beta, blocking)),
         g=None if inputs.g is None else d_g,
         erase=d_erase,
+        initial_state=None,
         reset=None,
     )
 
