@@ -1,9 +1,9 @@
 """A group of chunks of the delta rule: its layout, what does not depend on the state, and the pass that carries the state.
 
-The symbols are those of `delta_jax.ops.chunkwise`. The op's arrays are `[batch, time, sets, heads, dim]` here: a token has one
-query and one gate but n keys, values, step sizes and erase keys. Those of a group are `[group, batch, heads, sets, chunk, dim]`.
-Decays are those between tokens, whichever of their writes are meant. Where sets are merged, the `n C` rows are the writes of
-a chunk, all first ones first.
+The symbols are those of `delta_jax.ops.chunkwise`. The op's arrays are `[batch, time, sets, heads, dim]` here: a token has
+one query and one gate but n keys, values, step sizes and erase keys. Those of a group are
+`[group, batch, heads, sets, chunk, dim]`. Decays are those between tokens, whichever of their writes are meant. Where sets
+are merged, the `n C` rows are the writes of a chunk, all first ones first.
 """
 
 from typing import NamedTuple
