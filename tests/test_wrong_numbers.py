@@ -45,8 +45,8 @@ def _wrong(cls):
     """Fields of numbers and of tuples, and what they do not take."""
     for name, hint in typing.get_type_hints(cls).items():
         kinds = (hint, *typing.get_args(hint))
-        if int in kinds or (float in kinds and typing.get_origin(hint) is not tuple):
-            yield from ((name, value) for value in NO_NUMBERS if not (value == [2] and list in map(type, kinds)))
+        if {int, float} & set(kinds) and typing.get_origin(hint) is not tuple:
+            yield from ((name, value) for value in NO_NUMBERS)
             yield from ((name, value) for value in NO_INTEGERS if float not in kinds)
         if typing.get_origin(hint) is tuple:
             yield from ((name, value) for value in (True, 2, "2", (None,)))
@@ -106,7 +106,17 @@ def test_large_k_keeps_all():
 
 def test_prompts():
     model = nnx.eval_shape(lambda: LanguageModel(ModelConfig(**MODEL), rngs=nnx.Rngs(0)))  # refused before it runs
-    for prompts in ([[1.5]], [[True]], [["1"]], ["ab"], [1], [[None]], np.ones((1, 2)), [jnp.ones((2,), bool)]):
+    for prompts in (
+        [[1.5]],
+        [[True]],
+        [["1"]],
+        ["ab"],
+        [1],
+        [[None]],
+        np.ones((1, 2)),
+        jnp.ones((1, 2)),
+        [jnp.ones((2,), bool)],
+    ):
         with pytest.raises(ValueError, match="prompt 0 must be a sequence of token ids, which are integers, got"):
             generate(model, prompts, max_new_tokens=1)
     for prompts in ("ab", 1, None, (), np.zeros((0, 2), int)):

@@ -1,6 +1,7 @@
 """Text generation: one pass over the prompts, then one token at a time in memory that is fixed beforehand."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 from functools import partial
 
@@ -128,7 +129,11 @@ def _is_sequence(x: object) -> bool:
 
 def _is_id(x: object) -> bool:
     """Whether it is an integer, of Python, NumPy or JAX; True is none."""
-    return hasattr(x, "__index__") and getattr(x, "dtype", type(x)) != bool
+    try:
+        operator.index(x)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(x, bool)
 
 
 def _power_of_two(number: int) -> int:

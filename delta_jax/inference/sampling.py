@@ -176,7 +176,7 @@ def _ranks(logits: Float[Array, "*leading vocab"]) -> Int[Array, "*leading vocab
 
 def _require_share(**shares: object) -> None:
     for name, share in shares.items():
-        if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < share <= 1:
+        if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < float(share) <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {share!r}")
 
 
