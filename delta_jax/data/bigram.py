@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from delta_jax.config import convert
 from delta_jax.data.config import DataConfig
 from delta_jax.data.splitting import Side, SplitCorpus
 
@@ -32,13 +33,15 @@ def bigram_bits_per_byte(config: DataConfig, *, training_bytes: int = 100_000_00
         Bits per byte on the validation split.
 
     Raises:
-        ValueError: the corpus cannot be read, or there is no document on a side.
+        ValueError: the corpus cannot be read, there is no document on a side, or training_bytes is no positive integer.
 
     Examples:
         >>> import json
         >>> 2.0 < bigram_bits_per_byte(DataConfig(path=json.__path__[0] + "/*.py")) < 8.0
         True
     """
+    if convert(int, training_bytes, "training_bytes") < 1:
+        raise ValueError(f"training_bytes must be at least 1; got {training_bytes}.")
     corpus = SplitCorpus(config)
     corpus.require("training")
     corpus.require("validation")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from delta_jax.config import check_fields
+
 ON_ERROR = ("stop", "skip")
 FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", "huggingface")
 
@@ -45,6 +47,7 @@ class DataConfig:
     on_error: str = "stop"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.path:
             raise ValueError('path must name a corpus; got "".')
         if self.on_error not in ON_ERROR:

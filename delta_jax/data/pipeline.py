@@ -12,6 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from delta_jax.config import convert
 from delta_jax.data.config import DataConfig
 from delta_jax.data.packing import PackRows, Piece
 from delta_jax.data.records import DataError
@@ -66,6 +67,8 @@ def train_batches(
     _check_sizes(batch_size, sequence_length)
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = SplitCorpus(config)
+    for name, number in (("process_index", process_index), ("process_count", process_count)):
+        convert(int, number, name)
     if not 0 <= process_index < process_count <= len(corpus):
         raise ValueError(
             f"process_index {process_index} of process_count {process_count}: wanted 0 <= process_index < "
@@ -115,6 +118,7 @@ def validation_batches(
         True
     """
     _check_sizes(batch_size, sequence_length)
+    convert(Side, part, "part")
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = SplitCorpus(config, divided=part != "all")
     corpus.require(part)
@@ -293,7 +297,6 @@ def _close(iterator: weakref.ref[TrainBatches]) -> None:
 
 
 def _check_sizes(batch_size: int, sequence_length: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length must be at least 2; got {sequence_length}.")
+    for name, size, least in (("batch_size", batch_size, 1), ("sequence_length", sequence_length, 2)):
+        if convert(int, size, name) < least:
+            raise ValueError(f"{name} must be at least {least}; got {size}.")

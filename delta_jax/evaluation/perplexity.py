@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from delta_jax.config import convert
 from delta_jax.models.loss import bits_per_byte, counted_targets, token_nats
 
 LogitsFunction = Callable[..., Float[Array, "batch time vocab"]]
@@ -90,7 +91,7 @@ class Measurement:
     """
 
     def __init__(self, *, bytes: int | None = None):
-        if bytes is not None and bytes < 1:
+        if bytes is not None and convert(int, bytes, "bytes") < 1:
             raise ValueError(f"bytes must be at least 1; got {bytes}.")
         self._nats = self._tokens = 0.0
         self._bytes, self._counts = bytes or 0, bytes is None

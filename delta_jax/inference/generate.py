@@ -1,6 +1,7 @@
 """Text generation: one pass over the prompts, then one token at a time in memory that is fixed beforehand."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 from functools import partial
 
@@ -96,7 +97,7 @@ def _stops(stop_id: int | Sequence[int] | None, vocab_size: int) -> Bool[np.ndar
     ids = () if stop_id is None else np.atleast_1d(np.asarray(stop_id, object))
     stops = np.zeros((vocab_size,), bool)
     for token in ids:
-        if not isinstance(token, int | np.integer) or isinstance(token, bool) or not 0 <= token < vocab_size:
+        if not _is_id(token) or not 0 <= token < vocab_size:
             raise ValueError(f"stop_id must lie in [0, {vocab_size}), got {token!r}")
         stops[token] = True
     return stops
@@ -104,9 +105,11 @@ def _stops(stop_id: int | Sequence[int] | None, vocab_size: int) -> Bool[np.ndar
 
 def _left_pad(prompts: Sequence[Prompt], vocab_size: int) -> tuple[Int[Array, "batch time"], Int[Array, "batch time"]]:
     """Tokens and segment ids; the length is a power of two, so that few shapes are ever compiled."""
-    if len(prompts) == 0:
-        raise ValueError("prompts must hold at least one prompt")
+    if not _is_sequence(prompts) or len(prompts) == 0:
+        raise ValueError(f"prompts must hold at least one prompt, got {prompts!r}")
     for place, prompt in enumerate(prompts):
+        if not _is_sequence(prompt) or not all(map(_is_id, prompt)):
+            raise ValueError(f"prompt {place} must be a sequence of token ids, which are integers, got {prompt!r}")
         if len(prompt) == 0:
             raise ValueError(f"prompt {place} is empty; a prompt needs at least one token")
         if not all(0 <= token < vocab_size for token in prompt):
@@ -118,6 +121,19 @@ def _left_pad(prompts: Sequence[Prompt], vocab_size: int) -> tuple[Int[Array, "b
         tokens[row, length - len(prompt) :] = prompt
         segment_ids[row, length - len(prompt) :] = _PROMPT
     return jnp.asarray(tokens), jnp.asarray(segment_ids)
+
+
+def _is_sequence(x: object) -> bool:
+    return (isinstance(x, Sequence) and not isinstance(x, str | bytes)) or bool(getattr(x, "ndim", 0))
+
+
+def _is_id(x: object) -> bool:
+    """Whether it is an integer, of Python, NumPy or JAX; True is none."""
+    try:
+        operator.index(x)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(x, bool)
 
 
 def _power_of_two(number: int) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from delta_jax.layers.checks import require_positive_integers_or_none
+from delta_jax.layers.checks import require_positive_integers, require_positive_integers_or_none
 
 __all__ = ["Sampling", "SamplingNumbers", "draw", "keep_top_k", "keep_top_p", "sample"]
 
@@ -55,8 +55,8 @@ class Sampling:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature!r}")
         require_positive_integers_or_none(top_k=self.top_k)
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must lie in (0, 1] or be None, got {self.top_p!r}")
+        if self.top_p is not None:
+            _require_share(top_p=self.top_p)
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p need a temperature above 0: greedy decoding does not draw")
 
@@ -74,15 +74,24 @@ class Sampling:
 def keep_top_k(logits: Float[Array, "*leading vocab"], k: int | Int[Array, ""]) -> Float[Array, "*leading vocab"]:
     """Sets all but the k greatest logits to -inf; of equal ones the lower ids are kept first.
 
+    Raises:
+        ValueError: k is no positive integer.
+
     Examples:
         >>> keep_top_k(jnp.array([1.0, 3.0, 2.0]), 2).tolist()
         [-inf, 3.0, 2.0]
     """
+    if not isinstance(k, jax.Array):
+        require_positive_integers(k=k)
+        k = min(k, logits.shape[-1])
     return jnp.where(_ranks(logits) < k, logits, -jnp.inf)
 
 
 def keep_top_p(logits: Float[Array, "*leading vocab"], p: float | Float[Array, ""]) -> Float[Array, "*leading vocab"]:
     """Sets to -inf all but the fewest likeliest tokens whose probabilities sum to at least p; 1 keeps every token.
+
+    Raises:
+        ValueError: p is a number outside (0, 1].
 
     Source: Holtzman et al., "The curious case of neural text degeneration", 2019, section 3.1.
 
@@ -90,6 +99,8 @@ def keep_top_p(logits: Float[Array, "*leading vocab"], p: float | Float[Array, "
         >>> keep_top_p(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.7)[2].item()
         -inf
     """
+    if not isinstance(p, jax.Array):
+        _require_share(p=p)
     ordered = -jnp.sort(-jax.nn.softmax(logits.astype(jnp.float32)), axis=-1)
     before = jnp.cumsum(ordered, axis=-1) - ordered
     kept = jnp.maximum(jnp.sum(before < p, axis=-1, keepdims=True), 1)
@@ -161,6 +172,12 @@ def sample(
 def _ranks(logits: Float[Array, "*leading vocab"]) -> Int[Array, "*leading vocab"]:
     """The place of every logit in descending order; the lower id comes first among equals."""
     return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1)
+
+
+def _require_share(**shares: object) -> None:
+    for name, share in shares.items():
+        if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < float(share) <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {share!r}")
 
 
 def _is_number(value: object) -> bool:

@@ -115,6 +115,8 @@ class Mixer(TokenMixer):
     def init_cache(self, batch_size: int, *, length: int | None = None) -> MixerCache:
         """The cache of `batch_size` sequences that have not begun; its size does not depend on their length."""
         require_count("batch_size", batch_size)
+        if length is not None:
+            require_count("length", length)
         tail = self.settings.conv_size - 1
         sizes = self.settings.stream_sizes if self.settings.use_short_conv else ()
         return MixerCache(

@@ -1,6 +1,5 @@
 """From a mixer's choice of inputs to the op: a whole sequence or one token, and cut over the mesh where that is needed."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from delta_jax.ops.arguments import Arguments
 from delta_jax.ops.implementations import choose
 from delta_jax.parallel import by_heads, indivisible
+from delta_jax.parallel.op import warn_uncut
 
 __all__ = ["Rule", "RuleInputs", "apply_rule"]
 
@@ -55,12 +55,14 @@ def apply_rule(
     uncut = indivisible(inputs.q.shape[0], inputs.q.shape[2])
     if implementation is None and uncut and not chosen.cut_by_compiler:
         instead = choose(None, given, cut_by_compiler=True)
-        warnings.warn(
-            f"{uncut}, and the compiler cannot cut {chosen.name!r}: {instead.name!r} runs in its place. Ask for it by "
-            f"implementation={instead.name!r}, or make the mesh divide them.",
-            stacklevel=2,
+        warn_uncut(
+            f"{uncut}, and the compiler cannot cut {chosen.name!r}",
+            f"{instead.name!r} runs in its place. Ask for it by implementation={instead.name!r}, or make the mesh divide "
+            "them.",
         )
         chosen, implementation = instead, instead.name
+    elif uncut and chosen.cut_by_compiler:
+        warn_uncut(uncut)
     options: dict[str, Any] = {"scale": scale, "implementation": implementation}
     if state is not None and inputs.q.shape[1] == 1:
         whole = partial(_one_token, rule.step, options)

@@ -160,6 +160,14 @@ class ExpertsConfig:
     balance_rate: float = 0.001
 
     def __post_init__(self) -> None:
+        require_positive_integers(
+            expert_size=self.expert_size,
+            num_experts=self.num_experts,
+            num_experts_per_token=self.num_experts_per_token,
+        )
+        require_counts(shared_expert_size=self.shared_expert_size)
+        require_flags(use_shared_expert_gate=self.use_shared_expert_gate)
+        require_positive_numbers(routed_scaling_factor=self.routed_scaling_factor)
         if self.balance_rate != 0 or isinstance(self.balance_rate, bool):
             require_positive_numbers(balance_rate=self.balance_rate)
 

@@ -221,8 +221,9 @@ def require_count(name: str, number: Any, why: str = "") -> None:
     """Raises a ValueError if this is neither a positive integer nor a symbolic dimension of `jax.export`."""
     if jax.export.is_symbolic_dim(number):
         return
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{name} must be a positive integer{why}, got {number!r}.")
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
+        wanted = f"a positive integer{why}" if not isinstance(number, int) or number < 2**31 else "below 2^31"
+        raise ValueError(f"{name} must be {wanted}, got {number!r}.")
 
 
 def require_chunk_size(chunk_size: Any) -> None:

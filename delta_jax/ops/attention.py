@@ -1,5 +1,6 @@
 """Softmax attention over packed sequences: positions inside segments, rotary embedding, and the masks."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.ops import device
-from delta_jax.ops.arguments import attention_arguments, checked_array
+from delta_jax.ops.arguments import attention_arguments, checked_array, require_count
 from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.precision import accumulator_dtype
 from delta_jax.ops.segments import Positions
@@ -35,9 +36,9 @@ def rotate(
     """
     x = checked_array("x", x, dict.fromkeys(("batch", "time", "heads", "channels")))
     position = checked_array("position", position, {"batch": x.shape[0], "time": x.shape[1]}, "integers")
-    if not isinstance(channels, int) or channels % 2 or not 0 <= channels <= x.shape[3]:
+    if not isinstance(channels, int) or isinstance(channels, bool) or channels % 2 or not 0 <= channels <= x.shape[3]:
         raise ValueError(f"channels must be an even number of the {x.shape[3]} channels of x, got {channels!r}.")
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0:
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < math.inf:
         raise ValueError(f"theta must be a positive number, got {theta!r}.")
     if channels == 0:
         return x
@@ -96,6 +97,7 @@ def attend(
     """
     q, k, v, scale = attention_arguments(q, k, v, scale=scale, window=window, positions=positions)
     require_attention(implementation, q)
+    require_count("block", block)
     given = (None,) * 4 if positions is None else (*positions[0], *positions[1])
     heads: Axes = ("batch", None, "heads", None)
 

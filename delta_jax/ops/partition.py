@@ -2,12 +2,14 @@
 
 Sequences and heads do not meet in what this package computes. Where the type of an argument is cut over explicit mesh axes
 (`jax.make_mesh` makes such axes by default), every device runs the function on its own sequences and heads, and other
-axes are gathered first. Inside `jax.shard_map` an argument may be the same on every device of an axis over which another
+axes are gathered first, with a warning where they are sequences or heads that the mesh could cut but for a number that
+does not divide. Inside `jax.shard_map` an argument may be the same on every device of an axis over which another
 varies; all are marked as varying before anything is computed, which is also where the cotangents of such an
 argument are summed.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from delta_jax.ops.precision import varying_like
 
+_CALLED = {"batch": "sequences", "heads": "heads or channels"}
 Axes = tuple[str | None, ...]  # what the axes of an array are: "batch" and "heads" are cut, the others are not
 
 
@@ -82,7 +85,11 @@ def axes_of(x: Array, axis: int) -> tuple[str, ...]:
 
 
 def _cut_of(arrays: Sequence[Array | None], axes: Sequence[Axes], mesh: AbstractMesh) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that cut sequences and heads: those of the first array that is cut there, if they divide all."""
+    """The mesh axes that cut sequences and heads: those of the first array that is cut there, if they divide all.
+
+    Where they do not, as of fewer key heads than devices, all are gathered: the same numbers, but slower, which a warning
+    says.
+    """
     found: dict[str, tuple[str, ...]] = {}
     used: set[str] = set()
     for name in ("batch", "heads"):
@@ -97,7 +104,12 @@ def _cut_of(arrays: Sequence[Array | None], axes: Sequence[Axes], mesh: Abstract
                 found[name] = here
         parts = math.prod(mesh.shape[axis] for axis in found.get(name, ()))
         if any(size % parts for size in sizes):
-            del found[name]
+            over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in found.pop(name))
+            warnings.warn(
+                f"{_CALLED[name]} are cut into {parts} parts ({over}), which does not divide each of "
+                f"{', '.join(map(str, sorted(sizes)))}: all are gathered, and every device computes all of them.",
+                stacklevel=1,
+            )
         used |= set(found.get(name, ()))
     return found
 

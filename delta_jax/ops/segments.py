@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from delta_jax.ops.arguments import checked_array
+from delta_jax.ops.arguments import checked_array, require_count
 from delta_jax.ops.padding import skip_tokens
 from delta_jax.ops.partition import by_parts
 
@@ -96,8 +96,7 @@ def segment_states(
     time = segment_ids.shape[1]
     max_length = time if max_length is None else max_length
     for name, limit in {"max_segments": max_segments, "max_length": max_length}.items():
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"{name} must be a positive integer, got {limit!r}")
+        require_count(name, limit)
     segment, position = positions(segment_ids)
     _check_limit("max_segments", max_segments, "segments in a row", segment)
     _check_limit("max_length", max_length, "tokens in a segment", position)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AxisType, Mesh
 
-from delta_jax.config import check_fields
+from delta_jax.config import check_fields, convert
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -59,6 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         >>> dict(mesh.shape)
         {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
+    convert(MeshConfig, config, "config")
     devices = jax.devices() if devices is None else list(devices)
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(size for size in sizes if size != -1)

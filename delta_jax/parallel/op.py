@@ -1,7 +1,9 @@
 """What the compiler has to be told inside a model on a mesh: how activations lie, and how a kernel is cut."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from delta_jax.parallel.sharding import BATCH
 
 P = PartitionSpec
 HEADS = "tensor"
+SEQUENCES = "sequences"
+LATER = "every device may compute all of them, the same numbers, but slower than of a number that divides."
 
 
 class Cut(NamedTuple):
@@ -33,6 +37,8 @@ class Cut(NamedTuple):
 
 # Of the layer that is being traced, if the types of its arguments say how they are cut.
 _EXPLICIT: ContextVar[Cut | None] = ContextVar("explicit", default=None)
+# What was said of the model that is being traced.
+_SAID: ContextVar[set[str] | None] = ContextVar("said", default=None)
 
 
 def current_cut() -> Cut | None:
@@ -96,7 +102,9 @@ def by_compiler[Result](function: Callable[..., Result], arguments: tuple[Any, .
 def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
     """Cuts the batch as the mesh says and leaves the other axes to the compiler; ``x`` itself without a mesh.
 
-    Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch.
+    Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch. A batch
+    that does not divide over the mesh is left alone, with a warning; see ``warn_uncut``. Of a single sequence, as in
+    decoding one prompt, no mesh could make more, and nothing is said.
 
     Examples:
         >>> x = jnp.ones((2, 3))
@@ -104,14 +112,17 @@ def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
         True
     """
     cut = current_cut()
-    if cut is None or not cut.batch or x.shape[0] % _parts(cut.mesh, cut.batch):
+    batch = () if cut is None else _if_even(cut.mesh, cut.batch, x.shape[0], SEQUENCES)
+    if not batch:
         return x
     rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, P(cut.batch, *rest))
+    return jax.lax.with_sharding_constraint(x, P(batch, *rest))
 
 
 def indivisible(batch: int, heads: int) -> str | None:
     """Why sequences and heads cannot be shared out over the current mesh, as a sentence; None where they can.
+
+    A single sequence is no reason: every device has it whole, which costs nothing.
 
     Args:
         batch: sequences.
@@ -124,12 +135,34 @@ def indivisible(batch: int, heads: int) -> str | None:
     cut = current_cut()
     if cut is None:
         return None
-    mesh = cut.mesh
-    for number, what, axes in ((batch, "sequences", cut.batch), (heads, "key heads", cut.heads)):
-        if number % _parts(mesh, axes):
-            sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-            return f"the mesh cuts the {what} into {_parts(mesh, axes)} parts ({sizes}), which does not divide {number}"
-    return None
+    whole = _uneven(cut.mesh, cut.batch, batch, SEQUENCES) if batch != 1 else None
+    return whole or _uneven(cut.mesh, cut.heads, heads, "key heads")
+
+
+def warn_uncut(reason: str, instead: str = LATER) -> None:
+    """Says, while a function is traced, that something is not shared out over the mesh, and what happens in its place.
+
+    Within ``said_once`` the same sentence is said once.
+
+    Args:
+        reason: as ``indivisible`` gives it.
+        instead: what happens.
+    """
+    sentence, said = f"{reason}: {instead}", _SAID.get()
+    if said is None or sentence not in said:
+        warnings.warn(sentence, stacklevel=3)
+    if said is not None:
+        said.add(sentence)
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """For what has many layers: within it ``warn_uncut`` says each sentence once, and not for each of them."""
+    token = _SAID.set(set())
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
 
 
 def by_heads(
@@ -143,8 +176,8 @@ def by_heads(
     """``rule(inputs, state, segment_ids)``, run by every device on its own sequences and heads.
 
     The compiler cannot cut a kernel. Under the current mesh the batch is cut over data and fsdp and the heads over
-    tensor, so nothing has to be exchanged: sequences and heads do not meet inside the delta rule. Without a mesh it is
-    a plain call.
+    tensor, so nothing has to be exchanged: sequences and heads do not meet inside the delta rule. Every device has a
+    single sequence whole. Without a mesh it is a plain call.
 
     Args:
         rule: a function of its arguments alone, such as ``delta_rule`` with its options bound.
@@ -172,7 +205,7 @@ def by_heads(
     reason = indivisible(q.shape[0], q.shape[2])
     if reason is not None:
         raise ValueError(f"q has shape {q.shape}, but {reason}.")
-    batch, heads = cut.batch or None, cut.heads or None
+    batch, heads = cut.batch if q.shape[0] != 1 else None, cut.heads or None
     of_output, of_state = P(batch, None, heads), P(batch, heads)
     if axes is None:
         axes = jax.tree.map(lambda _: 2, inputs)
@@ -194,8 +227,9 @@ def by_tokens(
     """``mix(tokens, gate, up, down)``, run by every device on its own sequences and its channels of every expert.
 
     The compiler would sort the tokens of all devices together. Under the current mesh the batch is cut over data and
-    fsdp and the channels of the experts over tensor, whose parts of the output are added up; without a mesh, or where
-    the batch does not divide, it is a plain call.
+    fsdp and the channels of the experts over tensor, whose parts of the output are added up. One of the two that does not
+    divide is whole on every device, with a warning unless it is a single sequence; see ``warn_uncut``. Without a mesh
+    it is a plain call.
 
     Args:
         mix: returns the float32 output [B, T, D], linear in ``down``, and how many tokens every expert got [E].
@@ -214,19 +248,38 @@ def by_tokens(
         ((1, 3, 4), [3, 3])
     """
     cut, first = current_cut(), jax.tree.leaves(tokens)[0]
-    if cut is None or not cut.batch or first.shape[0] % _parts(cut.mesh, cut.batch):
+    batch: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    if cut is not None:
+        batch = _if_even(cut.mesh, cut.batch, first.shape[0], SEQUENCES)
+        heads = _if_even(cut.mesh, cut.heads, gate.shape[2], "channels of an expert")
+    if cut is None or _parts(cut.mesh, batch + heads) == 1:
         y, load = mix(tokens, gate, up, down)
         return y.astype(first.dtype), load
 
     def part(tokens: Any, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
         y, load = mix(tokens, gate, up, down)
-        return jax.lax.psum(y, cut.heads).astype(first.dtype), jax.lax.psum(load, cut.batch)
+        return jax.lax.psum(y, heads).astype(first.dtype), jax.lax.psum(load, batch)
 
-    batch, heads = cut.batch, cut.heads or None
     specs = (jax.tree.map(lambda _: P(batch), tokens), P(None, None, heads), P(None, None, heads), P(None, heads))
     by_parts = jax.shard_map(part, mesh=cut.mesh, in_specs=specs, out_specs=(P(batch), P()))
     result: tuple[Array, Array] = by_parts(tokens, gate, up, down)
     return result
+
+
+def _uneven(mesh: AbstractMesh, axes: tuple[str, ...], number: int, what: str) -> str | None:
+    if number % _parts(mesh, axes) == 0:
+        return None
+    sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+    return f"the mesh cuts the {what} into {_parts(mesh, axes)} parts ({sizes}), which does not divide {number}"
+
+
+def _if_even(mesh: AbstractMesh, axes: tuple[str, ...], number: int, what: str) -> tuple[str, ...]:
+    """The axes if they divide so many, else none, which a warning says unless one alone is left whole."""
+    reason = _uneven(mesh, axes, number, what)
+    if reason is not None and number != 1:
+        warn_uncut(reason)
+    return axes if reason is None else ()
 
 
 def _parts(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:

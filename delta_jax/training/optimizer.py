@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
+from delta_jax.config import convert
 from delta_jax.parallel import ParameterRule, path_string
 from delta_jax.parallel.sharding import STACKED
 from delta_jax.training.config import OptimizerConfig
@@ -32,11 +33,16 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     Returns:
         A function from the int32 step to the float32 learning rate.
 
+    Raises:
+        ValueError: steps is no positive integer.
+
     Examples:
         >>> schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), steps=100)
         >>> float(schedule(jnp.array(5))), float(schedule(jnp.array(10)))
         (0.5, 1.0)
     """
+    if convert(int, steps, "steps") < 1:
+        raise ValueError(f"steps should be at least 1, got {steps}")
     warmup, rest = config.warmup_steps, steps - config.warmup_steps
     # From zero, and the first ratio added: from that ratio to one, optax's formula would not begin with it exactly.
     rise = optax.linear_schedule(0.0, 1 - config.initial_ratio, max(warmup, 1))

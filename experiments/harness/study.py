@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from delta_jax.config import to_dict
+from delta_jax.config import check_fields, to_dict
 from delta_jax.data.tasks import Task
 from delta_jax.layers import mixer_options
 from delta_jax.models.config import MixerSpec, ModelConfig
@@ -76,6 +76,7 @@ class Sweep:
     checkpoint_minutes: float = 2.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("steps", "batch_size", "test_examples", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -48,3 +48,17 @@ def test_sequences_cut_and_arguments_replicated(implementation, member):
         {name: jax.device_put(a, NamedSharding(mesh, cut[name])) for name, a in one.items()}
     )
     assert_close(got, want | {alone: jnp.sum(want[alone], 0, keepdims=True)})
+
+
+def test_heads_that_the_mesh_does_not_divide_are_gathered_and_said():
+    inputs, _ = problem("delta_net", time=9, shape=(2, 2, 4, 8, 8))  # two key heads, four of values
+    x = {name: jnp.asarray(a, jnp.float32) for name, a in inputs.items()}
+    mesh = jax.make_mesh((4,), ("tensor",))
+    cut = {
+        name: jax.device_put(a, NamedSharding(mesh, P(None, None, "tensor") if name == "v" else P()))
+        for name, a in x.items()
+    }
+    with pytest.warns(UserWarning, match=r"cut into 4 parts \(tensor=4\), which does not divide each of 2, 4: all are"):
+        o, _ = op_of("delta_net")(**cut, implementation="recurrent")
+    want, _ = op_of("delta_net")(**x, implementation="recurrent")
+    assert_close({"o": jax.device_get(o)}, {"o": want})

@@ -1,5 +1,7 @@
 """The op in a model on a mesh: cut by hand over sequences and heads, it gives what the whole gives."""
 
+import contextlib
+import warnings
 from functools import partial
 from typing import Any
 
@@ -12,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from delta_jax.layers import MIXERS, GatedDeltaNet
 from delta_jax.layers.mixer import RuleInputs
+from delta_jax.models import ExpertsConfig, LanguageModel, MixerSpec, ModelConfig
 from delta_jax.ops import delta_rule
-from delta_jax.parallel import MeshConfig, by_heads, cut_batch, indivisible, make_mesh
+from delta_jax.parallel import MeshConfig, by_heads, by_tokens, cut_batch, indivisible, make_mesh
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -101,7 +104,10 @@ def test_the_automatic_choice_falls_back_on_what_the_compiler_can_cut(heads: int
     layer = GatedDeltaNet(16, num_heads=heads, head_dim=8, rngs=nnx.Rngs(0))
     x = jnp.ones((8, 20, 16))
     whole = layer(x)
-    with jax.set_mesh(make_mesh(MESH)):
+    said = (
+        "mesh cuts the key heads into 2 parts .tensor=2., which does not divide 3: every device may compute all of them"
+    )
+    with jax.set_mesh(make_mesh(MESH)), contextlib.nullcontext() if cut else pytest.warns(UserWarning, match=said):
         assert ("shard_map" in str(jax.make_jaxpr(layer)(x))) == cut
         np.testing.assert_allclose(jax.device_get(jax.jit(layer)(x)), whole, rtol=1e-5, atol=1e-6)
 
@@ -124,8 +130,76 @@ def test_one_token_and_the_whole_agree_on_a_mesh() -> None:
 def test_a_batch_is_cut_where_it_divides() -> None:
     with jax.set_mesh(make_mesh(MESH)):
         assert jax.jit(cut_batch)(jnp.ones((8, 3))).sharding.spec[0] == ("data", "fsdp")
-        assert cut_batch(jnp.ones((6, 3))).shape == (6, 3)
+        with pytest.warns(UserWarning, match="sequences into 4 parts .data=2 x fsdp=2., which does not divide 6"):
+            assert cut_batch(jnp.ones((6, 3))).shape == (6, 3)
+        assert cut_batch(jnp.ones((1, 3))).shape == (1, 3)  # one is whole wherever it is, and nothing is said
     assert cut_batch(jnp.ones((6, 3))).shape == (6, 3)
+
+
+def test_a_single_sequence_is_whole_on_every_device() -> None:
+    inputs, state, segment_ids = _problem(batch=1)
+    seen = []
+
+    def rule(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        seen.append(jax.tree.map(jnp.shape, arguments)[0].v)
+        return _rule(*arguments)
+
+    whole = _rule(inputs, state, segment_ids)
+    with jax.set_mesh(make_mesh(MESH)):
+        cut = jax.jit(partial(by_heads, rule))(inputs, state, segment_ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), jax.device_get(cut), whole)
+    assert seen == [(1, 40, 2, 16)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "said", "seen"),
+    [
+        (4, 6, [], (1, 3)),
+        (6, 6, ["sequences into 4 parts (data=2 x fsdp=2), which does not divide 6"], (6, 3)),
+        (4, 5, ["channels of an expert into 2 parts (tensor=2), which does not divide 5"], (1, 5)),
+        (1, 6, [], (1, 3)),
+        (1, 5, ["channels of an expert"], (1, 5)),
+    ],
+)
+def test_experts_are_cut_where_they_divide_and_say_where_they_do_not(
+    batch: int, channels: int, said: list[str], seen: tuple[int, int]
+) -> None:
+    shapes = []
+
+    def mix(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shapes.append((x.shape[0], gate.shape[2]))
+        return jnp.einsum("btd,edf,efd->btd", x, gate * up, down), jnp.full((2,), x.shape[0])
+
+    random = np.random.default_rng(0)
+    sizes = ((batch, 3, 4), (2, 4, channels), (2, 4, channels), (2, channels, 4))
+    given = [jnp.asarray(random.normal(size=size), jnp.float32) for size in sizes]
+    want = mix(*given)
+    with jax.set_mesh(make_mesh(MESH)), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = jax.jit(partial(by_tokens, mix))(*given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), jax.device_get(got), want)
+    assert shapes[1:] == [seen]
+    assert len(caught) == len(said)
+    assert all(text in str(one.message) for text, one in zip(said, caught, strict=True))
+
+
+def test_a_model_says_it_once_a_trace_and_not_at_all_of_one_sequence() -> None:
+    config = ModelConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_layers=2,
+        pattern=tuple(MixerSpec(mixer=name, options=(("num_heads", 2),)) for name in ("delta_net", "attention")),
+        experts=ExpertsConfig(expert_size=4, num_experts=2, num_experts_per_token=1),
+    )
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    with jax.set_mesh(make_mesh(MESH)):
+        jax.eval_shape(model, jnp.zeros((1, 3), jnp.int32))  # a warning would be an error
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            jax.eval_shape(model, jnp.zeros((6, 3), jnp.int32))
+    assert [str(one.message).partition(":")[0] for one in caught] == [
+        "the mesh cuts the sequences into 4 parts (data=2 x fsdp=2), which does not divide 6"
+    ]
 
 
 def test_a_layer_of_several_writes_is_cut_at_the_heads_of_its_writes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.config import DataConfig
 from delta_jax.data.pipeline import split as split_documents
 from delta_jax.data.tasks.draws import at_least
@@ -45,6 +46,7 @@ class Corpus:
     length: int = 256
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, length=1)
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 from delta_jax.data.tasks.rows import Range, check_range, identity_of_padded, uniform
@@ -53,6 +54,7 @@ class Parity(_Words):
     every_token: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_range("lengths", self.lengths, 2)
 
     @property
@@ -82,6 +84,7 @@ class _Arithmetic(_Words):
     modulus: int = 5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, modulus=2)
         check_range("lengths", self.lengths, 3)
 

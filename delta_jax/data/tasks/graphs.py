@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 from delta_jax.data.tasks.rows import Range, check_range, identity_of_padded, pick, uniform
@@ -47,6 +48,7 @@ class GraphConnectivity:
     names: int = 512
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_range("edges", self.edges, 1)
         at_least(self, span=1, names=self._nodes)
 

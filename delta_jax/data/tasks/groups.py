@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 
@@ -87,6 +88,7 @@ class WordProblem:
     tokens_per_element: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, elements=1, tokens_per_element=1)
         if self.swaps_only and self.limit_to_3:
             raise ValueError("swaps_only and limit_to_3 exclude each other")

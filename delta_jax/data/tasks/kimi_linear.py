@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least, distinct, one_of
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 
@@ -38,6 +39,7 @@ class Palindrome:
     vocab_size: int = 128
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, length=4, vocab_size=3)
         if self.length % 2:
             raise ValueError(f"length must be even, got {self.length}")
@@ -79,6 +81,7 @@ class MultiQueryRecall:
     vocab_size: int = 2048
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, pairs=1, queries=1)
         if self.queries > self.pairs:
             raise ValueError(f"queries must be at most pairs, {self.pairs}, got {self.queries}")
@@ -137,6 +140,7 @@ class Stacks:
     pops: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, operations=2, stacks=1, elements=2)
         if not 0 < self.pops <= 1:
             raise ValueError(f"pops must be in (0, 1], got {self.pops}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 
@@ -39,6 +40,7 @@ class Memorization:
     map_seed: int = 12345
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, vocab_size=5, length=2, map_seed=0)
         if self.length % 2:
             raise ValueError(f"length must be even, got {self.length}")
@@ -90,6 +92,7 @@ class Compression:
     length: int = 32
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, vocab_size=3, length=2)
 
     @property
@@ -130,6 +133,7 @@ class SelectiveCopying:
     copies: int = 16
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, vocab_size=4, copies=1)
         if self.length < 2 * self.copies + 1:
             raise ValueError(f"length must be at least 2 * copies + 1 = {2 * self.copies + 1}, got {self.length}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least, distinct, first_uses, one_of
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 
@@ -52,6 +53,7 @@ class InContextRecall:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, length=4, noise_tokens=0)
         if self.vocab_size - self.noise_tokens < 2:
             raise ValueError(f"vocab_size must exceed noise_tokens by 2 or more, got {self.vocab_size}")
@@ -142,6 +144,7 @@ class FuzzyRecall:
     value_size: int = 3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, key_size=1, value_size=1)
         if self._first_value < self.key_size or self.vocab_size - 1 - self._first_value < self.value_size:
             raise ValueError(f"vocab_size must leave as many tokens as a motif has, got {self.vocab_size}")

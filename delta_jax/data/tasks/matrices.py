@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 
@@ -40,6 +41,7 @@ class MatrixProducts:
     invertible: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, matrices=1, modulus=2)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least, distinct
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 from delta_jax.data.tasks.words import ADJECTIVES, NOUNS
@@ -81,6 +82,7 @@ class Needles:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, haystack_bytes=1, needles=1, digits=1)
         if self.haystack not in ("noise", "needles", "text"):
             raise ValueError(f"haystack must be noise, needles or text, got {self.haystack!r}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least, distinct, successive
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 
@@ -57,6 +58,7 @@ class MQAR:
     filler_tokens: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, vocab_size=4, pairs=1, passes=1, updates=0, filler_tokens=0)
         if self.power <= 0:
             raise ValueError(f"power must be positive, got {self.power}")

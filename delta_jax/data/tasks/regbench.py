@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split
 from delta_jax.data.tasks.rows import Range, check_range, distinct, mix, uniform
@@ -68,6 +69,7 @@ class RegBench:
     string_length: Range = (1, 49)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, letters=1)
         check_range("symbols", self.symbols, 1, self.letters)
         check_range("states", self.states, 2)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delta_jax.config import check_fields
 from delta_jax.data.tasks.draws import at_least
 from delta_jax.data.tasks.examples import IGNORED, Examples, Split, hash_rows
 from delta_jax.data.tasks.rows import Range, check_range, pick, uniform
@@ -123,6 +124,7 @@ class SelectivBench:
     """Letters of the longest string; no field, as the benchmark never varies it."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, ambiguity=1, elements=1, distractors_from=0)
         check_range("gap", self.gap, 0)
         if self.depth is not None:
