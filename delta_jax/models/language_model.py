@@ -19,7 +19,6 @@ from delta_jax.models.stack import Run
 from delta_jax.ops.arguments import as_array, checked_array
 from delta_jax.ops.padding import first_tokens, select_tokens, to_front
 from delta_jax.parallel import by_compiler, cut_batch, spec_of
-from delta_jax.parallel.op import said_once
 
 __all__ = ["Block", "LanguageModel", "Loads", "ModelCache", "number_of_parameters"]
 
@@ -232,7 +231,6 @@ class LanguageModel(nnx.Module):
         run = partial(LanguageModel._features_and_loads, return_cache=return_cache)
         return by_compiler(run, (self, tokens, segment_ids, mask, counted, cache), results)
 
-    @said_once()
     def _features_and_loads(
         self,
         tokens: Array,

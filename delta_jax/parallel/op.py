@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -37,8 +36,6 @@ class Cut(NamedTuple):
 
 # Of the layer that is being traced, if the types of its arguments say how they are cut.
 _EXPLICIT: ContextVar[Cut | None] = ContextVar("explicit", default=None)
-# What was said of the model that is being traced.
-_SAID: ContextVar[set[str] | None] = ContextVar("said", default=None)
 
 
 def current_cut() -> Cut | None:
@@ -140,29 +137,8 @@ def indivisible(batch: int, heads: int) -> str | None:
 
 
 def warn_uncut(reason: str, instead: str = LATER) -> None:
-    """Says, while a function is traced, that something is not shared out over the mesh, and what happens in its place.
-
-    Within ``said_once`` the same sentence is said once.
-
-    Args:
-        reason: as ``indivisible`` gives it.
-        instead: what happens.
-    """
-    sentence, said = f"{reason}: {instead}", _SAID.get()
-    if said is None or sentence not in said:
-        warnings.warn(sentence, stacklevel=3)
-    if said is not None:
-        said.add(sentence)
-
-
-@contextmanager
-def said_once() -> Iterator[None]:
-    """For what has many layers: within it ``warn_uncut`` says each sentence once, and not for each of them."""
-    token = _SAID.set(set())
-    try:
-        yield
-    finally:
-        _SAID.reset(token)
+    """Says, while a function is traced, why something is not shared out over the mesh, and what happens in its place."""
+    warnings.warn(f"{reason}: {instead}", stacklevel=3)
 
 
 def by_heads(
