@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the floor up; a room may import those before it, and itself.
 ROOMS = (
-    ("pallas_kernels", "delta_jax.config", "delta_jax.data"),
+    ("pallas_kernels", "delta_jax.config"),
+    ("delta_jax.data",),
     ("delta_jax.ops",),
     ("delta_jax.testing", "delta_jax.parallel"),
     ("delta_jax.layers",),
