@@ -205,7 +205,7 @@ def test_a_poisoned_token_reaches_no_other(name, poison):
     @jax.jit
     def run(layer, x):
         def loss(layer, x):
-            y, load = layer(x, clean)
+            y, load = layer(x, jnp.asarray(clean))
             return jnp.sum(y * jnp.cos(inputs()), where=clean[..., None]), (y, load)
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
