@@ -27,6 +27,7 @@ PACKAGES = [
     "delta_jax.models",
     "delta_jax.ops",
     "delta_jax.parallel",
+    "delta_jax.testing",
     "delta_jax.training",
 ]
 

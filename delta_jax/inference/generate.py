@@ -107,13 +107,13 @@ def _left_pad(prompts: Sequence[Prompt], vocab_size: int) -> tuple[Int[Array, "b
     """Tokens and segment ids; the length is a power of two, so that few shapes are ever compiled."""
     if not _is_sequence(prompts) or len(prompts) == 0:
         raise ValueError(f"prompts must hold at least one prompt, got {prompts!r}")
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         if not _is_sequence(prompt) or not all(map(_is_id, prompt)):
-            raise ValueError(f"prompt {place} must be a sequence of token ids, which are integers, got {prompt!r}")
+            raise ValueError(f"prompt {index} must be a sequence of token ids, which are integers, got {prompt!r}")
         if len(prompt) == 0:
-            raise ValueError(f"prompt {place} is empty; a prompt needs at least one token")
+            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token")
         if not all(0 <= token < vocab_size for token in prompt):
-            raise ValueError(f"prompt {place} holds a token outside [0, {vocab_size})")
+            raise ValueError(f"prompt {index} holds a token outside [0, {vocab_size})")
     length = max(8, _power_of_two(max(map(len, prompts))))
     tokens = np.zeros((len(prompts), length), np.int32)
     segment_ids = np.full((len(prompts), length), _PAD, np.int32)
@@ -181,15 +181,15 @@ def _decode(
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
 
     def unfinished(carry: tuple) -> Array:
-        place, _, _, stopped, _ = carry
-        return (place < count) & ~jnp.all(stopped)
+        index, _, _, stopped, _ = carry
+        return (index < count) & ~jnp.all(stopped)
 
     def add(carry: tuple) -> tuple:
-        place, logits, cache, stopped, new = carry
-        token = draw(logits, numbers, jax.vmap(jax.random.fold_in, (0, None))(keys, start + place))
-        new = jax.lax.dynamic_update_slice(new, token[:, None], (jnp.zeros((), place.dtype), place))
+        index, logits, cache, stopped, new = carry
+        token = draw(logits, numbers, jax.vmap(jax.random.fold_in, (0, None))(keys, start + index))
+        new = jax.lax.dynamic_update_slice(new, token[:, None], (jnp.zeros((), index.dtype), index))
         features, cache = model.features(token[:, None], cache=cache)
-        return place + 1, model.head(features[:, 0]), cache, stopped | stops[token], new
+        return index + 1, model.head(features[:, 0]), cache, stopped | stops[token], new
 
     new = jnp.zeros((batch, _BLOCK), jnp.int32)
     _, logits, cache, stopped, new = jax.lax.while_loop(

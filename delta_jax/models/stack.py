@@ -29,25 +29,25 @@ def cut_into_runs(layers: Sequence[Hashable], period: int) -> tuple[Run, ...]:
         runs whose blocks, repeated and joined, are the stack. Layers that repeat nothing share runs of one repeat.
     """
     runs: list[Run] = []
-    place = 0
-    while place < len(layers):
+    start = 0
+    while start < len(layers):
         options = [
-            Run(tuple(layers[place : place + size]), _repeats(layers, place, size)) for size in range(1, period + 1)
+            Run(tuple(layers[start : start + size]), _repeats(layers, start, size)) for size in range(1, period + 1)
         ]
         best = max(options, key=lambda run: (len(run.block) * run.repeats if run.repeats > 1 else 0, -len(run.block)))
-        place += len(best.block) * best.repeats
+        start += len(best.block) * best.repeats
         if best.repeats == 1 and runs and runs[-1].repeats == 1:
             best = Run(runs.pop().block + best.block, 1)
         runs.append(best)
     return tuple(runs)
 
 
-def _repeats(layers: Sequence[Hashable], place: int, size: int) -> int:
-    """How often the `size` layers at a place stand there one after the other."""
+def _repeats(layers: Sequence[Hashable], start: int, size: int) -> int:
+    """How often the `size` layers from a start on stand there one after the other."""
     repeats = 1
     while all(
         index + size < len(layers) and layers[index] == layers[index + size]
-        for index in range(place + (repeats - 1) * size, place + repeats * size)
+        for index in range(start + (repeats - 1) * size, start + repeats * size)
     ):
         repeats += 1
     return repeats

@@ -79,8 +79,8 @@ def fill_segments(mask: Bool[Array, "batch time"], segment_ids: Int[Array, "batc
     """Segment ids whose padding is in the segment of the real token before it, or, at the start, of the first one."""
     index = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
     before = jax.lax.cummax(jnp.where(mask, index, -1), axis=1)
-    place = jnp.where(before < 0, jnp.argmax(mask, axis=1)[:, None].astype(jnp.int32), before)
-    return jnp.take_along_axis(segment_ids, place, axis=1)
+    source = jnp.where(before < 0, jnp.argmax(mask, axis=1)[:, None].astype(jnp.int32), before)
+    return jnp.take_along_axis(segment_ids, source, axis=1)
 
 
 class Front(NamedTuple):
@@ -103,8 +103,8 @@ class Front(NamedTuple):
 
     def back(self, x: Shaped[Array, "batch time *rest"]) -> Shaped[Array, "batch time *rest"]:
         """The reverse: real tokens where they were, zeros elsewhere."""
-        place = jnp.maximum(jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, 0)
-        moved = jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
+        source = jnp.maximum(jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, 0)
+        moved = jnp.take_along_axis(x, source.reshape(source.shape + (1,) * (x.ndim - 2)), axis=1)
         return select_tokens(self.mask, moved)
 
 

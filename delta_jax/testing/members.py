@@ -34,6 +34,10 @@ def draw(rng: np.random.Generator, time: int = TIME, shape: tuple[int, ...] = ()
       rng: where the numbers come from.
       time: tokens.
       shape: batch, key heads, value heads, key size, value size.
+
+    Examples:
+        >>> draw(np.random.default_rng(0), 3, (1, 2, 4, 8, 16))["beta"].shape
+        (1, 3, 4)
     """
     batch, key_heads, heads, key, value = shape or (BATCH, KEY_HEADS, HEADS, KEY, VALUE)
     normal = rng.standard_normal
@@ -86,7 +90,12 @@ def _three_writes(x: Inputs) -> Inputs:
 
 
 def op_of(member: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The op of which a member is a choice of inputs."""
+    """The op of which a member is a choice of inputs.
+
+    Examples:
+        >>> op_of("gated_delta_net") is delta_rule
+        True
+    """
     if member == "gated_delta_product":
         return delta_product
     no_erase = ("linear_attention", "gated_linear_attention", "mamba2")
@@ -94,7 +103,12 @@ def op_of(member: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 
 def step_of(member: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The op's step for decoding."""
+    """The op's step for decoding.
+
+    Examples:
+        >>> step_of("gated_delta_net") is delta_rule_step
+        True
+    """
     steps: dict[Any, Any] = {delta_product: delta_product_step, linear_attention: linear_attention_step}
     return steps.get(op_of(member), delta_rule_step)
 
@@ -168,6 +182,11 @@ def problem(
       time: tokens.
       seed: of the numbers.
       shape: batch, key heads, value heads, key size, value size.
+
+    Examples:
+        >>> inputs, cotangents = problem("delta_net", "repeated_keys", time=3)
+        >>> sorted(inputs), bool((inputs["k"][:, 0] == inputs["k"][:, 1]).all())
+        (['beta', 'initial_state', 'k', 'q', 'v'], True)
     """
     rng = np.random.default_rng(seed)
     drawn = draw(rng, time, shape)

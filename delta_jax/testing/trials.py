@@ -18,6 +18,10 @@ class Trial(NamedTuple):
       sizes: `time` and `shape` of `problem` that it takes; those of `problem` where there are none.
       chunk_sizes: values of `chunk_size` that are tried.
       interpreted: a context in which it runs on a CPU.
+
+    Examples:
+        >>> TRIALS["mosaic_gpu"].dtypes
+        ('bfloat16',)
     """
 
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -33,7 +37,13 @@ class Trial(NamedTuple):
 
 @contextlib.contextmanager
 def interpreted_tpu() -> Iterator[None]:
-    """TPU kernels run in interpretation on the CPU: memory nobody wrote holds NaN, and a race is an error."""
+    """TPU kernels run in interpretation on the CPU: memory nobody wrote holds NaN, and a race is an error.
+
+    Examples:
+        >>> with interpreted_tpu():
+        ...     implementations()["mosaic_tpu"] is None
+        True
+    """
     from jax.experimental.pallas import tpu as pltpu
 
     parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -43,7 +53,13 @@ def interpreted_tpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interpreted_gpu() -> Iterator[None]:
-    """The kernels of a Hopper GPU run in interpretation on the CPU, which needs a CPU of at least four devices."""
+    """The kernels of a Hopper GPU run in interpretation on the CPU, which needs a CPU of at least four devices.
+
+    Examples:
+        >>> with interpreted_gpu():
+        ...     implementations()["mosaic_gpu"] is None
+        True
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.gpu import warpgroup

@@ -57,7 +57,7 @@ def collective_bytes(hlo: str) -> dict[str, float]:
     # a loop inside included: the channel tells which are one, and the outermost how often it runs.
     seen: dict[tuple[str, str], float] = {}
     for name, number in runs.items():
-        for place, line in enumerate(lines[name]):
+        for index, line in enumerate(lines[name]):
             found = _COLLECTIVE.search(line)
             if found is None:
                 continue
@@ -68,7 +68,7 @@ def collective_bytes(hlo: str) -> dict[str, float]:
             elif name.startswith("all-reduce-scatter"):  # the TPU compiler's form: an all-reduce whose result is cut
                 kind = "reduce-scatter"
             channel = re.search(r"channel_id=(\d+)", line)
-            key = (kind, channel.group(1) if channel else f"{name}/{place}")
+            key = (kind, channel.group(1) if channel else f"{name}/{index}")
             received = number * size * _share(kind, group)
             seen[key] = min(seen.get(key, received), received)
     totals: dict[str, float] = defaultdict(float)

@@ -44,15 +44,15 @@ def set_aside(path: Path, output: Path, *, copy: bool = False) -> Path:
             f"{folder} is in the way: damaged files are set aside into a folder of that name, move the file"
         )
     folder.mkdir(exist_ok=True)
-    place, count = folder / path.name, 0
-    while place.exists():
+    aside, count = folder / path.name, 0
+    while aside.exists():
         count += 1
-        place = folder / f"{path.name}.{count}"
+        aside = folder / f"{path.name}.{count}"
     if copy:
-        shutil.copyfile(path, place)
+        shutil.copyfile(path, aside)
     else:
-        shutil.move(path, place)
-    return place
+        shutil.move(path, aside)
+    return aside
 
 
 def make_way(path: Path, *, folder: bool = False) -> Path:
@@ -60,8 +60,8 @@ def make_way(path: Path, *, folder: bool = False) -> Path:
     warning."""
     if path.exists() and (not path.is_dir() if folder else not path.is_file()):
         wanted = "a folder" if folder else "a file"
-        place = set_aside(path, path.parent)
-        warnings.warn(f"{path} is not {wanted}: it was moved to {place} and is written anew", stacklevel=3)
+        aside = set_aside(path, path.parent)
+        warnings.warn(f"{path} is not {wanted}: it was moved to {aside} and is written anew", stacklevel=3)
     return path
 
 
@@ -92,8 +92,8 @@ def keep_tokenizer(output: Path, tokenizer: str) -> str | None:
     wanted, copy = digest(Path(tokenizer)), make_way(output / TOKENIZER)
     if jax.process_index() == 0 and not (copy.is_file() and digest(copy) == wanted):
         if copy.is_file():
-            place = set_aside(copy, output)
-            warnings.warn(f"{copy} is not {tokenizer}: it was moved to {place} and copied anew", stacklevel=3)
+            aside = set_aside(copy, output)
+            warnings.warn(f"{copy} is not {tokenizer}: it was moved to {aside} and copied anew", stacklevel=3)
         draft = make_way(copy.with_suffix(".tmp"))
         shutil.copyfile(tokenizer, draft)
         draft.replace(copy)

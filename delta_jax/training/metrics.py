@@ -111,8 +111,8 @@ def _repair(path: Path, step: int) -> list[dict[str, Any]]:
     if not step and any(entry["step"] for entry in entries):
         faults.append("its run has no checkpoint and begins anew")
     if faults:
-        place = set_aside(path, path.parent, copy=True)
-        warnings.warn(f"{path} was repaired: {listing(faults)}; the file as it was is {place}", stacklevel=4)
+        aside = set_aside(path, path.parent, copy=True)
+        warnings.warn(f"{path} was repaired: {listing(faults)}; the file as it was is {aside}", stacklevel=4)
     kept = [entry for entry in entries if entry["step"] <= step] if step else []
     draft = make_way(path.with_suffix(".tmp"))
     draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept))

@@ -108,11 +108,11 @@ def _balance(config: ModelConfig, parameters: Any, loads: Loads) -> Any:
     if config.experts is None:
         return parameters
     blocks = dict(parameters["blocks"])
-    for place, load in enumerate(loads):
+    for index, load in enumerate(loads):
         if load is not None:
-            mlp = blocks[place]["mlp"]
+            mlp = blocks[index]["mlp"]
             bias = balanced_bias(mlp["expert_bias"], load, config.experts.balance_rate)
-            blocks[place] = blocks[place] | {"mlp": mlp | {"expert_bias": bias}}
+            blocks[index] = blocks[index] | {"mlp": mlp | {"expert_bias": bias}}
     return parameters | {"blocks": blocks}
 
 

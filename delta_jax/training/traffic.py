@@ -79,10 +79,10 @@ def _parse(lines: list[str]) -> dict[str, _Instruction]:
 
 def _until_closed(text: str) -> str:
     depth = 1
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if depth == 0:
-            return text[:place]
+            return text[:index]
     return text
 
 
@@ -119,16 +119,16 @@ def _moved(instruction: _Instruction, here: dict[str, _Instruction], parsed: dic
     if opcode != "fusion" or called is None or called.group(1) not in parsed:
         return instruction.bytes() + sum(operand.bytes() for operand in operands)
     inside = parsed[called.group(1)]
-    read = sum(_read(place, operand, inside) for place, operand in enumerate(operands))
+    read = sum(_read(index, operand, inside) for index, operand in enumerate(operands))
     return read + _written(instruction, inside)
 
 
-def _read(place: int, operand: _Instruction, inside: dict[str, _Instruction]) -> int:
+def _read(index: int, operand: _Instruction, inside: dict[str, _Instruction]) -> int:
     """Bytes that a fusion reads of an operand."""
     whole = operand.bytes()
     if not whole:
         return 0
-    names = {name for name, i in inside.items() if i.opcode == "parameter" and i.text.startswith(f"{place})")}
+    names = {name for name, i in inside.items() if i.opcode == "parameter" and i.text.startswith(f"{index})")}
     part = 0
     while True:  # through bitcasts
         uses = [(name, i) for name, i in inside.items() if names & set(i.operands)]
