@@ -74,7 +74,7 @@ def test_padding_is_as_if_it_were_not_there(member, implementation):
 def test_padding_at_the_end_equals_the_shorter_call():
     """The neutral element itself, against an op that has never heard of it."""
     inputs, initial, _ = make("kimi_delta_attention")
-    mask = np.arange(TIME)[None] < np.array([[13], [13]])
+    mask = jnp.arange(TIME)[None] < jnp.array([[13], [13]])
     o, state = delta_rule(**skip_tokens(mask, **inputs), initial_state=initial)
     short, last = delta_rule(**jax.tree.map(lambda x: x[:, :13], inputs), initial_state=initial)
     np.testing.assert_allclose(o[:, :13], short, atol=2e-6)
