@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from delta_jax import delta_product
 from delta_jax.testing import (
     HARD,
     MEMBERS,
