@@ -8,15 +8,16 @@ A member is a subclass that adds its own parameters and says in `rule_inputs` ho
 from x. Its op is the delta rule unless it names another.
 """
 
+from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.checks import require_rngs
-from delta_jax.layers.contained import contained
+from delta_jax.layers.contained import contained, finite_tokens, select_finite
 from delta_jax.layers.convolution import ShortConvolution
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer_cache import MixerCache
@@ -29,6 +30,7 @@ from delta_jax.ops.arguments import require_count
 from delta_jax.ops.attention import rotate
 from delta_jax.ops.padding import at_last, filled_ids, first_tokens, select_tokens, skip_tokens
 from delta_jax.ops.segments import positions
+from delta_jax.parallel import cut_batch
 
 __all__ = ["Mixer", "MixerCache", "MixerOptions", "MixerSettings", "Rule", "RuleInputs"]
 
@@ -145,12 +147,15 @@ class Mixer(TokenMixer):
             segment_ids = ids = filled_ids(segment_ids, lengths, old.segment_id)
             old = old.keep(ids[:, 0] == old.segment_id)
         position = positions(ids, old.position).position
-        q, k, v, tails = self._project(x, segment_ids, old, lengths)
+        # Selected once for all uses of x: on a mesh every selection is an exchange of its own on the way back.
+        finite = finite_tokens(x)
+        x = cut_batch(select_finite(finite, x, 0.0))
+        q, k, v, tails = self._project(x, finite, segment_ids, old, lengths)
         if self.dtype == jnp.float16:  # whose largest number a sum over tokens passes before the norm brings it back
             q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
         if self.rope_theta is not None:
             q, k = (rotate(y, position, theta=self.rope_theta, channels=self.key_dim) for y in (q, k))
-        inputs = contained(self.rule_inputs, x, q, k, v)
+        inputs = contained(partial(self.rule_inputs, x), q, k, v)
         if real is not None:
             inputs = RuleInputs(**skip_tokens(real, **inputs._asdict()))
         o, state = apply_rule(
@@ -163,10 +168,10 @@ class Mixer(TokenMixer):
             implementation=self.settings.implementation,
         )
 
-        def output(x: Array, v: Array, o: Array) -> Array:
+        def output(v: Array, o: Array) -> Array:
             return self.o_proj(self.output(x, v, o).reshape(*x.shape[:2], -1))
 
-        y: Array = contained(output, x, v, o)
+        y: Array = contained(output, v, o)
         if real is not None:
             y = select_tokens(real, y)
         last = at_last(lengths, position, old.position - 1) + 1
@@ -175,12 +180,17 @@ class Mixer(TokenMixer):
     def _project(
         self,
         x: Float[Array, "batch time hidden"],
+        finite: Bool[Array, "batch time"],
         segment_ids: Int[Array, "batch time"] | None,
         cache: MixerCache,
         lengths: Int[Array, " batch"] | None,
     ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-        """q, k and v split into heads, after convolution and activation, and the tails of the convolutions."""
-        streams: tuple[Array, ...] = contained(lambda x: (self.q_proj(x), self.k_proj(x), self.v_proj(x)), x)
+        """q, k and v split into heads, after convolution and activation, and the tails of the convolutions.
+
+        They are NaN, from the projections on, where a token is not finite, of which x holds zeros.
+        """
+        projections = self.q_proj, self.k_proj, self.v_proj
+        streams = tuple(select_finite(finite, f(x), jnp.nan) for f in projections)
         tails: tuple[Array, ...] = ()
         if self.settings.use_short_conv:
             convolutions = (self.q_conv, self.k_conv, self.v_conv)

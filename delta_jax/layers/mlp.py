@@ -14,7 +14,7 @@ from delta_jax.layers.checks import (
 )
 from delta_jax.layers.contained import contained
 from delta_jax.ops.arguments import checked_array
-from delta_jax.parallel import by_compiler, spec_of
+from delta_jax.parallel import by_compiler, cut_batch, spec_of
 
 __all__ = ["SwiGLU"]
 
@@ -71,6 +71,10 @@ class SwiGLU(nnx.Module):
 
 
 def _swiglu(mlp: SwiGLU, x: Array) -> Array:
-    hidden = contained(lambda x: jax.nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x), x, tokens=x.ndim - 1)
+    def hidden_of(x: Array) -> Array:
+        x = cut_batch(x) if x.ndim > 2 else x
+        return jax.nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+    hidden = contained(hidden_of, x, tokens=x.ndim - 1)
     y: Array = contained(mlp.down_proj, hidden, tokens=x.ndim - 1)
     return y

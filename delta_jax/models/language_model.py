@@ -60,16 +60,16 @@ class Block(nnx.Module):
 
         Of each row only the first `lengths` tokens are there; `counted` says which tokens count in the load.
         """
-        normed = self.mixer_norm(x)
+        normed = cut_batch(self.mixer_norm(x))
         y, cache = self.mixer.with_cache(normed, segment_ids=segment_ids, cache=cache, lengths=lengths)
-        x, load = x + checkpoint_name(y, "mixer_output"), None
+        x, load = x + checkpoint_name(cut_batch(y), "mixer_output"), None
         if self.mlp is None:
             return BlockOutput(x, cache, None)
         if isinstance(self.mlp, SwiGLU):
-            y = self.mlp(self.mlp_norm(x))
+            y = self.mlp(cut_batch(self.mlp_norm(x)))
         else:
             y, load = self.mlp(self.mlp_norm(x), counted)
-        return BlockOutput(x + y, cache, load)
+        return BlockOutput(x + cut_batch(y), cache, load)
 
 
 class LanguageModel(nnx.Module):

@@ -97,9 +97,10 @@ def by_compiler[Result](function: Callable[..., Result], arguments: tuple[Any, .
 
 
 def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
-    """Cuts the batch as the mesh says and leaves the other axes to the compiler; ``x`` itself without a mesh.
+    """Cuts the batch as the mesh says, every device with the other axes whole; ``x`` itself without a mesh.
 
-    Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch. A batch
+    Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch, or to cut
+    the channels between two layers and gather them for every product. A batch
     that does not divide over the mesh is left alone, with a warning; see ``warn_uncut``. Of a single sequence, as in
     decoding one prompt, no mesh could make more, and nothing is said.
 
@@ -112,8 +113,7 @@ def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
     batch = () if cut is None else _if_even(cut.mesh, cut.batch, x.shape[0], SEQUENCES)
     if not batch:
         return x
-    rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, P(batch, *rest))
+    return jax.lax.with_sharding_constraint(x, P(batch))
 
 
 def indivisible(batch: int, heads: int) -> str | None:

@@ -56,8 +56,7 @@ def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -
     assert 0.9 < cut.flops * 8 / whole.flops < 1.2
     # A layer's weights are gathered for the forward and again for the backward, and their gradients are scattered.
     gathered = 3 / 4 * 2 * (cut.parameters - 2 * 512 * 256) / 2
-    # So are activations, which the compiler leaves cut over their channels where tokens that are not finite are selected away.
-    assert 2 * gathered < cut.collectives["all-gather"] < 6 * gathered
+    assert 2 * gathered < cut.collectives["all-gather"] < 4 * gathered
     assert cut.collectives["all-reduce"] > 0
     assert cut.estimate is not None and cut.estimate.exchange == pytest.approx(sum(cut.collectives.values()) / 200e9)
 
