@@ -100,9 +100,9 @@ def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
     """Cuts the batch as the mesh says, every device with the other axes whole; ``x`` itself without a mesh.
 
     Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch, or to cut
-    the channels between two layers and gather them for every product. A batch
-    that does not divide over the mesh is left alone, with a warning; see ``warn_uncut``. Of a single sequence, as in
-    decoding one prompt, no mesh could make more, and nothing is said.
+    the channels between two layers and gather them for every product. A batch that does not divide over the mesh is left
+    alone, with a warning; see ``warn_uncut``. Of a single sequence, as in decoding one prompt, no mesh could make more, and
+    nothing is said.
 
     Examples:
         >>> x = jnp.ones((2, 3))
