@@ -46,7 +46,7 @@ def callables(package: str) -> Iterator[tuple[str, Any]]:
 def examples(package: str) -> list[doctest.DocTest]:
     """The examples of each of them, with the names that docs/reference/index.md promises."""
     known: dict[str, Any] = {"jax": jax, "jnp": jnp, "nnx": nnx, "np": np, "optax": optax}
-    for other in PACKAGES:
+    for other in (*PACKAGES, package):  # a name that two packages have is that of the one described
         module = importlib.import_module(other)
         known |= {name: getattr(module, name) for name in module.__all__}
     finder, found = doctest.DocTestFinder(recurse=False), []
