@@ -80,6 +80,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _takes_a_run(command: argparse.ArgumentParser, example: str = "such as steps=100 or data.path=books/") -> None:
+    """The arguments that `_config` reads."""
+    command.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="delta-jax", description="Language models of the delta-rule family in JAX.")
     common = argparse.ArgumentParser(add_help=False)
@@ -90,8 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", parents=[common], help="train a model, or go on with a run that stopped", epilog=keys
     )
-    train.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=100 or data.path=books/")
+    _takes_a_run(train)
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", parents=[common], help="continue prompts with a trained model")
@@ -157,8 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help="compile a training step for TPUs that are not here: does it fit, what does it move",
     )
-    plan.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as batch_size=64 or mesh.fsdp=-1")
+    _takes_a_run(plan, "such as batch_size=64 or mesh.fsdp=-1")
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x1, tpu7x:2x2x1; one chip is v5e:1x1"
     )
@@ -169,8 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help="print a configuration: every key, what it means, its value; a file to start from",
     )
-    config.add_argument("config", metavar="CONFIG", nargs="?", help="name of a preset, or a TOML file")
-    config.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=100 or data.path=books/")
+    _takes_a_run(config)
     config.set_defaults(run=_show_config)
 
     info = commands.add_parser("info", parents=[common], help="versions, devices, and what can run on them")

@@ -9,8 +9,7 @@ from jax import Array
 
 from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.containment import Passes
-from delta_jax.ops.precision import accumulator_dtype
-from delta_jax.ops.recurrence import token_of
+from delta_jax.ops.recurrence import Token, one_token
 from pallas_kernels.inputs import Inputs
 
 
@@ -80,12 +79,14 @@ def passes_of(kernels: Kernels) -> Passes:
 
 
 def step_of(kernels: Kernels, arrays: Arrays, options: Options) -> tuple[Array, Array]:
-    """One token by a package of kernels: the output in the dtype of its value, and the state after it."""
-    dtype = accumulator_dtype(arrays.v.dtype)
-    token, state = jax.tree.map(lambda x: x.astype(dtype), (token_of(arrays, options), arrays.initial_state))
-    for write in token.write_by_write():
-        o, state = kernels.delta_rule_step(state, Inputs(*write), options.scale)
-    return o.astype(arrays.v.dtype), state
+    """One token by a package of kernels, write by write."""
+
+    def step(state: Array, token: Token, scale: float) -> tuple[Array, Array]:
+        for write in token.write_by_write():
+            o, state = kernels.delta_rule_step(state, Inputs(*write), scale)
+        return o, state
+
+    return one_token(arrays, options, step)
 
 
 def _inputs(arrays: Arrays) -> Inputs:

@@ -12,7 +12,7 @@ Plain `jax.lax.scan`: differentiable in forward and reverse mode, to any order.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -73,8 +73,10 @@ def token_of(arrays: Arrays, options: Options) -> Token:
     return Token(repeat(arrays.q), k, arrays.v, arrays.beta, arrays.g, erase)
 
 
-def one_token(arrays: Arrays, options: Options) -> tuple[Array, Array]:
-    """The output of a token in the dtype of its value, and the state after it."""
+def one_token(
+    arrays: Arrays, options: Options, step: Callable[[Array, Token, float], tuple[Array, Array]] = step
+) -> tuple[Array, Array]:
+    """The output of a token in the dtype of its value, and the state after it, by the definition's `step` or another."""
     dtype = accumulator_dtype(arrays.v.dtype)
     token, state = jax.tree.map(lambda x: x.astype(dtype), (token_of(arrays, options), arrays.initial_state))
     o, state = step(state, token, options.scale)
