@@ -1,0 +1,174 @@
+"""The keys of a published model's config.json: every one is read, known to change nothing, or refused by name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from delta_jax.config import convert
+from delta_jax.layers import RopeScaling
+
+__all__ = ["Keys", "rope_keys", "rope_options"]
+
+# What no model's function depends on: how it was trained, saved or is served, what its token ids mean.
+HARMLESS = frozenset(
+    """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id cls_token_id
+    dtype embd_pdrop eos_token_id fp32_logits gradient_checkpointing hidden_dropout_prob id2label initializer_range
+    initializer_std is_decoder is_encoder_decoder label2id max_length max_position_embeddings max_seq_len
+    model_max_length model_type output_attentions output_hidden_states output_router_logits pad_token_id
+    pretraining_tp problem_type return_dict router_aux_loss_coef sep_token_id tokenizer_class torch_dtype
+    transformers_version unk_token_id unsloth_version unsloth_fixed use_cache""".split()
+)
+REQUIRED = object()
+
+
+class Keys:
+    """The table of a config.json, and which of its keys were read.
+
+    Args:
+        table: the keys and their values.
+        where: how messages call the table.
+    """
+
+    def __init__(self, table: Mapping[str, Any], where: str = "config.json"):
+        self._table, self._where, self._read = table, where, set[str]()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._table
+
+    def get(self, kind: Any, *names: str, default: Any = REQUIRED) -> Any:
+        """The value of the first of several names of a key that is there and not null, as a type.
+
+        Raises:
+            ValueError: it is of another type, or missing without a default.
+        """
+        self._read |= set(names)
+        for name in names:
+            if self._table.get(name) is not None:
+                return convert(kind, self._table[name], f"{self._where}: {name}")
+        if default is REQUIRED:
+            raise ValueError(f"{self._where} lacks the key {names[0]}")
+        return default
+
+    def demand(self, name: str, *allowed: Any, default: Any = None) -> None:
+        """Reads a key that may have certain values only; a missing one has the default.
+
+        Raises:
+            ValueError: it has another one.
+        """
+        self._read.add(name)
+        value = self._table.get(name, default)
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+            wanted = " or ".join(repr(one) for one in allowed)
+            raise ValueError(f"{self._where}: {name} is {value!r}, which this library does not have, only {wanted}")
+
+    def refuse(self, name: str, reason: str) -> ValueError:
+        """The error that names a key."""
+        return ValueError(f"{self._where}: {name} is {self._table.get(name)!r}, {reason}")
+
+    def inner(self, name: str) -> "Keys":
+        """A table inside; an empty one where there is none.
+
+        Raises:
+            ValueError: it is no table.
+        """
+        self._read.add(name)
+        table = self._table.get(name)
+        if table is not None and not isinstance(table, Mapping):
+            raise ValueError(f"{self._where}: {name} must be a table, got {table!r}")
+        return Keys(table or {}, f"{self._where}: {name}")
+
+    def plain(self, name: str) -> Any:
+        """The value as it is, None where it is missing."""
+        self._read.add(name)
+        return self._table.get(name)
+
+    def finish(self, harmless: Iterable[str] = (), ignored: Sequence[str] = ()) -> None:
+        """Refuses the keys that nobody has read; null says that something is left out.
+
+        Args:
+            harmless: keys that change nothing in this architecture.
+            ignored: keys that the caller knows to change nothing.
+
+        Raises:
+            ValueError: there is such a key.
+        """
+        known = self._read | HARMLESS | set(harmless) | set(ignored)
+        left = [name for name, value in self._table.items() if name not in known and value is not None]
+        if left:
+            raise ValueError(
+                f"{self._where}: {left[0]} is {self._table[left[0]]!r}, a key that is not known here and may change what the "
+                "model computes; name it in ignore_keys if it does not"
+            )
+
+
+def layer_kinds(keys: Keys, number: int, default: Sequence[str], kinds: Sequence[str]) -> tuple[str, ...]:
+    """`layer_types`, which has a kind for each layer.
+
+    Raises:
+        ValueError: it has another length, or a kind that the architecture does not have.
+    """
+    found = keys.get(tuple[str, ...], "layer_types", default=tuple(default))
+    if len(found) != number:
+        raise keys.refuse("layer_types", f"of {len(found)} layers, but num_hidden_layers is {number}")
+    for kind in found:
+        if kind not in kinds:
+            raise keys.refuse("layer_types", f"but the layers are {' or '.join(kinds)}")
+    return found
+
+
+def rope_options(keys: Keys, *, theta: float, fraction: float = 1.0, kind: str | None = None) -> dict[str, Any]:
+    """The options of an attention layer that say what its rotary embedding is, from new and old spellings of the keys.
+
+    Args:
+        keys: of the model.
+        theta, fraction: what the architecture has where the keys are missing.
+        kind: the kind of layer, where the architecture has a table for each.
+    """
+    old = keys.inner("rope_scaling")
+    table = keys.inner("rope_parameters")
+    if kind is not None and isinstance(keys.plain("rope_parameters"), Mapping) and kind in table:
+        table = table.inner(kind)
+    found_theta = keys.get(float, "rope_theta", default=theta)
+    found_fraction = keys.get(float, "partial_rotary_factor", "rotary_pct", default=fraction)
+    options: dict[str, Any] = {"rope_theta": table.get(float, "rope_theta", default=found_theta)}
+    if (share := table.get(float, "partial_rotary_factor", default=found_fraction)) != 1.0:
+        options["rope_fraction"] = share
+    for scaling in (table, old):
+        if (found := _scaling(scaling, keys)) is not None:
+            options["rope_scaling"] = found
+    return options
+
+
+def _scaling(table: Keys, keys: Keys) -> RopeScaling | None:
+    kind = table.get(str, "rope_type", "type", default="default")
+    known = ("mrope_section", "mrope_interleaved", "rope_theta", "partial_rotary_factor")
+    if kind in ("default", "mrope"):
+        table.finish(known)
+        return None
+    if kind == "linear":
+        scaling = RopeScaling(kind=kind, factor=table.get(float, "factor"))
+    elif kind in ("llama3", "yarn"):
+        length = table.get(int, "original_max_position_embeddings", default=None)
+        if length is None:
+            length = keys.get(int, "max_position_embeddings")
+        options: dict[str, Any] = {"factor": table.get(float, "factor"), "original_max_position_embeddings": length}
+        names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "attention_factor")}
+        for name in names[kind]:
+            if (value := table.get(float, name, default=None)) is not None:
+                options[name] = value
+        scaling = RopeScaling(kind=kind, **options)
+    else:
+        raise table.refuse("rope_type", "which this library does not have, only default, linear, llama3 or yarn")
+    table.finish(known)
+    return scaling
+
+
+def rope_keys(options: Mapping[str, Any], *, fraction: bool = False) -> dict[str, Any]:
+    """`rope_parameters` of an attention layer's options."""
+    table: dict[str, Any] = {"rope_type": "default", "rope_theta": options.get("rope_theta", 10000.0)}
+    if fraction:
+        table["partial_rotary_factor"] = options.get("rope_fraction", 1.0)
+    if (scaling := options.get("rope_scaling")) is not None:
+        table["rope_type"] = scaling.kind
+        given = {name: value for name, value in vars(scaling).items() if name != "kind" and value is not None}
+        table |= given
+    return table
