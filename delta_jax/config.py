@@ -299,13 +299,13 @@ def _wrong_type(key: str, wanted: str, value: Any) -> ValueError:
     return ValueError(f"{key or 'configuration'}: wanted {wanted}, got {shown} ({type(value).__name__})")
 
 
-# What was called otherwise once -> its name now, which helps where that is known.
+# What was called otherwise once -> its name now, which helps where that is known, and what there is to say of it.
 RENAMED = {
-    "dense_layers": "num_dense_layers",
     "key_dim": "qk_nope_head_dim",
     "latent_size": "kv_lora_rank",
     "mamba_2": "mamba2",
     "mlp_size": "intermediate_size",
+    "num_dense_layers": "dense_layers, an array of the layers' numbers",
     "number": "num_experts",
     "per_token": "num_experts_per_token",
     "placed": "layer_overrides",
@@ -321,8 +321,9 @@ RENAMED = {
 
 def did_you_mean(name: str, known: Any) -> str:
     """What is meant by a name that is not known: what it is called now, or those that are near; "" where nothing is."""
-    if RENAMED.get(name) in known:
-        return f" (it is now called {RENAMED[name]})"
+    now = RENAMED.get(name, "")
+    if now.partition(",")[0] in known:
+        return f" (it is now called {now})"
     near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 

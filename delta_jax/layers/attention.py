@@ -1,6 +1,6 @@
 """Softmax attention: grouped heads, rotary embedding, a sliding window, normalised queries and keys, an output gate."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from delta_jax.layers.checks import (
 )
 from delta_jax.layers.contained import contained
 from delta_jax.layers.norm import RMSNorm
+from delta_jax.layers.rope_scaling import RopeScaling
 from delta_jax.ops.attention import attend, require_attention, rotate
 from delta_jax.ops.segments import Positions
 
@@ -39,10 +40,14 @@ class Attention(CachedAttention):
         window: how many tokens a token sees, itself included; None is all of its segment.
         rope_theta: the base of the rotary embedding's wave lengths.
         rope_fraction: the share of a head's channels that is rotated, from the first on; 0 is no positions.
-        use_qk_norm: RMSNorm of each head of q and k, before the rotation.
+        rope_scaling: how these wave lengths are stretched for long sequences, see `RopeScaling`; None is not at all.
+        use_qk_norm: RMSNorm of q and k, before the rotation.
+        qk_norm_width: over what it is taken: "head", each head by itself, or "all", all heads of q, or of k, at once.
         zero_centered_norms: the form of these norms, see `RMSNorm`.
         use_output_gate: multiplies the output with sigmoid(x W_g). (Qwen3-Next's checkpoints keep W_g inside W_q, each
             head's query first.)
+        use_qkv_bias: adds biases after W_q, W_k and W_v.
+        use_output_bias: adds one after W_o.
         norm_eps: epsilon of the norms.
         initializer_std: standard deviation of every weight matrix at the start.
         implementation: as in `delta_jax.ops.attention.attend`: None or "xla", or "cudnn" on NVIDIA GPUs.
@@ -54,7 +59,8 @@ class Attention(CachedAttention):
         ValueError: an option is impossible, alone or with the others.
 
     Source: Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; the window: Beltagy et al., "Longformer",
-    2020; the gate after Qiu et al., "Gated attention for large language models", 2025, as in Qwen3-Next.
+    2020; the gate after Qiu et al., "Gated attention for large language models", 2025, as in Qwen3-Next; the norm of all
+    heads at once as in OLMo 2 (OLMo team, 2025).
 
     Examples:
         >>> layer = Attention(16, num_heads=2, num_kv_heads=1, window=3, rngs=nnx.Rngs(0))
@@ -75,9 +81,13 @@ class Attention(CachedAttention):
         window: int | None = None,
         rope_theta: float = 10000.0,
         rope_fraction: float = 1.0,
+        rope_scaling: RopeScaling | None = None,
         use_qk_norm: bool = False,
+        qk_norm_width: Literal["head", "all"] = "head",
         zero_centered_norms: bool = False,
         use_output_gate: bool = False,
+        use_qkv_bias: bool = False,
+        use_output_bias: bool = False,
         norm_eps: float = 1e-5,
         initializer_std: float = 0.02,
         implementation: str | None = None,
@@ -90,7 +100,19 @@ class Attention(CachedAttention):
         require_dtypes(dtype=dtype, param_dtype=param_dtype)
         require_rngs(rngs)
         require_positive_numbers(rope_theta=rope_theta, norm_eps=norm_eps, initializer_std=initializer_std)
-        require_flags(use_qk_norm=use_qk_norm, zero_centered_norms=zero_centered_norms, use_output_gate=use_output_gate)
+        require_flags(
+            use_qk_norm=use_qk_norm,
+            zero_centered_norms=zero_centered_norms,
+            use_output_gate=use_output_gate,
+            use_qkv_bias=use_qkv_bias,
+            use_output_bias=use_output_bias,
+        )
+        if qk_norm_width not in ("head", "all"):
+            raise ValueError(f"qk_norm_width must be one of head, all, got {qk_norm_width!r}")
+        if qk_norm_width == "all" and not use_qk_norm:
+            raise ValueError("qk_norm_width 'all' needs use_qk_norm")
+        if rope_scaling is not None and not isinstance(rope_scaling, RopeScaling):
+            raise ValueError(f"rope_scaling must be a RopeScaling or None, got {rope_scaling!r}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"num_heads must divide hidden_size unless head_dim is given, got {num_heads}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -104,7 +126,11 @@ class Attention(CachedAttention):
         self.window = window
         self.rope_theta = rope_theta
         self.rope_channels = _rotated(self.head_dim, rope_fraction)
+        if rope_scaling is not None:
+            rope_scaling.factors(theta=rope_theta, channels=self.rope_channels)  # which are made where they are needed
+        self.rope_scaling = rope_scaling
         self.use_qk_norm = use_qk_norm
+        self.qk_norm_width = qk_norm_width
         self.use_output_gate = use_output_gate
         self.initializer_std = initializer_std
         self.implementation = implementation
@@ -112,15 +138,16 @@ class Attention(CachedAttention):
         self.param_dtype = jnp.dtype(param_dtype)
 
         size, kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
-        self.q_proj = self.linear(hidden_size, size, rngs)
-        self.k_proj = self.linear(hidden_size, kv_size, rngs)
-        self.v_proj = self.linear(hidden_size, kv_size, rngs)
+        self.q_proj, self.k_proj, self.v_proj = (
+            self.linear(hidden_size, n, rngs, use_bias=use_qkv_bias) for n in (size, kv_size, kv_size)
+        )
         if use_qk_norm:
             kind: dict[str, Any] = {"eps": norm_eps, "zero_centered": zero_centered_norms, "param_dtype": param_dtype}
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim, **kind), RMSNorm(self.head_dim, **kind)
+            sizes = (size, kv_size) if qk_norm_width == "all" else (self.head_dim,) * 2
+            self.q_norm, self.k_norm = (RMSNorm(n, **kind) for n in sizes)
         if use_output_gate:
             self.g_proj = self.linear(hidden_size, size, rngs)
-        self.o_proj = self.linear(size, hidden_size, rngs)
+        self.o_proj = self.linear(size, hidden_size, rngs, use_bias=use_output_bias)
 
     @property
     def token_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -129,11 +156,16 @@ class Attention(CachedAttention):
     def project(
         self, x: Float[Array, "batch time hidden"], position: Int[Array, "batch time"]
     ) -> tuple[Float[Array, "batch time heads channels"], tuple[Array, ...]]:
-        q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
-        if self.use_qk_norm:
+        q, k, v = (f(x) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm_width == "all":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(y, position, theta=self.rope_theta, channels=self.rope_channels) for y in (q, k))
-        return q, (k, v)
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
+        if self.use_qk_norm and self.qk_norm_width == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        options: dict[str, Any] = {"theta": self.rope_theta, "channels": self.rope_channels}
+        if self.rope_scaling is not None:
+            options |= {"factors": self.rope_scaling.factors(**options), "amplitude": self.rope_scaling.amplitude}
+        return rotate(q, position, **options), (rotate(k, position, **options), v)
 
     def _mix(
         self,

@@ -28,10 +28,9 @@ class GatedDeltaNet2(Mixer):
 
     Args:
         hidden_size: width of x.
-        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues, output_gate_activation: as in
-            `MixerSettings`; the paper's output gate is SiLU, other code has sigmoid.
+        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues: as in `MixerSettings`.
         rngs: where the initial parameters come from.
-        options: the other options, see `MixerSettings`.
+        options: the other options, see `MixerSettings`; the paper's output gate is SiLU, other code has sigmoid.
 
     Source: Hatamizadeh, Choi and Kautz, "Gated DeltaNet-2", 2026 (arXiv 2605.22791).
 
@@ -50,7 +49,6 @@ class GatedDeltaNet2(Mixer):
         expand_v: float = 1.0,
         use_output_gate: bool = True,
         allow_negative_eigenvalues: bool = False,
-        output_gate_activation: str = "silu",
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
@@ -61,7 +59,6 @@ class GatedDeltaNet2(Mixer):
             expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_negative_eigenvalues=allow_negative_eigenvalues,
-            output_gate_activation=output_gate_activation,
             output_gate_low_rank=True,
             **options,
         )

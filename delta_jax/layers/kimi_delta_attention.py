@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from delta_jax.layers.checks import require_flags
 from delta_jax.layers.gates import bounded_log_decay, initial_log_rate, initial_step_bias, log_decay
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
@@ -19,18 +20,19 @@ class KimiDeltaAttention(Mixer):
     """The delta rule on a state each channel of which decays by itself, before the erase.
 
         S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T
-        f_t = x_t W_down W_up + dt_bias
+        f_t = x_t W_down W_up + dt_bias        or        x_t W_f + dt_bias
         g_t = -exp(A_log) * softplus(f_t)      or, bounded,      g_t = bound * sigmoid(exp(A_log) * f_t)
 
-    Decay and output gate are of low rank, that of a value head; the output gate is a sigmoid.
+    Decay and output gate are of low rank, that of a value head, unless asked otherwise; the output gate is a sigmoid.
 
     Args:
         hidden_size: width of x.
-        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues, output_gate_activation: as in
-            `MixerSettings`.
+        num_heads, head_dim, expand_v, use_output_gate, allow_negative_eigenvalues: as in `MixerSettings`.
         gate_lower_bound: the bound of the bounded gate, a negative number, -5 in released code; None is the softplus gate.
+        use_output_gate_bias: adds a bias to the output gate of low rank; Kimi Linear has none, other code has one.
+        use_low_rank_gates: without it decay and output gate come from x by one matrix each, without a bias, as in Ling 3.0.
         rngs: where the initial parameters come from.
-        options: the other options, see `MixerSettings`.
+        options: the other options, see `MixerSettings`; the output gate is a sigmoid unless another is asked for.
 
     Raises:
         ValueError: an option is impossible, alone or with the others.
@@ -53,11 +55,14 @@ class KimiDeltaAttention(Mixer):
         expand_v: float = 1.0,
         use_output_gate: bool = True,
         allow_negative_eigenvalues: bool = False,
-        output_gate_activation: str = "sigmoid",
+        use_output_gate_bias: bool = True,
+        use_low_rank_gates: bool = True,
         gate_lower_bound: float | None = None,
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
+        require_flags(use_output_gate_bias=use_output_gate_bias, use_low_rank_gates=use_low_rank_gates)
+        options.setdefault("output_gate_activation", "sigmoid")
         settings = MixerSettings(
             hidden_size=hidden_size,
             num_heads=num_heads,
@@ -65,8 +70,8 @@ class KimiDeltaAttention(Mixer):
             expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_negative_eigenvalues=allow_negative_eigenvalues,
-            output_gate_activation=output_gate_activation,
-            output_gate_low_rank=True,
+            output_gate_low_rank=use_low_rank_gates,
+            output_gate_bias=use_output_gate_bias,
             **options,
         )
         number = isinstance(gate_lower_bound, int | float)
@@ -75,7 +80,10 @@ class KimiDeltaAttention(Mixer):
         super().__init__(settings, rngs=rngs)
         self.gate_lower_bound = gate_lower_bound
         gates = self.num_v_heads * self.key_dim
-        self.f_proj = LowRank(self, hidden_size, self.value_dim, gates, rngs, use_bias=False)
+        if use_low_rank_gates:
+            self.f_proj: nnx.Module = LowRank(self, hidden_size, self.value_dim, gates, rngs, use_bias=False)
+        else:
+            self.f_proj = self.linear(hidden_size, gates, rngs)
         self.b_proj = self.linear(hidden_size, self.num_v_heads, rngs)
         bounded = gate_lower_bound is not None
         log_rate = (

@@ -33,7 +33,7 @@ class Mamba2(Mixer):
         use_output_gate: whether there is a z.
         num_v_heads: heads of x; None is as many as hold twice the hidden size.
         rngs: where the initial parameters come from.
-        options: the other options, see `MixerSettings`.
+        options: the other options, see `MixerSettings`; the short convolutions have a bias unless it is refused.
 
     Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv 2405.21060) section 7.
 
@@ -57,13 +57,13 @@ class Mamba2(Mixer):
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
+        options.setdefault("conv_bias", options.get("use_short_conv", True))
         settings = MixerSettings(
             hidden_size=hidden_size,
             num_heads=num_heads,
             head_dim=head_dim,
             expand_v=expand_v,
             use_output_gate=use_output_gate,
-            conv_bias=True,
             **options,
         )
         if settings.num_v_heads is None:
@@ -77,7 +77,7 @@ class Mamba2(Mixer):
         self.dt_bias = nnx.Param(initial_step_bias(rngs.params(), self.num_v_heads))
         self.D = nnx.Param(jnp.ones((self.num_v_heads,), jnp.float32))
         size = self.num_v_heads * self.value_dim
-        self.o_norm = RMSNorm(size, eps=settings.norm_eps, param_dtype=settings.param_dtype)
+        self.o_norm = RMSNorm(size, eps=settings.eps, param_dtype=settings.param_dtype)
 
     def rule_inputs(
         self,
@@ -98,5 +98,5 @@ class Mamba2(Mixer):
     ) -> Float[Array, "batch time channels"]:
         o = (o + self.D[...].astype(o.dtype)[None, None, :, None] * v).reshape(*x.shape[:2], -1)
         if self.use_output_gate:
-            o = o * jax.nn.silu(self.g_proj(x)).astype(o.dtype)
+            o = o * self.output_gate(x).astype(o.dtype)
         return self.o_norm(o).astype(self.dtype)

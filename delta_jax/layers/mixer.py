@@ -22,7 +22,7 @@ from delta_jax.layers.convolution import ShortConvolution
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer_cache import MixerCache
 from delta_jax.layers.norm import RMSNorm
-from delta_jax.layers.options import MixerOptions, MixerSettings
+from delta_jax.layers.options import ACTIVATIONS, GATE_ACTIVATIONS, MixerOptions, MixerSettings
 from delta_jax.layers.rule import Rule, RuleInputs, apply_rule
 from delta_jax.layers.token_mixer import Mixed, TokenMixer
 from delta_jax.ops import delta_rule, delta_rule_step
@@ -70,20 +70,23 @@ class Mixer(TokenMixer):
         hidden, output = settings.hidden_size, self.num_v_heads * self.value_dim
         self.q_proj, self.k_proj, self.v_proj = (self.linear(hidden, n, rngs) for n in settings.stream_sizes)
         if settings.use_short_conv:
-            bias = settings.conv_bias
+            activations = settings.qk_activation, settings.qk_activation, "silu"
             self.q_conv, self.k_conv, self.v_conv = (
-                ShortConvolution(self, settings.conv_size, n, rngs, use_bias=bias) for n in settings.stream_sizes
+                ShortConvolution(self, settings.conv_size, n, rngs, use_bias=settings.conv_bias, activation=activation)
+                for n, activation in zip(settings.stream_sizes, activations, strict=True)
             )
         if settings.use_output_gate:
             if settings.output_gate_low_rank:
-                self.g_proj: nnx.Module = LowRank(self, hidden, self.value_dim, output, rngs)
+                bias = settings.output_gate_bias
+                self.g_proj: nnx.Module = LowRank(self, hidden, self.value_dim, output, rngs, use_bias=bias)
             else:
                 self.g_proj = self.linear(hidden, output, rngs)
-        self.o_norm = RMSNorm(self.value_dim, eps=settings.norm_eps, param_dtype=settings.param_dtype)
+        if settings.use_output_norm:
+            self.o_norm = RMSNorm(self.value_dim, eps=settings.eps, param_dtype=settings.param_dtype)
         self.o_proj = self.linear(output, hidden, rngs)
 
     def activation(self, stream: Float[Array, "batch time channels"]) -> Float[Array, "batch time channels"]:
-        """What follows the projections of q, k and v where there is no short convolution, which ends in SiLU."""
+        """What follows the projections where there is no short convolution; with one it is SiLU, or qk_activation."""
         return jax.nn.silu(stream)
 
     def rule_inputs(
@@ -108,11 +111,14 @@ class Mixer(TokenMixer):
         o: Float[Array, "batch time v_heads value"],
     ) -> Float[Array, "batch time v_heads value"]:
         """The op's output o, normalised and gated; for a layer in float16 v and o are float32."""
-        o = self.o_norm(o).astype(self.dtype)
-        if not self.use_output_gate:
-            return o
-        activation = jax.nn.silu if self.settings.output_gate_activation == "silu" else jax.nn.sigmoid
-        return o * activation(self.g_proj(x)).reshape(o.shape)
+        if self.settings.use_output_norm:
+            o = self.o_norm(o)
+        o = o.astype(self.dtype)
+        return o * self.output_gate(x).reshape(o.shape) if self.use_output_gate else o
+
+    def output_gate(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time channels"]:
+        """What the output is multiplied with, where there is a gate."""
+        return GATE_ACTIVATIONS[self.settings.output_gate_activation](self.g_proj(x))
 
     def init_cache(self, batch_size: int, *, length: int | None = None) -> MixerCache:
         """The cache of `batch_size` sequences that have not begun; its size does not depend on their length."""
@@ -199,7 +205,9 @@ class Mixer(TokenMixer):
             ]
             streams, tails = tuple(y for y, _ in results), tuple(tail for _, tail in results)
         else:
-            streams = tuple(self.activation(s) for s in streams)
+            chosen = self.settings.qk_activation
+            of_qk = self.activation if chosen == "silu" else ACTIVATIONS[chosen]
+            streams = tuple(f(s) for f, s in zip((of_qk, of_qk, self.activation), streams, strict=True))
         writes = () if self.settings.num_householder is None else (self.settings.num_householder,)
         axes = (self.num_heads,), (*writes, self.num_heads), (*writes, self.num_v_heads)
         q, k, v = (s.reshape(*x.shape[:2], *heads, -1) for s, heads in zip(streams, axes, strict=True))

@@ -49,6 +49,9 @@ class MixtureOfExperts(nnx.Module):
     that a token could take from another. The bias only decides who is chosen. `balanced_bias` says how training moves it,
     so that all experts get as many tokens of those that count.
 
+    Where experts lie in groups, neighbours in equal parts, only those of the num_groups_per_token best groups can be
+    chosen; a group is as good as the sum of its two largest s_e + bias_e.
+
     Args:
         hidden_size: width of x.
         expert_size: width of an expert.
@@ -57,6 +60,9 @@ class MixtureOfExperts(nnx.Module):
         shared_expert_size: width of the shared expert; 0 is none.
         router: "sigmoid" or "softmax".
         routed_scaling_factor: factor on the sum over the chosen experts.
+        normalize_weights: divides the scores of the chosen experts by their sum; without it they weigh what they are.
+        num_expert_groups: groups of experts, a divisor of num_experts that leaves two experts at least in each; or 1.
+        num_groups_per_token: groups that a token's experts may come from.
         use_shared_expert_gate: multiplies the shared expert's output with sigmoid(x w), a number a token.
         initializer_std, dtype, param_dtype, rngs: as in `SwiGLU`.
 
@@ -84,6 +90,9 @@ class MixtureOfExperts(nnx.Module):
         shared_expert_size: int = 0,
         router: Literal["sigmoid", "softmax"] = "sigmoid",
         routed_scaling_factor: float = 1.0,
+        normalize_weights: bool = True,
+        num_expert_groups: int = 1,
+        num_groups_per_token: int = 1,
         use_shared_expert_gate: bool = False,
         initializer_std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -95,13 +104,16 @@ class MixtureOfExperts(nnx.Module):
             expert_size=expert_size,
             num_experts=num_experts,
             num_experts_per_token=num_experts_per_token,
+            num_expert_groups=num_expert_groups,
+            num_groups_per_token=num_groups_per_token,
         )
         require_positive_numbers(routed_scaling_factor=routed_scaling_factor, initializer_std=initializer_std)
-        require_flags(use_shared_expert_gate=use_shared_expert_gate)
+        require_flags(use_shared_expert_gate=use_shared_expert_gate, normalize_weights=normalize_weights)
         if num_experts_per_token > num_experts:
             raise ValueError(
                 f"num_experts_per_token must be at most num_experts, got {num_experts_per_token} of {num_experts}"
             )
+        _check_groups(num_experts, num_experts_per_token, num_expert_groups, num_groups_per_token)
         require_counts(shared_expert_size=shared_expert_size)
         require_dtypes(dtype=dtype, param_dtype=param_dtype)
         require_rngs(rngs)
@@ -112,7 +124,8 @@ class MixtureOfExperts(nnx.Module):
         normal = nnx.initializers.normal(initializer_std)
         kinds: dict[str, Any] = {"use_bias": False, "kernel_init": normal, "param_dtype": param_dtype, "rngs": rngs}
         self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
-        self.routed_scaling_factor = routed_scaling_factor
+        self.num_expert_groups, self.num_groups_per_token = num_expert_groups, num_groups_per_token
+        self.routed_scaling_factor, self.normalize_weights = routed_scaling_factor, normalize_weights
         self.router_scores = router
         self.dtype = jnp.dtype(dtype)
         self.router = nnx.Linear(hidden_size, num_experts, dtype=jnp.float32, precision="highest", **kinds)
@@ -172,9 +185,37 @@ class MixtureOfExperts(nnx.Module):
     ) -> tuple[Int[Array, "batch time num_experts_per_token"], Float[Array, "batch time num_experts_per_token"]]:
         """The experts chosen for every token, and their float32 weights."""
         scores = SCORES[self.router_scores](self.router(x.astype(jnp.float32)))
-        _, chosen = jax.lax.top_k(scores + self.expert_bias[...][None, None], self.num_experts_per_token)
+        wanted = scores + self.expert_bias[...][None, None]
+        if self.num_expert_groups > 1:
+            wanted = self._in_best_groups(wanted)
+        _, chosen = jax.lax.top_k(wanted, self.num_experts_per_token)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if not self.normalize_weights:
+            return chosen, self.routed_scaling_factor * weights
         return chosen, self.routed_scaling_factor * weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+
+    def _in_best_groups(self, wanted: Float[Array, "batch time number"]) -> Float[Array, "batch time number"]:
+        """What was wanted of the experts in the best groups, and minus infinity elsewhere."""
+        groups = wanted.reshape(*wanted.shape[:2], self.num_expert_groups, -1)
+        best, _ = jax.lax.top_k(groups, 2)
+        _, kept = jax.lax.top_k(jnp.sum(best, axis=-1), self.num_groups_per_token)
+        allowed = jnp.any(jax.nn.one_hot(kept, self.num_expert_groups, dtype=jnp.bool_), axis=-2)
+        return jnp.where(allowed[..., None], groups, -jnp.inf).reshape(wanted.shape)
+
+
+def _check_groups(experts: int, per_token: int, groups: int, groups_per_token: int) -> None:
+    size, rest = divmod(experts, groups)
+    if rest or (groups > 1 and size < 2):
+        raise ValueError(
+            f"num_expert_groups must divide num_experts into groups of two at least, got {groups} and {experts}"
+        )
+    if groups_per_token > groups:
+        raise ValueError(f"num_groups_per_token must be at most num_expert_groups, got {groups_per_token} of {groups}")
+    if per_token > groups_per_token * size:
+        raise ValueError(
+            f"num_experts_per_token must be at most what num_groups_per_token hold, got {per_token} of "
+            f"{groups_per_token} groups of {size}"
+        )
 
 
 def balanced_bias(

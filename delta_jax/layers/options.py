@@ -1,10 +1,13 @@
 """What a mixer on the delta rule is told: its options, their defaults, and which are impossible."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from delta_jax.layers.checks import (
     require_dtypes,
@@ -17,7 +20,13 @@ from delta_jax.ops.arguments import require_chunk_size
 
 __all__ = ["MixerOptions", "MixerSettings"]
 
-GATE_ACTIVATIONS = ("silu", "sigmoid")
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "elu": lambda x: jax.nn.elu(x) + 1,
+    "identity": lambda x: x,
+}
+GATE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 class MixerOptions(TypedDict, total=False):
@@ -26,7 +35,10 @@ class MixerOptions(TypedDict, total=False):
     num_v_heads: int | None
     conv_size: int
     use_short_conv: bool
+    conv_bias: bool
+    output_gate_activation: str
     norm_eps: float
+    output_norm_eps: float | None
     initializer_std: float
     chunk_size: int | None
     implementation: str | None
@@ -47,12 +59,17 @@ class MixerSettings:
         allow_negative_eigenvalues: beta in [0, 2] in place of [0, 1].
         num_householder: writes a token, each with a key, value and step size of its own; None is one.
         output_gate_activation: "silu" or "sigmoid".
-        output_gate_low_rank: makes W_g a product of two matrices, of the rank of a value head, with a bias after them.
+        output_gate_low_rank: makes W_g a product of two matrices, of the rank of a value head.
+        output_gate_bias: adds a bias after them.
+        use_output_norm: normalises the output.
+        qk_activation: follows the convolution of q and k, or their projection: "silu", "relu", "elu", which is elu + 1, or
+            "identity".
         conv_bias: adds a bias to the short convolutions.
         num_v_heads: heads of v and of the state, a multiple of num_heads; None is num_heads.
         conv_size: width of the short convolutions, in tokens.
         use_short_conv: without it the activation follows the projections directly.
-        norm_eps: epsilon of the output norm.
+        norm_eps: epsilon of the output norm, unless it has its own.
+        output_norm_eps: its own; None is norm_eps.
         initializer_std: standard deviation of every weight matrix and convolution at the start.
         chunk_size, implementation: handed to the op.
         dtype: of the computation; norms, decays and the state are float32 regardless.
@@ -71,11 +88,15 @@ class MixerSettings:
     num_householder: int | None = None
     output_gate_activation: str = "silu"
     output_gate_low_rank: bool = False
+    output_gate_bias: bool = True
+    use_output_norm: bool = True
+    qk_activation: str = "silu"
     conv_bias: bool = False
     num_v_heads: int | None = None
     conv_size: int = 4
     use_short_conv: bool = True
     norm_eps: float = 1e-5
+    output_norm_eps: float | None = None
     initializer_std: float = 0.02
     chunk_size: int | None = None
     implementation: str | None = None
@@ -94,13 +115,21 @@ class MixerSettings:
             "allow_negative_eigenvalues",
             "use_short_conv",
             "output_gate_low_rank",
+            "output_gate_bias",
+            "use_output_norm",
             "conv_bias",
         )
         require_flags(**{name: getattr(self, name) for name in flags})
         require_positive_numbers(expand_v=self.expand_v, norm_eps=self.norm_eps, initializer_std=self.initializer_std)
-        if self.output_gate_activation not in GATE_ACTIVATIONS:
-            known = ", ".join(GATE_ACTIVATIONS)
-            raise ValueError(f"output_gate_activation must be one of {known}, got {self.output_gate_activation!r}")
+        if self.output_norm_eps is not None:
+            require_positive_numbers(output_norm_eps=self.output_norm_eps)
+            if not self.use_output_norm:
+                raise ValueError(f"output_norm_eps must be None without use_output_norm, got {self.output_norm_eps}")
+        if self.conv_bias and not self.use_short_conv:
+            raise ValueError("conv_bias must be false without use_short_conv, got True")
+        for name, known in {"output_gate_activation": GATE_ACTIVATIONS, "qk_activation": ACTIVATIONS}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads must divide hidden_size unless head_dim is given, got {self.num_heads}")
         if self.v_heads % self.num_heads:
@@ -125,6 +154,11 @@ class MixerSettings:
     def v_heads(self) -> int:
         """Heads of v and of the state."""
         return self.num_heads if self.num_v_heads is None else self.num_v_heads
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the output norm."""
+        return self.norm_eps if self.output_norm_eps is None else self.output_norm_eps
 
     @property
     def stream_sizes(self) -> tuple[int, int, int]:

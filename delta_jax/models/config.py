@@ -27,6 +27,7 @@ __all__ = ["ExpertsConfig", "Layer", "LayerOverride", "MixerSpec", "ModelConfig"
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "block")
+NORM_PLACEMENTS = ("pre", "post")
 RESIDUALS = ("delta_rule_states", "delta_rule_output", "mixer_output")
 
 
@@ -37,6 +38,8 @@ class MixerSpec:
     Attributes:
         mixer: a key of `delta_jax.layers.MIXERS`, or "package.module:Class" for a mixer from outside.
         options: keyword arguments of that layer as (name, value) pairs; some the model itself sets.
+        norm_placement: where the norms of the block are, "pre", x + mixer(norm(x)) and likewise for the feed-forward layer,
+            or "post", x + norm(mixer(x)).
 
     Examples:
         >>> MixerSpec(mixer="gated_delta_net", options=(("num_heads", 2), ("expand_v", 2.0))).mixer
@@ -45,8 +48,11 @@ class MixerSpec:
 
     mixer: str
     options: tuple[tuple[str, Any], ...] = ()
+    norm_placement: str = "pre"
 
     def __post_init__(self) -> None:
+        if self.norm_placement not in NORM_PLACEMENTS:
+            raise ValueError(f"norm_placement must be one of pre, post, got {self.norm_placement!r}")
         known = mixer_options(self.mixer)
         if not _are_pairs(self.options):
             raise ValueError(self._wanted())
@@ -79,14 +85,16 @@ class MixerSpec:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> "MixerSpec":
-        """Reads a `[[model.pattern]]` table: `mixer` and, beside it, the options."""
+        """Reads a `[[model.pattern]]` table: `mixer`, `norm_placement` and, beside them, the options."""
         if "mixer" not in table:
             raise ValueError(f"pattern entry lacks the key mixer: {dict(table)}")
-        return cls(mixer=table["mixer"], options=tuple((k, v) for k, v in table.items() if k != "mixer"))
+        own = {name: table[name] for name in ("mixer", "norm_placement") if name in table}
+        return cls(options=tuple((k, v) for k, v in table.items() if k not in own), **own)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`."""
-        return {"mixer": self.mixer, **dict(self.options)}
+        """The inverse of `from_dict`; a placement that is the default is left out, as such options are."""
+        placement = {} if self.norm_placement == "pre" else {"norm_placement": self.norm_placement}
+        return {"mixer": self.mixer, **placement, **dict(self.options)}
 
     def meanings(self) -> dict[str, str]:
         """What the keys of such a table mean, those of the mixer included."""
@@ -122,7 +130,7 @@ class LayerOverride(MixerSpec):
         if not isinstance(indices, list | tuple) or not all(type(index) is int for index in indices):
             raise ValueError(f"layers must be an array of integers, got {indices!r}")
         spec = MixerSpec.from_dict({key: value for key, value in table.items() if key != "layers"})
-        return cls(layers=tuple(indices), mixer=spec.mixer, options=spec.options)
+        return cls(layers=tuple(indices), **vars(spec))
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
@@ -140,6 +148,9 @@ class ExpertsConfig:
         shared_expert_size: width of the expert that all tokens share; 0 is none.
         router: how scores come from logits.
         routed_scaling_factor: factor on the sum over the chosen experts.
+        normalize_weights: whether the scores of the chosen experts are divided by their sum.
+        num_expert_groups: groups of experts.
+        num_groups_per_token: groups that a token's experts may come from.
         use_shared_expert_gate: whether every token gates the shared expert.
         balance_rate: by how much a training step moves the bias of an expert that got more or fewer tokens than the
             mean. All tokens of the batch count, padding too.
@@ -156,6 +167,9 @@ class ExpertsConfig:
     shared_expert_size: int = 0
     router: Literal["sigmoid", "softmax"] = "sigmoid"
     routed_scaling_factor: float = 1.0
+    normalize_weights: bool = True
+    num_expert_groups: int = 1
+    num_groups_per_token: int = 1
     use_shared_expert_gate: bool = False
     balance_rate: float = 0.001
 
@@ -164,9 +178,11 @@ class ExpertsConfig:
             expert_size=self.expert_size,
             num_experts=self.num_experts,
             num_experts_per_token=self.num_experts_per_token,
+            num_expert_groups=self.num_expert_groups,
+            num_groups_per_token=self.num_groups_per_token,
         )
         require_counts(shared_expert_size=self.shared_expert_size)
-        require_flags(use_shared_expert_gate=self.use_shared_expert_gate)
+        require_flags(use_shared_expert_gate=self.use_shared_expert_gate, normalize_weights=self.normalize_weights)
         require_positive_numbers(routed_scaling_factor=self.routed_scaling_factor)
         if self.balance_rate != 0 or isinstance(self.balance_rate, bool):
             require_positive_numbers(balance_rate=self.balance_rate)
@@ -192,9 +208,9 @@ class ModelConfig:
         intermediate_size: width of the SwiGLU layer; None is 8/3 of hidden_size, rounded up to a multiple of 256, 0
             leaves it and its norm out.
         experts: a mixture of experts in place of the SwiGLU layer; None is none.
-        num_dense_layers: how many of the first blocks keep the SwiGLU layer where there are experts.
+        dense_layers: the blocks that keep the SwiGLU layer where there are experts, by their numbers in the stack.
         tie_embeddings: use the embedding as the head.
-        norm_eps: epsilon of every RMSNorm, those inside the mixers too.
+        norm_eps: epsilon of every RMSNorm, those inside the mixers too unless they have their own.
         zero_centered_norms: the form of the norms between the layers, see `RMSNorm`.
         initializer_std: standard deviation of every matrix at the start.
         remat: what the backward pass computes again to save memory: "none"; "dots", all but the matrix
@@ -219,7 +235,7 @@ class ModelConfig:
     layer_overrides: tuple[LayerOverride, ...] = ()
     intermediate_size: int | None = None
     experts: ExpertsConfig | None = None
-    num_dense_layers: int = 0
+    dense_layers: tuple[int, ...] = ()
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     zero_centered_norms: bool = False
@@ -232,10 +248,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive_integers(vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_layers=self.num_layers)
-        require_counts(
-            intermediate_size=0 if self.intermediate_size is None else self.intermediate_size,
-            num_dense_layers=self.num_dense_layers,
-        )
+        require_counts(intermediate_size=0 if self.intermediate_size is None else self.intermediate_size)
         require_flags(tie_embeddings=self.tie_embeddings, zero_centered_norms=self.zero_centered_norms)
         require_positive_numbers(norm_eps=self.norm_eps, initializer_std=self.initializer_std)
         self._check_kinds()
@@ -294,10 +307,15 @@ class ModelConfig:
                 raise ValueError(f"layer_overrides names layer {index}, but the layers are 0 to {self.num_layers - 1}")
             if indices.count(index) > 1:
                 raise ValueError(f"layer_overrides names layer {index} twice")
-        if not 0 <= self.num_dense_layers <= (self.num_layers if self.experts else 0):
-            raise ValueError(
-                f"num_dense_layers must lie between 0 and num_layers, and be 0 without experts, got {self.num_dense_layers}"
-            )
+        if not isinstance(self.dense_layers, tuple) or not all(type(index) is int for index in self.dense_layers):
+            raise ValueError(f"dense_layers must be a tuple of integers, got {self.dense_layers!r}")
+        if self.dense_layers and self.experts is None:
+            raise ValueError(f"dense_layers must be empty without experts, got {self.dense_layers}")
+        for index in self.dense_layers:
+            if not 0 <= index < self.num_layers:
+                raise ValueError(f"dense_layers names layer {index}, but the layers are 0 to {self.num_layers - 1}")
+        if len(set(self.dense_layers)) < len(self.dense_layers):
+            raise ValueError(f"dense_layers must name a layer once, got {self.dense_layers}")
 
     def mixer(self, spec: MixerSpec, rngs: nnx.Rngs) -> TokenMixer:
         """The layer that an entry of the pattern stands for."""
@@ -330,22 +348,30 @@ class ModelConfig:
     def layers(self) -> tuple[Layer, ...]:
         """Every layer of the stack."""
         overrides = {
-            index: MixerSpec(mixer=spec.mixer, options=spec.options)
+            index: MixerSpec(mixer=spec.mixer, options=spec.options, norm_placement=spec.norm_placement)
             for spec in self.layer_overrides
             for index in spec.layers
         }
         return tuple(
             Layer(
                 overrides.get(index, self.pattern[index % len(self.pattern)]),
-                self.experts is not None and index >= self.num_dense_layers,
+                self.experts is not None and index not in self.dense_layers,
             )
             for index in range(self.num_layers)
         )
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The stack, cut into runs that each repeat a block."""
-        return cut_into_runs(self.layers, len(self.pattern))
+        """The stack, cut into runs that each repeat a block.
+
+        A block is at most as long as the pattern, unless dense layers are strewn over the stack: then it may hold so many
+        patterns that fewest layers are compiled, such as two where every other pattern has a dense layer.
+        """
+        period, strewn = len(self.pattern), sorted(self.dense_layers) != list(range(len(self.dense_layers)))
+        cuts = [
+            cut_into_runs(self.layers, n * period) for n in (range(1, self.num_layers // period + 1) if strewn else [1])
+        ]
+        return min(cuts, key=lambda runs: sum(len(run.block) for run in runs))
 
     @property
     def parameter_rules(self) -> dict[str, ParameterRule]:

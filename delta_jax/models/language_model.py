@@ -1,4 +1,4 @@
-"""The language model: embedding, a stack of pre-norm blocks run by one scan, norm, head."""
+"""The language model: embedding, a stack of blocks run by one scan, norm, head."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,9 +39,10 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """`x += mixer(norm(x))`, then `x += mlp(norm(x))` where there is one."""
+    """`x += mixer(norm(x))`, then `x += mlp(norm(x))` where there is one; "post" is `norm(mixer(x))` and `norm(mlp(x))`."""
 
     def __init__(self, config: ModelConfig, layer: Layer, *, rngs: nnx.Rngs):
+        self.norms_first = layer.mixer.norm_placement == "pre"
         self.mixer_norm = _norm(config)
         self.mixer = config.mixer(layer.mixer, rngs)
         self.mlp = _feed_forward(config, layer, rngs)
@@ -60,16 +61,19 @@ class Block(nnx.Module):
 
         Of each row only the first `lengths` tokens are there; `counted` says which tokens count in the load.
         """
-        normed = cut_batch(self.mixer_norm(x))
-        y, cache = self.mixer.with_cache(normed, segment_ids=segment_ids, cache=cache, lengths=lengths)
+        first = self.norms_first
+        read = cut_batch(self.mixer_norm(x) if first else x)
+        y, cache = self.mixer.with_cache(read, segment_ids=segment_ids, cache=cache, lengths=lengths)
+        y = y if first else self.mixer_norm(y)
         x, load = x + checkpoint_name(cut_batch(y), "mixer_output"), None
         if self.mlp is None:
             return BlockOutput(x, cache, None)
+        read = self.mlp_norm(x) if first else x
         if isinstance(self.mlp, SwiGLU):
-            y = self.mlp(cut_batch(self.mlp_norm(x)))
+            y = self.mlp(cut_batch(read))
         else:
-            y, load = self.mlp(self.mlp_norm(x), counted)
-        return BlockOutput(x + cut_batch(y), cache, load)
+            y, load = self.mlp(read, counted)
+        return BlockOutput(x + cut_batch(y if first else self.mlp_norm(y)), cache, load)
 
 
 class LanguageModel(nnx.Module):

@@ -23,16 +23,28 @@ def rotate(
     *,
     theta: float,
     channels: int,
+    interleaved: bool = False,
+    factors: Float[Array, " pairs"] | None = None,
+    amplitude: float = 1.0,
 ) -> Float[Array, "batch time heads channels"]:
     """Rotary position embedding of the first `channels` channels, an even number; the others pass as they are.
 
     Channel i of the first half and channel i of the second half are turned together by the angle
     `position * theta^(-2i / channels)`, computed in float32.
 
+    Args:
+        x: [B, T, H, C].
+        position: [B, T] integers.
+        theta: the base of the wave lengths.
+        channels: how many channels are turned.
+        interleaved: turns channels 2i and 2i + 1 together instead.
+        factors: [channels / 2], multiply the angles of the pairs; None is one.
+        amplitude: multiplies what is turned.
+
     Raises:
         ValueError: an array or number does not fit; the sentence names it.
 
-    Source: Su et al., "RoFormer", 2021, section 3.4.2, with the pairs of GPT-NeoX.
+    Source: Su et al., "RoFormer", 2021, section 3.4.2, whose pairs are interleaved; the halves are GPT-NeoX's.
     """
     x = checked_array("x", x, dict.fromkeys(("batch", "time", "heads", "channels")))
     position = checked_array("position", position, {"batch": x.shape[0], "time": x.shape[1]}, "integers")
@@ -43,10 +55,16 @@ def rotate(
     if channels == 0:
         return x
     frequency = theta ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
+    if factors is not None:
+        frequency = frequency * checked_array("factors", factors, {"pairs": channels // 2}).astype(jnp.float32)
     angle = position[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    one, other = jnp.split(x[..., :channels].astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([one * cosine - other * sine, other * cosine + one * sine], axis=-1)
+    if amplitude != 1.0:
+        cosine, sine = amplitude * cosine, amplitude * sine
+    wide = x[..., :channels].astype(jnp.float32)
+    one, other = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
+    pairs = one * cosine - other * sine, other * cosine + one * sine
+    turned = jnp.stack(pairs, axis=-1).reshape(wide.shape) if interleaved else jnp.concatenate(pairs, axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), x[..., channels:]], axis=-1)
 
 

@@ -59,7 +59,7 @@ def test_layers_lie_where_the_config_says(model):
     assert [(len(run.block), run.repeats) for run in CONFIG.runs] == [(2, 2), (1, 1)]
     assert [type(block.mixer).__name__ for block in model.blocks] == ["DeltaNet", "Attention", "LatentAttention"]
     assert [len(block.mixer_norm.scale) for block in model.blocks] == [2, 2, 1]
-    layers = dataclasses.replace(CONFIG, num_layers=7, num_dense_layers=2).layers
+    layers = dataclasses.replace(CONFIG, num_layers=7, dense_layers=(0, 1)).layers
     assert [layer.mixer.mixer for layer in layers] == [
         "delta_net", "attention", "delta_net", "attention", "latent_attention", "attention", "delta_net"
     ]  # fmt: skip

@@ -22,7 +22,7 @@ SETTINGS = {
     "layer_overrides": (PLACED,),
     "intermediate_size": 8,
     "experts": ExpertsConfig(expert_size=4, num_experts=3, num_experts_per_token=2),
-    "num_dense_layers": 1,
+    "dense_layers": (0,),
 }
 TOKENS = jnp.zeros((2, 5), jnp.int32)
 

@@ -169,7 +169,7 @@ HYBRIDS = {
         "pattern": [KDA, KDA, KDA, MLA],
         "layer_overrides": [MLA | {"layers": [4]}],
         "experts": options(kimi_experts),
-        "num_dense_layers": 1,
+        "dense_layers": [0],
     },
     "qwen3_next": SIZES
     | {

@@ -27,7 +27,7 @@ MODEL = ModelConfig(
     experts=ExpertsConfig(
         expert_size=6, num_experts=8, num_experts_per_token=2, shared_expert_size=6, balance_rate=RATE
     ),
-    num_dense_layers=1,
+    dense_layers=(0,),
 )
 
 

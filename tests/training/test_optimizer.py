@@ -175,7 +175,7 @@ EXPERTS = ModelConfig(
     intermediate_size=8,
     pattern=(MixerSpec(mixer="gated_delta_net", options=(("num_heads", 2), ("head_dim", 4))),),
     experts=ExpertsConfig(expert_size=8, num_experts=2, num_experts_per_token=1),
-    num_dense_layers=1,
+    dense_layers=(0,),
 )
 
 
