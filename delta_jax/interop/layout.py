@@ -182,9 +182,9 @@ def _add_joined(
     index: tuple[int, ...],
     there: Mapping[str, tuple[int, ...]] | None,
 ) -> None:
-    sizes = [shape[0] if _is_table(leaf) else shape[-1] for leaf, shape in zip(leaves, inner, strict=True)]
+    sizes = [shape[0] if is_table(leaf) else shape[-1] for leaf, shape in zip(leaves, inner, strict=True)]
     total = sum(sizes) // row.copies
-    rest = inner[0][1:] if _is_table(leaves[0]) else inner[0][:-1]
+    rest = inner[0][1:] if is_table(leaves[0]) else inner[0][:-1]
     if leaves[0].endswith("_conv/kernel"):
         rest = (1, *rest)
     joined: list[Piece] = []
@@ -223,6 +223,6 @@ def _add_joined(
         begin = end
 
 
-def _is_table(leaf: str) -> bool:
+def is_table(leaf: str) -> bool:
     """Whether a leaf is [rows, width] as its tensor is; matrices are transposed."""
     return re.search(r"(^|/)embedding$", leaf) is not None

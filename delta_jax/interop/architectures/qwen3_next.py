@@ -32,10 +32,11 @@ def config(keys: Keys) -> ModelConfig:
     dense = dense_layers(keys)
     layers = keys.get(int, "num_hidden_layers", default=48)
     found = decoder(keys, sizes=(151936, 2048, 48), attention=(16, 2), gated=(16, 32))
+    found["intermediate_size"] = keys.get(int, "intermediate_size", default=5632)
     if len(dense) < layers:
         found |= {"dense_layers": dense, "experts": routed(keys, experts=512, per_token=10)}
     keys.finish()
-    return ModelConfig(**found, intermediate_size=keys.get(int, "intermediate_size", default=5632))
+    return ModelConfig(**found)
 
 
 def dense_layers(keys: Keys) -> tuple[int, ...]:

@@ -1,0 +1,179 @@
+"""A published checkpoint, opened: its keys understood and every tensor accounted for before a number is read."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from delta_jax.config import did_you_mean
+from delta_jax.interop.architectures import ARCHITECTURES
+from delta_jax.interop.architectures.common import Architecture
+from delta_jax.interop.keys import Keys
+from delta_jax.interop.layout import Layout, layout_of
+from delta_jax.interop.safetensors import DTYPES, Tensor, read_json, tensors_of_folder
+from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.parallel import path_string
+
+__all__ = ["Checkpoint", "abstract_leaves", "expected_layout", "open_checkpoint"]
+
+CONFIG = "config.json"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a folder holds.
+
+    Attributes:
+        folder: where it is.
+        table: its config.json.
+        architecture: of which it is one.
+        model: the same as a configuration, in float32.
+        tensors: all of its tensors, by name.
+        layout: which of them are what of the model.
+        aside: names of those that take no part in the text model's function.
+        heads: names of those that repeat the embedding, where the model ties the two.
+    """
+
+    folder: Path
+    table: Mapping[str, Any]
+    architecture: Architecture
+    model: ModelConfig
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    aside: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+def open_checkpoint(source: str | Path, ignore_keys: Sequence[str] = ()) -> Checkpoint:
+    """Opens a folder of safetensors files, or one file with a config.json beside it; reads headers only.
+
+    Args:
+        source: the folder or file; or a name on a hub, "owner/name", if huggingface_hub is installed and reaches it.
+        ignore_keys: keys of config.json that are known to change nothing.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another kind, the architecture is not known, a key changes the function
+            in a way that this library does not have, or a tensor is missing, left over or of another shape. The
+            message names it.
+    """
+    path = _found(source)
+    folder = path.parent if path.is_file() else path
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f'"{folder}" holds no {CONFIG}')
+    table = read_json(folder / CONFIG)
+    if not isinstance(table, dict):
+        raise ValueError(f"{folder / CONFIG} is no table")
+    architecture = architecture_of(table)
+    model = _understood(architecture, table, ignore_keys)
+    tensors = tensors_of_folder(path)
+    there = {name: tensor.shape for name, tensor in tensors.items()}
+    layout, pattern = expected_layout(architecture, model, table, there)
+    aside = tuple(name for name in tensors if name not in layout.targets and re.fullmatch(pattern, name))
+    heads = tuple(
+        name for name in tensors if model.tie_embeddings and name.endswith(HEAD) and name not in (*layout.targets, *aside)
+    )
+    _compare(folder, tensors, layout, {*aside, *heads})
+    return Checkpoint(
+        folder=folder,
+        table=table,
+        architecture=architecture,
+        model=model,
+        tensors=tensors,
+        layout=layout,
+        aside=aside,
+        heads=heads,
+    )
+
+
+def architecture_of(table: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json names.
+
+    Raises:
+        ValueError: none of its.
+    """
+    kind = table.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        hint = did_you_mean(str(kind), ARCHITECTURES)
+        raise ValueError(f"{CONFIG}: model_type is {kind!r}{hint}; known are {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[kind]
+
+
+def expected_layout(
+    architecture: Architecture,
+    model: ModelConfig,
+    table: Mapping[str, Any],
+    there: Mapping[str, tuple[int, ...]] | None,
+) -> tuple[Layout, str]:
+    """The tensors that hold a model, and the pattern of those that take no part in it."""
+    found = architecture.tensors(model, Keys(table), there)
+    shapes = {path: leaf.shape for path, leaf in abstract_leaves(model).items()}
+    return layout_of(model, shapes, found.outer, found.block, there), found.aside
+
+
+def abstract_leaves(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a model by their paths; nothing is allocated."""
+    state = nnx.state(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))), nnx.Param)
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))}
+
+
+def _found(source: str | Path) -> Path:
+    path = Path(source)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f'there is no folder or file "{source}"')
+    try:
+        import huggingface_hub  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'there is no folder or file "{source}"; if it is the name of a model on a hub, fetching it needs '
+            "huggingface_hub, which is not installed"
+        ) from error
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # whatever the network and its libraries raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f'"{source}" is no folder or file, and the hub did not give it: {reason}') from error
+
+
+def _understood(architecture: Architecture, table: Mapping[str, Any], ignore_keys: Sequence[str]) -> ModelConfig:
+    if table.get("quantization_config") is not None and "quantization_config" not in ignore_keys:
+        raise ValueError(f"{CONFIG}: quantization_config is set, and quantised weights are not read here")
+    kept = {name: value for name, value in table.items() if name not in ignore_keys}
+    try:
+        model = architecture.config(Keys(kept))
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if said.startswith(CONFIG) else f"{CONFIG}: {said}") from error
+    return replace(model, dtype="float32", param_dtype="float32")
+
+
+def _compare(folder: Path, tensors: Mapping[str, Tensor], layout: Layout, others: set[str]) -> None:
+    for name, target in layout.targets.items():
+        if name not in tensors:
+            raise ValueError(f'the tensor {name} is missing in "{folder}"')
+        found = tensors[name]
+        if found.shape not in target.shapes:
+            wanted = " or ".join(str(list(shape)) for shape in target.shapes)
+            raise ValueError(
+                f"{found.path}: the tensor {name} has the shape {list(found.shape)}, but by {CONFIG} it is {wanted}"
+            )
+    for name in (*layout.targets, *others):
+        if tensors[name].dtype not in DTYPES and name in layout.targets:
+            known = ", ".join(DTYPES)
+            raise ValueError(
+                f"{tensors[name].path}: the tensor {name} is of the dtype {tensors[name].dtype}; known are {known}"
+            )
+    left = [name for name in tensors if name not in layout.targets and name not in others]
+    if left:
+        more = f", and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ValueError(f"{tensors[left[0]].path}: the tensor {left[0]}{more} belongs to nothing that {CONFIG} describes")
