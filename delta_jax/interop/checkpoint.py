@@ -1,6 +1,8 @@
 """A published checkpoint, opened: its keys understood and every tensor accounted for before a number is read."""
 
+import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +16,32 @@ from delta_jax.interop.architectures import ARCHITECTURES
 from delta_jax.interop.architectures.common import Architecture
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, layout_of
-from delta_jax.interop.safetensors import DTYPES, Tensor, read_json, tensors_of_folder
+from delta_jax.interop.safetensors import (
+    DTYPES,
+    INDEX,
+    Tensor,
+    raw_bytes,
+    read_json,
+    tensors_of_file,
+    tensors_of_folder,
+    write_file,
+)
 from delta_jax.models import LanguageModel, ModelConfig
 from delta_jax.parallel import path_string
 
 __all__ = ["Checkpoint", "abstract_leaves", "expected_layout", "open_checkpoint"]
 
 CONFIG = "config.json"
+KEPT = "source"  # the folder of a run that says what it was imported from
+DESCRIPTION = "tensors.json"
+ASIDE = "aside.safetensors"
 HEAD = "lm_head.weight"
+# What belongs to a model beside its weights: its tokenizer, how it talks, and how it ends.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "tiktoken.model", "generation_config.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +93,7 @@ def open_checkpoint(source: str | Path, ignore_keys: Sequence[str] = ()) -> Chec
         raise ValueError(f"{folder / CONFIG} is no table")
     architecture = architecture_of(table)
     model = _understood(architecture, table, ignore_keys)
-    tensors = tensors_of_folder(path)
+    tensors = _described(folder) if (folder / DESCRIPTION).is_file() else tensors_of_folder(path)
     there = {name: tensor.shape for name, tensor in tensors.items()}
     layout, pattern = expected_layout(architecture, model, table, there)
     aside = tuple(name for name in tensors if name not in layout.targets and re.fullmatch(pattern, name))
@@ -91,6 +111,37 @@ def open_checkpoint(source: str | Path, ignore_keys: Sequence[str] = ()) -> Chec
         aside=aside,
         heads=heads,
     )
+
+
+def keep_description(checkpoint: Checkpoint, folder: Path) -> None:
+    """Keeps of a checkpoint all but the model's weights: its keys and companions, how it is cut into tensors and files,
+    and the tensors that are set aside. `open_checkpoint` opens the folder like the checkpoint itself."""
+    folder.mkdir()
+    (folder / CONFIG).write_bytes((checkpoint.folder / CONFIG).read_bytes())
+    order = sorted(checkpoint.tensors.values(), key=lambda tensor: (tensor.file, tensor.place))
+    rows = [[tensor.file, tensor.name, tensor.dtype, list(tensor.shape)] for tensor in order]
+    (folder / DESCRIPTION).write_text(json.dumps(rows) + "\n")
+    aside = {name: (tensor.dtype, tensor.shape) for name in checkpoint.aside for tensor in [checkpoint.tensors[name]]}
+    write_file(folder / ASIDE, aside, lambda name: raw_bytes(checkpoint.tensors[name]))
+    copy_companions(checkpoint.folder, folder)
+    if (checkpoint.folder / INDEX).is_file():
+        shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies the files that belong to a model beside its weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _described(folder: Path) -> dict[str, Tensor]:
+    """The tensors of such a folder; the numbers of those that are not set aside are elsewhere."""
+    here, found = tensors_of_file(folder / ASIDE), {}
+    for place, (file, name, dtype, shape) in enumerate(read_json(folder / DESCRIPTION)):
+        path, begin = (here[name].path, here[name].begin) if name in here else (folder / DESCRIPTION, -1)
+        found[name] = Tensor(name, dtype, tuple(shape), path, begin, file, place)
+    return found
 
 
 def architecture_of(table: Mapping[str, Any]) -> Architecture:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ class Tensor:
         name: what its file calls it.
         dtype: as in the file's header: "F32", "BF16" ...
         shape: its axes, all of them positive.
-        path: the file.
-        begin: its first byte in the file.
+        path: the file with its numbers.
+        begin: its first byte in the file; -1 says that the numbers are not there.
+        file: the name of the file that it belongs into.
+        place: what orders the tensors of that file.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Tensor:
     shape: tuple[int, ...]
     path: Path
     begin: int
+    file: str
+    place: int
 
     @property
     def rows(self) -> int:
@@ -143,7 +147,7 @@ def tensors_of_file(path: Path) -> dict[str, Tensor]:
     if end != size - begins:
         raise ValueError(f"{path} has {size - begins - end} bytes more than its tensors take")
     return {
-        name: Tensor(name, tensor.dtype, tensor.shape, path, begins + begin) for name, (tensor, begin) in tensors.items()
+        name: replace(tensor, begin=begins + begin, place=begin) for name, (tensor, begin) in tensors.items()
     }
 
 
@@ -178,7 +182,7 @@ def _entry(path: Path, name: str, entry: Any, room: int) -> tuple[Tensor, int]:
     pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
     if not pair or not 0 <= offsets[0] <= offsets[1] <= room:
         raise ValueError(f"{where} lies at {offsets!r}, but the file has {room} bytes of tensors: it is cut off or damaged")
-    tensor = Tensor(name, dtype, tuple(shape), path, 0)
+    tensor = Tensor(name, dtype, tuple(shape), path, 0, path.name, 0)
     if tensor.nbytes != offsets[1] - offsets[0]:
         raise ValueError(f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype}{shape} takes {tensor.nbytes}")
     return tensor, offsets[0]
@@ -204,6 +208,8 @@ def read_flat(tensor: Tensor, start: int, count: int) -> np.ndarray:
     A plain read: a mapped file would stay in memory as long as any of it is in use.
     """
     dtype = DTYPES[tensor.dtype]
+    if tensor.begin < 0:
+        raise ValueError(f'"{tensor.path.parent}" says what a checkpoint was cut into, but holds none of its weights')
     with tensor.path.open("rb") as file:
         file.seek(tensor.begin + start * dtype.itemsize)
         numbers = np.fromfile(file, dtype, count)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from delta_jax.config import differences
 from delta_jax.interop.architectures import ARCHITECTURES
 from delta_jax.interop.architectures.common import Inexpressible, function_of
-from delta_jax.interop.checkpoint import CONFIG, Checkpoint, expected_layout, open_checkpoint
+from delta_jax.interop.checkpoint import CONFIG, Checkpoint, copy_companions, expected_layout, open_checkpoint
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, Target, is_table
 from delta_jax.interop.read import SLAB
@@ -24,14 +24,8 @@ from delta_jax.interop.safetensors import DTYPES, INDEX, SINGLE, item_size, raw_
 from delta_jax.models import LanguageModel, ModelConfig
 from delta_jax.parallel import path_string
 
-__all__ = ["COMPANIONS", "copy_companions", "published_table", "save_pretrained"]
+__all__ = ["published_table", "save_pretrained"]
 
-# What belongs to a model beside its weights: its tokenizer, how it talks, and how it ends.
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "tiktoken.model", "generation_config.json", "chat_template.jinja"),
-    *("preprocessor_config.json", "video_preprocessor_config.json"),
-)
 LARGEST = 5_000_000_000  # bytes of a file
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -45,7 +39,9 @@ def save_pretrained(
     format: Literal["transformers", "fla"] | None = None,
     like: str | Path | None = None,
     dtype: str | None = None,
+    companions: str | Path | None = None,
     ignore_keys: Sequence[str] = (),
+    **keys: Any,
 ) -> None:
     """Writes a model so that transformers or flash-linear-attention loads it.
 
@@ -57,7 +53,9 @@ def save_pretrained(
         like: the checkpoint that the model was read from. Its names and cuts of tensors, their dtypes, its config.json, its
             tokenizer and the tensors that were set aside are kept.
         dtype: of the tensors, "float32", "bfloat16" or "float16"; None is the one they were read in, else the parameters'.
+        companions: a folder with the files of a tokenizer, which are copied; None is that of `like`.
         ignore_keys: as in `load_pretrained`, for `like`.
+        keys: more keys of config.json, such as eos_token_id or max_position_embeddings; not with `like`.
 
     Raises:
         ValueError: no published class has such a model, or the one of `like` or `format` does not, and the message says why;
@@ -80,9 +78,13 @@ def save_pretrained(
         layout, _ = expected_layout(ARCHITECTURES[name], model.config, table, None)
         own = NAMES[dtype or str(np.dtype(model.config.param_dtype))]
         wanted: Wanted = {tensor: (own, target.shapes[0]) for tensor, target in layout.targets.items()}
-        table |= {"dtype": dtype or model.config.param_dtype, "transformers_version": "5.23.0"}
+        # The classes' own defaults may lie beyond the vocabulary.
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        table |= ids | {"dtype": dtype or model.config.param_dtype, "transformers_version": "5.23.0"} | keys
         source = None
     else:
+        if keys:
+            raise ValueError(f"{next(iter(keys))} is a key of config.json, which is that of {like}")
         source = open_checkpoint(like, ignore_keys)
         if format is not None and source.architecture.family != format:
             raise ValueError(f"format is {format}, but {like} is in the format of {source.architecture.family}")
@@ -99,7 +101,9 @@ def save_pretrained(
     for leaf in layout.constant:
         if np.any(np.asarray(leaves[leaf])):
             raise ValueError(f"{leaf} is not zero, and the published format has no such tensor")
-    _write(Path(folder), table, wanted, layout, leaves, source)
+    if companions is None and source is not None:
+        companions = source.folder
+    _write(Path(folder), table, wanted, layout, leaves, source, None if companions is None else Path(companions))
 
 
 def published_table(config: ModelConfig, format: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -135,13 +139,6 @@ def published_table(config: ModelConfig, format: str | None = None) -> tuple[str
     )
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copies the files that belong to a model beside its weights."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 def _leaves(model: LanguageModel) -> dict[str, Array]:
     state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
@@ -157,6 +154,7 @@ def _write(
     layout: Layout,
     leaves: Mapping[str, Array],
     source: Checkpoint | None,
+    companions: Path | None,
 ) -> None:
     """Everything into a folder beside, which gets its name when it is complete."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -165,8 +163,8 @@ def _write(
     try:
         draft.mkdir(parents=True)
         (draft / CONFIG).write_text(json.dumps(table, indent=2) + "\n")
-        if source is not None:
-            copy_companions(source.folder, draft)
+        if companions is not None:
+            copy_companions(companions, draft)
 
         def data(name: str) -> Iterable[bytes]:
             if name in layout.targets:
@@ -192,8 +190,8 @@ def _write_files(draft: Path, wanted: Wanted, data: Any, source: Checkpoint | No
     files: list[list[str]] = [[]]
     if source is not None:
         by_file: dict[str, list[str]] = {}
-        for name, tensor in sorted(source.tensors.items(), key=lambda pair: (pair[1].path.name, pair[1].begin)):
-            by_file.setdefault(tensor.path.name, []).append(name)
+        for name, tensor in sorted(source.tensors.items(), key=lambda pair: (pair[1].file, pair[1].place)):
+            by_file.setdefault(tensor.file, []).append(name)
         files = list(by_file.values())
     else:
         room = LARGEST
