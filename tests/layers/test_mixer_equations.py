@@ -140,6 +140,9 @@ def forward(name, p, x, o):
         out = (out + p["D"][:, None] * raw[:, 0]).reshape(time, 1, -1)
         out = out if gate is None else out * activation(gate)[:, None]
         gate = None
+    if "norm_groups" in o:
+        out = out.reshape(time, o["norm_groups"], -1)
+        p = p | {"o_norm/scale": p["o_norm/scale"].reshape(o["norm_groups"], -1)}
     if o.get("use_output_norm", True):
         eps = o.get("output_norm_eps", o["norm_eps"])
         out = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + eps) * p["o_norm/scale"]
@@ -180,6 +183,7 @@ CASES = [
     ("gated_linear_attention", {"num_v_heads": 4}),
     ("retnet", {"expand_v": 2.0}),
     ("mamba2", {"num_v_heads": 4, "expand_v": 0.5}),
+    ("mamba2", {"num_v_heads": 4, "norm_groups": 3}),
     (
         "mamba2",
         {"num_v_heads": 4, "conv_bias": False, "output_gate_activation": "sigmoid", "output_norm_eps": 1e-2},

@@ -236,6 +236,8 @@ def test_an_implementation_that_does_not_exist_is_named(name):
         ("linear_attention", {"feature_map": "relu"}, "feature_map must be one of elu, l2, got 'relu'"),
         ("gated_linear_attention", {"gate_normalizer": 0.0}, "gate_normalizer"),
         ("retnet", {"head_dim": 7}, "head_dim must be even"),
+        ("mamba2", {"norm_groups": 0}, "norm_groups must be a positive integer, got 0"),
+        ("mamba2", {"norm_groups": 5}, "norm_groups must divide the 32 channels of x, got 5"),
         ("mamba2", {"expand_v": 1.375, "num_v_heads": None}, "expand_v must make heads of x that fill 32, got 11"),
     ],
 )
