@@ -17,6 +17,7 @@ from delta_jax.layers.mixture_of_experts import ExpertBias, MixtureOfExperts
 from delta_jax.layers.mlp import SwiGLU
 from delta_jax.layers.norm import RMSNorm, l2_normalize
 from delta_jax.layers.registry import MIXERS, find_mixer, mixer_options
+from delta_jax.layers.rope_scaling import RopeScaling
 from delta_jax.layers.token_mixer import TokenMixer
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "MixtureOfExperts",
     "RMSNorm",
     "RetNet",
+    "RopeScaling",
     "SwiGLU",
     "TokenMixer",
     "find_mixer",

@@ -164,7 +164,8 @@ class Attention(CachedAttention):
             q, k = self.q_norm(q), self.k_norm(k)
         options: dict[str, Any] = {"theta": self.rope_theta, "channels": self.rope_channels}
         if self.rope_scaling is not None:
-            options |= {"factors": self.rope_scaling.factors(**options), "amplitude": self.rope_scaling.amplitude}
+            factors = jnp.asarray(self.rope_scaling.factors(**options))
+            options |= {"factors": factors, "amplitude": self.rope_scaling.amplitude}
         return rotate(q, position, **options), (rotate(k, position, **options), v)
 
     def _mix(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from delta_jax.layers.checks import require_positive_integers
 from delta_jax.layers.gates import initial_log_rate, initial_step_bias
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, Rule, RuleInputs
 from delta_jax.layers.norm import RMSNorm
@@ -23,7 +24,7 @@ class Mamba2(Mixer):
         o_t = S_t^T C_t + D x_t                                      y_t = rmsnorm(o_t * silu(u_t W_z)) W_o
 
     In the names of the other members C, B and x are q, k and v, and z is the output gate, which comes before the norm,
-    of all heads at once. Nothing is scaled by the key size.
+    of all heads at once, or of each of norm_groups groups of them. Nothing is scaled by the key size.
 
     Args:
         hidden_size: width of the input u.
@@ -31,6 +32,7 @@ class Mamba2(Mixer):
         head_dim: size of the state, that of B and C.
         expand_v: size of a head of x, as a multiple of head_dim.
         use_output_gate: whether there is a z.
+        norm_groups: groups of channels that are normalised by themselves.
         num_v_heads: heads of x; None is as many as hold twice the hidden size.
         rngs: where the initial parameters come from.
         options: the other options, see `MixerSettings`; the short convolutions have a bias unless it is refused.
@@ -54,9 +56,11 @@ class Mamba2(Mixer):
         head_dim: int | None = 128,
         expand_v: float = 0.5,
         use_output_gate: bool = True,
+        norm_groups: int = 1,
         rngs: nnx.Rngs,
         **options: Unpack[MixerOptions],
     ):
+        require_positive_integers(norm_groups=norm_groups)
         options.setdefault("conv_bias", options.get("use_short_conv", True))
         settings = MixerSettings(
             hidden_size=hidden_size,
@@ -77,7 +81,9 @@ class Mamba2(Mixer):
         self.dt_bias = nnx.Param(initial_step_bias(rngs.params(), self.num_v_heads))
         self.D = nnx.Param(jnp.ones((self.num_v_heads,), jnp.float32))
         size = self.num_v_heads * self.value_dim
-        self.o_norm = RMSNorm(size, eps=settings.eps, param_dtype=settings.param_dtype)
+        if size % norm_groups:
+            raise ValueError(f"norm_groups must divide the {size} channels of x, got {norm_groups}")
+        self.o_norm = RMSNorm(size, eps=settings.eps, groups=norm_groups, param_dtype=settings.param_dtype)
 
     def rule_inputs(
         self,

@@ -28,6 +28,7 @@ class RMSNorm(nnx.Module):
         size: of the last axis.
         eps: a positive number.
         zero_centered: the form.
+        groups: equal parts of the axis, each of which is normalised by itself.
         param_dtype: of the scale or offset.
 
     Raises:
@@ -44,14 +45,23 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(
-        self, size: int, *, eps: float = 1e-5, zero_centered: bool = False, param_dtype: DTypeLike = jnp.float32
+        self,
+        size: int,
+        *,
+        eps: float = 1e-5,
+        zero_centered: bool = False,
+        groups: int = 1,
+        param_dtype: DTypeLike = jnp.float32,
     ):
-        require_positive_integers(size=size)
+        require_positive_integers(size=size, groups=groups)
+        if size % groups:
+            raise ValueError(f"groups must divide size, got {groups} and {size}")
         require_positive_numbers(eps=eps)
         require_flags(zero_centered=zero_centered)
         require_dtypes(param_dtype=param_dtype)
         self.eps = eps
         self.zero_centered = zero_centered
+        self.groups = groups
         if zero_centered:
             self.offset = nnx.Param(jnp.zeros((size,), param_dtype))
         else:
@@ -68,8 +78,9 @@ class RMSNorm(nnx.Module):
         return contained(self._normalise, x, tokens=x.ndim - 1)
 
     def _normalise(self, x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:
-        power, rest = inverse_length(x, self.eps, jnp.mean)
-        wide = x.astype(rest.dtype) * power * rest
+        parts = x if self.groups == 1 else x.reshape(*x.shape[:-1], self.groups, -1)
+        power, rest = inverse_length(parts, self.eps, jnp.mean)
+        wide = (parts.astype(rest.dtype) * power * rest).reshape(x.shape)
         learned = (self.offset if self.zero_centered else self.scale)[...].astype(rest.dtype)
         scale = 1.0 + learned if self.zero_centered else learned
         return (wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)

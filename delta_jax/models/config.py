@@ -368,9 +368,8 @@ class ModelConfig:
         patterns that fewest layers are compiled, such as two where every other pattern has a dense layer.
         """
         period, strewn = len(self.pattern), sorted(self.dense_layers) != list(range(len(self.dense_layers)))
-        cuts = [
-            cut_into_runs(self.layers, n * period) for n in (range(1, self.num_layers // period + 1) if strewn else [1])
-        ]
+        most = self.num_layers // (2 * period) if strewn else 1
+        cuts = [cut_into_runs(self.layers, n * period) for n in range(1, max(most, 1) + 1)]
         return min(cuts, key=lambda runs: sum(len(run.block) for run in runs))
 
     @property

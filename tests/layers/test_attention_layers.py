@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from delta_jax.layers import Attention, LatentAttention
+from delta_jax.layers import Attention, LatentAttention, RopeScaling
+from delta_jax.parallel import MeshConfig, make_mesh, parameter_shardings
 from delta_jax.testing import relative_error
+from delta_jax.training.optimizer import weight_decay_mask
 
 HIDDEN, TIME = 12, 17
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=40, beta_fast=4.0)
+LATENT = {"num_heads": 3, "kv_lora_rank": 7, "qk_nope_head_dim": 4, "v_head_dim": 5, "norm_eps": 1e-3}
 LAYERS = {
     "plain": (Attention, {"num_heads": 2}),
     "grouped": (Attention, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope_theta": 100.0}),
@@ -33,16 +37,26 @@ LAYERS = {
         },
     ),
     "normed_window": (Attention, {"num_heads": 2, "window": 4, "use_qk_norm": True, "norm_eps": 1e-2}),
-    "latent": (
-        LatentAttention,
+    "biased": (
+        Attention,
         {
-            "num_heads": 3,
-            "kv_lora_rank": 7,
-            "qk_nope_head_dim": 4,
-            "qk_rope_head_dim": 2,
-            "v_head_dim": 5,
-            "norm_eps": 1e-3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 6,
+            "use_qk_norm": True,
+            "qk_norm_width": "all",
+            "use_qkv_bias": True,
+            "use_output_bias": True,
+            "rope_scaling": YARN,
         },
+    ),
+    "latent": (LatentAttention, LATENT | {"qk_rope_head_dim": 2}),
+    "turned_latent": (LatentAttention, LATENT | {"qk_rope_head_dim": 4, "rope_theta": 20.0, "kv_norm_eps": 0.3}),
+    "ling": (
+        LatentAttention,
+        LATENT
+        | {"qk_rope_head_dim": 6, "rope_theta": 20.0, "rope_interleaved": True, "use_head_gate": True, "q_lora_rank": 5}
+        | {"kv_norm_eps": 0.3},
     ),
 }
 SEGMENTS = np.array([[3] * 6 + [1] + [3] * 10, [0] * 10 + [7] + [8] * 6], np.int32)
@@ -53,7 +67,7 @@ def make(name, seed=0, **options):
     layer, own = LAYERS[name]
     made = layer(HIDDEN, **({"initializer_std": 0.4} | own | options), rngs=nnx.Rngs(seed))
     for path, value in nnx.to_flat_state(nnx.state(made)):
-        if path[-1] in ("scale", "offset"):
+        if path[-1] in ("scale", "offset", "bias"):
             value[...] = value[...] + jnp.linspace(-0.5, 0.5, value.shape[0], dtype=value.dtype)
     return made
 
@@ -74,7 +88,7 @@ def close(one, other, atol=2e-6):
 
 
 layers = pytest.mark.parametrize("name", LAYERS)
-some_layers = pytest.mark.parametrize("name", ["gated", "window", "latent"])
+some_layers = pytest.mark.parametrize("name", ["gated", "window", "latent", "ling"])
 
 
 def parameters(layer):
@@ -95,10 +109,10 @@ def softmax_average(scores, values):
     return weights @ values / weights.sum()
 
 
-def turn(x, position, theta, channels):
+def turn(x, position, theta, channels, factors=1.0):
     """Rotation of complex numbers, one for each pair of channels of x [channels of a head]."""
     pairs = x[: channels // 2] + 1j * x[channels // 2 : channels]
-    pairs = pairs * np.exp(1j * position / theta ** (np.arange(0, channels, 2) / max(channels, 1)))
+    pairs = pairs * np.exp(1j * position * factors / theta ** (np.arange(0, channels, 2) / max(channels, 1)))
     return np.concatenate([pairs.real, pairs.imag, x[channels:]])
 
 
@@ -107,9 +121,15 @@ def attention(p, x, o):
     heads, kv_heads = o["num_heads"], o.get("num_kv_heads") or o["num_heads"]
     size, window = o.get("head_dim") or HIDDEN // heads, o.get("window") or len(x)
     channels, theta = round(size * o.get("rope_fraction", 1.0)), o.get("rope_theta", 1e4)
-    q, k, v = (x @ p[f"{name}_proj/kernel"] for name in "qkv")
+    q, k, v = (x @ p[f"{name}_proj/kernel"] + p.get(f"{name}_proj/bias", 0.0) for name in "qkv")
+    every = o.get("qk_norm_width") == "all"
+    if every:
+        q, k = unit(q, p["q_norm/scale"], o["norm_eps"]), unit(k, p["k_norm/scale"], o["norm_eps"])
     q, k, v = q.reshape(-1, heads, size), k.reshape(-1, kv_heads, size), v.reshape(-1, kv_heads, size)
-    if o.get("use_qk_norm"):
+    stretch = {"theta": theta, "channels": channels}
+    factors = o["rope_scaling"].factors(**stretch) if "rope_scaling" in o else 1.0
+    amplitude = o["rope_scaling"].amplitude if "rope_scaling" in o else 1.0
+    if o.get("use_qk_norm") and not every:
         q, k = (
             unit(y, 1 + p[f"{n}_norm/offset"] if o.get("zero_centered_norms") else p[f"{n}_norm/scale"], o["norm_eps"])
             for y, n in ((q, "q"), (k, "k"))
@@ -119,25 +139,40 @@ def attention(p, x, o):
         for h in range(heads):
             seen = range(max(0, t - window + 1), t + 1)
             kept = h // (heads // kv_heads)
-            query = turn(q[t, h], t, theta, channels)
-            scores = np.array([query @ turn(k[s, kept], s, theta, channels) for s in seen]) / np.sqrt(size)
+            query = amplitude**2 * turn(
+                q[t, h], t, theta, channels, factors
+            )  # all channels are turned where it is not 1
+            scores = np.array([query @ turn(k[s, kept], s, theta, channels, factors) for s in seen]) / np.sqrt(size)
             out[t, h] = softmax_average(scores, np.stack([v[s, kept] for s in seen]))
     out = out.reshape(len(x), -1)
     if o.get("use_output_gate"):
         out = out * sigmoid(x @ p["g_proj/kernel"])
-    return out @ p["o_proj/kernel"]
+    return out @ p["o_proj/kernel"] + p.get("o_proj/bias", 0.0)
 
 
 def latent_attention(p, x, o):
-    heads, size = o["num_heads"], o["qk_nope_head_dim"] + o["qk_rope_head_dim"]
+    own, turned = o["qk_nope_head_dim"], o["qk_rope_head_dim"]
+    heads, size, eps = o["num_heads"], own + turned, o.get("kv_norm_eps", o["norm_eps"])
     low = x @ p["kv_a_proj/kernel"]
-    both = unit(low[:, : o["kv_lora_rank"]], p["kv_norm/scale"], o["norm_eps"]) @ p["kv_b_proj/kernel"]
-    both, q = both.reshape(len(x), heads, -1), (x @ p["q_proj/kernel"]).reshape(len(x), heads, size)
+    both = unit(low[:, : o["kv_lora_rank"]], p["kv_norm/scale"], eps) @ p["kv_b_proj/kernel"]
+    if "q_lora_rank" in o:
+        q = unit(x @ p["q_a_proj/kernel"], p["q_norm/scale"], eps) @ p["q_b_proj/kernel"]
+    else:
+        q = x @ p["q_proj/kernel"]
+    both, q = both.reshape(len(x), heads, -1), q.reshape(len(x), heads, size)
+    if "rope_theta" in o:  # interleaved pairs, with the even channels first, are pairs of halves
+        order = np.r_[0:turned:2, 1:turned:2] if o.get("rope_interleaved") else np.arange(turned)
+        for t in range(len(x)):
+            low[t, -turned:] = turn(low[t, -turned:][order], t, o["rope_theta"], turned)
+            for h in range(heads):
+                q[t, h, own:] = turn(q[t, h, own:][order], t, o["rope_theta"], turned)
     out = np.zeros((len(x), heads, o["v_head_dim"]))
     for h in range(heads):
         k = np.concatenate([both[:, h, : o["qk_nope_head_dim"]], low[:, o["kv_lora_rank"] :]], axis=1)
         for t in range(len(x)):
             out[t, h] = softmax_average(k[: t + 1] @ q[t, h] / np.sqrt(size), both[: t + 1, h, o["qk_nope_head_dim"] :])
+    if o.get("use_head_gate"):
+        out = out * sigmoid(x @ p["g_proj/kernel"])[:, :, None]
     return out.reshape(len(x), -1) @ p["o_proj/kernel"]
 
 
@@ -241,6 +276,26 @@ def test_a_cache_keeps_the_window_or_the_length_asked_for(name):
         assert cache.entries[0].shape[1] == (layer.window or 9)
 
 
+@layers
+def test_every_parameter_has_a_place_on_the_mesh_and_a_word_on_weight_decay(name):
+    parameters = {"mixer": nnx.to_pure_dict(nnx.state(make(name)))}
+    parameter_shardings(parameters, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    for path, decays in jax.tree_util.tree_leaves_with_path(weight_decay_mask(parameters)):
+        assert decays == (path[-1].key in ("kernel", "offset")), path
+
+
+def test_the_cache_of_latents_holds_what_is_turned():
+    """So that a step turns one token: the shared keys of the cache are those of the sequence, each at its position."""
+    layer, x = make("ling"), inputs()
+    _, cache = run(layer, x)
+    shared = x @ layer.kv_a_proj.kernel[...][:, 7:]
+    wide = np.asarray(shared, np.float64)
+    pairs = (wide[..., ::2] + 1j * wide[..., 1::2]) * np.exp(1j * np.arange(TIME)[:, None] / 20.0 ** (np.arange(3) / 3))
+    wanted = np.stack([pairs.real, pairs.imag], -1).reshape(wide.shape)
+    np.testing.assert_allclose(cache.entries[0][..., 7:], wanted, atol=1e-5)
+    assert make("ling").init_cache(2, length=9).entries[0].shape == (2, 9, 7 + 6)
+
+
 def test_the_latent_cache_is_small():
     sizes = [entry.shape for entry in make("latent").init_cache(2, length=9).entries]
     assert sizes == [(2, 9, 7 + 2)]
@@ -314,11 +369,23 @@ def test_attention_without_a_window_wants_a_length():
         ("plain", {"rope_theta": 0.0}, "rope_theta"),
         ("plain", {"use_qk_norm": 1}, "use_qk_norm must be true or false"),
         ("plain", {"use_output_gate": None}, "use_output_gate"),
+        ("plain", {"use_qkv_bias": 1}, "use_qkv_bias must be true or false, got 1"),
+        ("plain", {"use_output_bias": "no"}, "use_output_bias must be true or false, got 'no'"),
+        ("plain", {"qk_norm_width": "heads"}, "qk_norm_width must be one of head, all, got 'heads'"),
+        ("plain", {"qk_norm_width": "all"}, "qk_norm_width 'all' needs use_qk_norm"),
+        ("plain", {"rope_scaling": "yarn"}, "rope_scaling must be a RopeScaling or None, got 'yarn'"),
+        ("plain", {"rope_scaling": YARN, "rope_theta": 1.0}, "theta must be above 1 where wave lengths are stretched"),
         ("plain", {"norm_eps": 0.0}, "norm_eps"),
         ("plain", {"implementation": "abacus"}, "implementation"),
         ("latent", {"kv_lora_rank": 0}, "kv_lora_rank"),
         ("latent", {"v_head_dim": 9}, "v_head_dim must be at most"),
         ("latent", {"initializer_std": -1.0}, "initializer_std"),
+        ("latent", {"kv_norm_eps": 0.0}, "kv_norm_eps must be a positive number, got 0.0"),
+        ("latent", {"q_lora_rank": 0}, "q_lora_rank must be a positive integer, got 0"),
+        ("latent", {"use_head_gate": 1}, "use_head_gate must be true or false, got 1"),
+        ("latent", {"rope_interleaved": None}, "rope_interleaved must be true or false"),
+        ("latent", {"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ("latent", {"rope_theta": 1e4, "qk_rope_head_dim": 3}, "qk_rope_head_dim must be even, .* got 3"),
     ],
 )
 def test_impossible_options_are_named(name, options, word):

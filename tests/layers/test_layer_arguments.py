@@ -136,6 +136,7 @@ ONCE = {
     ),
     "size must be a positive integer, got 2.0": lambda: RMSNorm(2.0),
     "eps must be a positive number, got True": lambda: RMSNorm(2, eps=True),
+    "groups must divide size, got 3 and 4": lambda: RMSNorm(4, groups=3),
     "eps must be a positive number, got 0": lambda: l2_normalize(X, eps=0),
     "x must have shape [..., size], got shape ()": lambda: l2_normalize(jnp.ones(())),
     "x must have one of the dtypes": lambda: l2_normalize(IDS),

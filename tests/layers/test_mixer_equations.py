@@ -28,12 +28,18 @@ def convolve(x, kernel):
     return np.stack([np.sum(kernel * padded[t : t + len(kernel)], axis=0) for t in range(len(x))])
 
 
-def stream(p, x, name, member, feature_map=None):
+def elu_and_one(x):
+    return np.where(x > 0, x + 1, np.exp(x))
+
+
+def stream(p, x, name, member, o):
     y = x @ p[f"{name}_proj/kernel"]
+    kinds = {"silu": silu, "relu": lambda y: np.maximum(y, 0), "elu": elu_and_one, "identity": lambda y: y}
+    activation = kinds[o.get("qk_activation", "silu") if name in "qk" else "silu"]
     if f"{name}_conv/kernel" in p:
-        return silu(convolve(y, p[f"{name}_conv/kernel"]) + p.get(f"{name}_conv/bias", 0.0))
-    plain = member in ("linear_attention", "gated_linear_attention", "retnet") and feature_map != "l2"
-    return y if plain else silu(y)
+        return activation(convolve(y, p[f"{name}_conv/kernel"]) + p.get(f"{name}_conv/bias", 0.0))
+    plain = member in ("linear_attention", "gated_linear_attention", "retnet") and o.get("feature_map") != "l2"
+    return y if plain else activation(y)
 
 
 def softplus(x):
@@ -44,7 +50,15 @@ def unit(x):
     return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
+def of_sum_one(x):
+    total = np.sum(x, axis=-1, keepdims=True)
+    return x / np.where(total == 0, 1, total)
+
+
 def low_rank(p, x, name):
+    """Or of full rank, as the parameters say."""
+    if f"{name}/kernel" in p:
+        return x @ p[f"{name}/kernel"]
     y = x @ p[f"{name}/down/kernel"] @ p[f"{name}/up/kernel"]
     return y + p.get(f"{name}/up/bias", 0.0)
 
@@ -65,8 +79,10 @@ def member_inputs(name, p, x, q, k, v, o):
     beta, g = np.ones((time, writes, heads)), np.zeros((time, heads, k.shape[-1]))
     if "b_proj/kernel" in p and name != "gated_delta_net_2":
         beta = double * sigmoid(x @ p["b_proj/kernel"] + p.get("b_proj/bias", 0.0)).reshape(beta.shape)
+    if name == "delta_net" and not o.get("use_beta", True):
+        beta = double * beta
     if name in ("delta_net", "gated_delta_net", "delta_product", "gated_delta_product"):
-        q, k = unit(q), unit(k)
+        q, k = ((of_sum_one if o.get("qk_norm") == "sum" else unit)(y) for y in (q, k))
     if "a_proj/kernel" in p:
         g = g - (np.exp(p["A_log"]) * softplus(x @ p["a_proj/kernel"] + p["dt_bias"]))[..., None]
     erase = k
@@ -88,7 +104,7 @@ def member_inputs(name, p, x, q, k, v, o):
         g = (np.log(sigmoid(low_rank(p, x, "f_proj"))) / 16).reshape(g.shape)
     if name == "linear_attention":
         plain = o.get("feature_map") != "l2"
-        q, k = (np.where(y > 0, y + 1, np.exp(y)) if plain else unit(y) for y in (q, k))
+        q, k = (elu_and_one(y) if plain else unit(y) for y in (q, k))
     if name == "retnet":
         q, k = turned(q), turned(k[:, 0])[:, None]
         g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[None, :, None]
@@ -102,9 +118,9 @@ def member_inputs(name, p, x, q, k, v, o):
 def forward(name, p, x, o):
     """One sequence x [T, d] through the member with parameters p and options o, token by token in float64."""
     time, heads, v_heads = len(x), o["num_heads"], o.get("num_v_heads", o["num_heads"])
-    q = stream(p, x, "q", name, o.get("feature_map")).reshape(time, heads, -1)
-    k = stream(p, x, "k", name, o.get("feature_map")).reshape(time, -1, heads, q.shape[-1])
-    v = stream(p, x, "v", name, o.get("feature_map")).reshape(time, k.shape[1], v_heads, -1)
+    q = stream(p, x, "q", name, o).reshape(time, heads, -1)
+    k = stream(p, x, "k", name, o).reshape(time, -1, heads, q.shape[-1])
+    v = stream(p, x, "v", name, o).reshape(time, k.shape[1], v_heads, -1)
     raw = v
     q, k, v, beta, g, erase = member_inputs(name, p, x, q, k, v, o)
     out = np.zeros((time, v_heads, v.shape[-1]))
@@ -117,17 +133,19 @@ def forward(name, p, x, o):
                 write = v[t, j, h] - erase[t, j, own] @ state
                 state = state + beta[t, j, h] * np.outer(k[t, j, own], write)
             out[t, h] = scale * state.T @ q[t, own]
-    gate = None
-    if "g_proj/kernel" in p:
-        gate = x @ p["g_proj/kernel"]
-    elif "g_proj/up/kernel" in p:
-        gate = low_rank(p, x, "g_proj")
-    activation = {"silu": silu, "sigmoid": sigmoid}[o.get("output_gate_activation", "silu")]
+    gate = low_rank(p, x, "g_proj") if any(path.startswith("g_proj") for path in p) else None
+    usual = "sigmoid" if name == "kimi_delta_attention" else "silu"
+    activation = {"silu": silu, "sigmoid": sigmoid}[o.get("output_gate_activation", usual)]
     if name == "mamba2":
         out = (out + p["D"][:, None] * raw[:, 0]).reshape(time, 1, -1)
-        out = out if gate is None else out * silu(gate)[:, None]
+        out = out if gate is None else out * activation(gate)[:, None]
         gate = None
-    out = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + o["norm_eps"]) * p["o_norm/scale"]
+    if "norm_groups" in o:
+        out = out.reshape(time, o["norm_groups"], -1)
+        p = p | {"o_norm/scale": p["o_norm/scale"].reshape(o["norm_groups"], -1)}
+    if o.get("use_output_norm", True):
+        eps = o.get("output_norm_eps", o["norm_eps"])
+        out = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + eps) * p["o_norm/scale"]
     out = out.reshape(time, -1)
     return (out if gate is None else out * activation(gate)) @ p["o_proj/kernel"]
 
@@ -136,13 +154,27 @@ CASES = [
     ("delta_net", {}),
     ("delta_net", {"use_output_gate": True, "num_v_heads": 4, "expand_v": 2.0, "norm_eps": 1e-3}),
     ("delta_net", {"use_short_conv": False, "allow_negative_eigenvalues": True}),
+    (
+        "delta_net",
+        {"use_beta": False, "use_output_norm": False, "qk_activation": "elu", "qk_norm": "sum", "conv_bias": True},
+    ),
+    (
+        "delta_net",
+        {"use_beta": False, "allow_negative_eigenvalues": True, "qk_activation": "relu", "qk_norm": "sum"}
+        | {"use_short_conv": False, "head_dim": 2, "use_output_norm": False, "use_output_gate": True},
+    ),
+    ("delta_net", {"qk_activation": "identity", "use_output_gate": True, "output_gate_activation": "sigmoid"}),
     ("delta_product", {"num_householder": 3, "use_output_gate": False}),
+    ("delta_product", {"output_gate_activation": "sigmoid", "conv_bias": True, "output_norm_eps": 1e-2}),
     ("gated_delta_net", {"conv_size": 2, "expand_v": 0.5}),
+    ("gated_delta_net", {"output_gate_activation": "sigmoid", "conv_bias": True, "output_norm_eps": 1e-2}),
     ("gated_delta_net", {"num_v_heads": 4, "allow_negative_eigenvalues": True, "use_short_conv": False}),
     ("gated_delta_product", {"num_householder": 2, "num_v_heads": 4, "allow_negative_eigenvalues": False}),
     ("kaczmarz_linear_attention", {"num_v_heads": 4, "allow_negative_eigenvalues": True}),
     ("kimi_delta_attention", {"num_v_heads": 4, "output_gate_activation": "sigmoid"}),
     ("kimi_delta_attention", {"gate_lower_bound": -5.0, "output_gate_activation": "silu"}),
+    ("kimi_delta_attention", {"use_output_gate_bias": False, "conv_bias": True, "output_norm_eps": 1e-2}),
+    ("kimi_delta_attention", {"use_low_rank_gates": False, "num_v_heads": 4, "gate_lower_bound": -5.0}),
     ("gated_delta_net_2", {"num_v_heads": 4, "expand_v": 2.0}),
     ("gated_delta_net_2", {"output_gate_activation": "sigmoid", "allow_negative_eigenvalues": True}),
     ("linear_attention", {"use_output_gate": True}),
@@ -151,6 +183,11 @@ CASES = [
     ("gated_linear_attention", {"num_v_heads": 4}),
     ("retnet", {"expand_v": 2.0}),
     ("mamba2", {"num_v_heads": 4, "expand_v": 0.5}),
+    ("mamba2", {"num_v_heads": 4, "norm_groups": 3}),
+    (
+        "mamba2",
+        {"num_v_heads": 4, "conv_bias": False, "output_gate_activation": "sigmoid", "output_norm_eps": 1e-2},
+    ),
 ]
 
 
@@ -165,6 +202,24 @@ def test_layer_computes_its_equations(name, options):
     y = jax.jit(lambda layer, x: layer(x))(layer, x)
     wanted = np.stack([forward(name, parameters(layer), np.asarray(row, np.float64), options) for row in x])
     assert relative_error(y, wanted) < 3e-6
+
+
+def test_parameters_that_options_add_and_leave_out():
+    def paths(name, **options):
+        layer = jax.eval_shape(lambda: MIXERS[name](8, num_heads=2, head_dim=4, **options, rngs=nnx.Rngs(0)))
+        return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer))}
+
+    kda, net = paths("kimi_delta_attention"), paths("delta_net")
+    assert kda - paths("kimi_delta_attention", use_output_gate_bias=False) == {"g_proj/up/bias"}
+    full = paths("kimi_delta_attention", use_low_rank_gates=False)
+    assert {path for path in full if path[:2] in ("f_", "g_")} == {"f_proj/kernel", "g_proj/kernel"}
+    assert net - paths("delta_net", use_beta=False, use_output_norm=False) == {"b_proj/kernel", "o_norm/scale"}
+    biases = {f"{name}_conv/bias" for name in "qkv"}
+    for name in MIXERS:
+        if name not in ("attention", "latent_attention"):
+            with_bias = paths(name, conv_bias=True, use_short_conv=True)
+            assert with_bias - paths(name, conv_bias=False, use_short_conv=True) == biases
+    assert biases <= paths("mamba2")
 
 
 def test_defaults_are_those_of_the_papers():

@@ -21,14 +21,25 @@ NEGATIVE = {"allow_negative_eigenvalues": True}
 
 # Two sets of options of every member, far apart from one another; a new member is one line here.
 MEMBERS = {
-    "delta_net": ({}, GROUPED | NEGATIVE | {"use_output_gate": True}),
+    "delta_net": (
+        {},
+        GROUPED
+        | NEGATIVE
+        | {"use_output_gate": True, "use_beta": False, "use_output_norm": False, "conv_bias": True}
+        | {"qk_activation": "elu", "qk_norm": "sum"},
+    ),
     "delta_product": ({"num_householder": 3}, GROUPED | {"num_householder": 2, "use_short_conv": False}),
     "gated_delta_net": ({}, GROUPED | NEGATIVE | {"use_short_conv": False, "use_output_gate": False}),
-    "gated_delta_net_2": ({}, GROUPED | NEGATIVE | {"output_gate_activation": "sigmoid"}),
+    "gated_delta_net_2": ({}, GROUPED | NEGATIVE | {"output_gate_activation": "sigmoid", "output_norm_eps": 1e-2}),
     "gated_delta_product": ({"num_householder": 3}, GROUPED | {"num_householder": 1, "use_output_gate": False}),
     "gated_linear_attention": ({}, GROUPED | {"use_short_conv": True, "gate_rank": 3}),
-    "kaczmarz_linear_attention": ({}, GROUPED | NEGATIVE),
-    "kimi_delta_attention": ({}, GROUPED | NEGATIVE | {"gate_lower_bound": -5.0, "output_gate_activation": "silu"}),
+    "kaczmarz_linear_attention": ({}, GROUPED | NEGATIVE | {"conv_bias": True}),
+    "kimi_delta_attention": (
+        {"use_output_gate_bias": False},
+        GROUPED
+        | NEGATIVE
+        | {"gate_lower_bound": -5.0, "output_gate_activation": "silu", "use_low_rank_gates": False, "conv_bias": True},
+    ),
     "linear_attention": ({}, GROUPED | {"use_output_gate": True, "conv_size": 2, "use_short_conv": True}),
     "mamba2": ({}, {"num_heads": 1, "num_v_heads": 3, "use_output_gate": False}),
     "retnet": ({}, GROUPED | {"use_output_gate": False}),
@@ -131,9 +142,9 @@ def test_gradients_reach_every_parameter(name, variant):
         assert size > 1e-6, path
 
 
-@members
-def test_every_parameter_has_a_place_on_the_mesh_and_a_word_on_weight_decay(name):
-    parameters = {"mixer": nnx.to_pure_dict(nnx.state(make(name)))}
+@variants
+def test_every_parameter_has_a_place_on_the_mesh_and_a_word_on_weight_decay(name, variant):
+    parameters = {"mixer": nnx.to_pure_dict(nnx.state(make(name, variant)))}
     parameter_shardings(parameters, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
     assert any(jax.tree.leaves(weight_decay_mask(parameters)))
 
@@ -191,6 +202,9 @@ def test_the_cache_is_returned_only_when_asked_for(name):
         ({"use_short_conv": 1}, "use_short_conv"),
         ({"use_output_gate": "yes"}, "use_output_gate"),
         ({"norm_eps": 0.0}, "norm_eps"),
+        ({"output_norm_eps": 0.0}, "output_norm_eps must be a positive number, got 0.0"),
+        ({"output_gate_activation": "tanh"}, "output_gate_activation must be one of silu, sigmoid, got 'tanh'"),
+        ({"conv_bias": True, "use_short_conv": False}, "conv_bias must be false without use_short_conv"),
         ({"initializer_std": -1.0}, "initializer_std"),
         ({"chunk_size": -16}, "chunk_size"),
     ],
@@ -212,11 +226,18 @@ def test_an_implementation_that_does_not_exist_is_named(name):
         ("delta_product", {"num_householder": 0}, "num_householder must be a positive integer, got 0"),
         ("gated_delta_product", {"num_householder": None}, "num_householder"),
         ("kimi_delta_attention", {"gate_lower_bound": 5.0}, "gate_lower_bound must be a negative number"),
-        ("kimi_delta_attention", {"output_gate_activation": "tanh"}, "output_gate_activation must be one of"),
+        ("kimi_delta_attention", {"use_low_rank_gates": 1}, "use_low_rank_gates must be true or false, got 1"),
+        ("kimi_delta_attention", {"use_output_gate_bias": None}, "use_output_gate_bias must be true or false"),
+        ("delta_net", {"use_beta": 0}, "use_beta must be true or false, got 0"),
+        ("delta_net", {"qk_norm": "max"}, "qk_norm must be one of l2, sum, got 'max'"),
+        ("delta_net", {"qk_activation": "tanh"}, "qk_activation must be one of silu, relu, elu, identity, got 'tanh'"),
+        ("delta_net", {"use_output_norm": False, "output_norm_eps": 1e-5}, "output_norm_eps must be None without"),
         ("gated_linear_attention", {"gate_rank": 0}, "gate_rank"),
         ("linear_attention", {"feature_map": "relu"}, "feature_map must be one of elu, l2, got 'relu'"),
         ("gated_linear_attention", {"gate_normalizer": 0.0}, "gate_normalizer"),
         ("retnet", {"head_dim": 7}, "head_dim must be even"),
+        ("mamba2", {"norm_groups": 0}, "norm_groups must be a positive integer, got 0"),
+        ("mamba2", {"norm_groups": 5}, "norm_groups must divide the 32 channels of x, got 5"),
         ("mamba2", {"expand_v": 1.375, "num_v_heads": None}, "expand_v must make heads of x that fill 32, got 11"),
     ],
 )

@@ -21,6 +21,9 @@ VARIANTS = {
     "qwen": {"num_experts_per_token": 3, "shared_expert_size": 10, "router": "softmax", "use_shared_expert_gate": True},
     "all": {"num_experts_per_token": EXPERTS},
     "one": {"num_experts_per_token": 1, "routed_scaling_factor": 0.5},
+    "raw": {"num_experts_per_token": 2, "router": "softmax", "normalize_weights": False, "routed_scaling_factor": 2.5},
+    "grouped": {"num_experts_per_token": 3, "num_expert_groups": 3, "num_groups_per_token": 2},
+    "halves": {"num_experts_per_token": 2, "num_expert_groups": 2, "normalize_weights": False},
 }
 
 
@@ -60,14 +63,16 @@ def by_loop(layer, x, options):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(layer)))
     logits = x @ p["router"]["kernel"]
     scores = sigmoid(logits) if options.get("router") != "softmax" else np.exp(logits) / np.exp(logits).sum()
-    chosen = np.argsort(-(scores + p["expert_bias"]), kind="stable")[: options["num_experts_per_token"]]
+    wanted, groups = scores + p["expert_bias"], options.get("num_expert_groups", 1)
+    if groups > 1:
+        best = [sum(sorted(group)[-2:]) for group in wanted.reshape(groups, -1)]
+        allowed = sorted(range(groups), key=lambda group: -best[group])[: options.get("num_groups_per_token", 1)]
+        wanted = [w if n // (EXPERTS // groups) in allowed else -np.inf for n, w in enumerate(wanted)]
+    chosen = np.argsort(-np.asarray(wanted), kind="stable")[: options["num_experts_per_token"]]
+    total = scores[chosen].sum() if options.get("normalize_weights", True) else 1.0
     y = np.zeros(HIDDEN)
     for expert in range(EXPERTS):
-        weight = (
-            options.get("routed_scaling_factor", 1.0) * scores[expert] / scores[chosen].sum()
-            if expert in chosen
-            else 0.0
-        )
+        weight = options.get("routed_scaling_factor", 1.0) * scores[expert] / total if expert in chosen else 0.0
         y += weight * swiglu(x, *(p["experts"][name][expert] for name in ("gate_proj", "up_proj", "down_proj")))
     if "shared_expert_size" in options:
         shared = swiglu(x, *(p["shared"][name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj")))
@@ -104,6 +109,21 @@ def test_gradients_are_those_of_a_dense_sum():
             np.testing.assert_array_equal(one, 0)
         else:
             assert np.abs(one).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["grouped", "halves"])
+def test_groups_limit_the_choice(name):
+    """An expert outside the best groups is not chosen whatever its bias, nor for want of positive scores inside."""
+    layer, x, options = make(name), inputs(), VARIANTS[name]
+    size, most = EXPERTS // options["num_expert_groups"], options.get("num_groups_per_token", 1)
+    layer = nnx.clone(layer)
+    for bias in (0.0, -5.0):
+        layer.expert_bias[...] = layer.expert_bias[...] + bias
+        chosen = np.asarray(layer.route(x)[0])
+        assert all(len(set(row // size)) <= most for row in chosen.reshape(-1, chosen.shape[-1]))
+        wanted = jax.nn.sigmoid(layer.router(x)) + layer.expert_bias[...][None, None]
+        free = np.argsort(-np.asarray(wanted), axis=-1)[..., : chosen.shape[-1]]
+        assert (np.sort(chosen) != np.sort(free)).any()  # the groups made a difference
 
 
 def test_no_token_is_dropped_when_all_want_the_same_expert():
@@ -181,6 +201,22 @@ def test_balancing_evens_out_the_loads():
         ({"shared_expert_size": -1}, "shared_expert_size must be a positive integer"),
         ({"shared_expert_size": 0, "use_shared_expert_gate": True}, "use_shared_expert_gate needs a shared expert"),
         ({"use_shared_expert_gate": 1}, "use_shared_expert_gate must be true or false"),
+        ({"normalize_weights": None}, "normalize_weights must be true or false, got None"),
+        ({"num_expert_groups": 0}, "num_expert_groups must be a positive integer, got 0"),
+        (
+            {"num_expert_groups": 4},
+            "num_expert_groups must divide num_experts into groups of two at least, got 4 and 6",
+        ),
+        (
+            {"num_expert_groups": 6},
+            "num_expert_groups must divide num_experts into groups of two at least, got 6 and 6",
+        ),
+        ({"num_expert_groups": 3, "num_groups_per_token": 4}, "num_groups_per_token must be at most num_expert_groups"),
+        ({"num_groups_per_token": 2}, "num_groups_per_token must be at most num_expert_groups, got 2 of 1"),
+        (
+            {"num_experts_per_token": 3, "num_expert_groups": 3},
+            "num_experts_per_token must be at most what num_groups_per_token hold, got 3 of 1 groups of 2",
+        ),
         ({"router": "hash"}, "router must be one of sigmoid, softmax, got 'hash'"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor must be a positive number"),
     ],

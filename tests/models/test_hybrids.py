@@ -10,10 +10,12 @@ from flax import nnx
 
 from delta_jax.inference import generate
 from delta_jax.models import ExpertsConfig, LanguageModel, LayerOverride, MixerSpec, ModelConfig
+from delta_jax.models.language_model import Block
 from delta_jax.testing import relative_error
 
 VOCAB, TIME = 29, 16
 LATENT = {"num_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2, "v_head_dim": 6}
+LATENT |= {"rope_theta": 50.0, "use_head_gate": True, "q_lora_rank": 5}
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
     hidden_size=12,
@@ -23,11 +25,17 @@ CONFIG = ModelConfig(
     initializer_std=0.4,
     pattern=(
         MixerSpec(mixer="delta_net", options=(("num_heads", 2), ("implementation", "recurrent"))),
-        MixerSpec(mixer="attention", options=(("num_heads", 2), ("window", 4))),
+        MixerSpec(mixer="attention", options=(("num_heads", 2), ("window", 4)), norm_placement="post"),
     ),
     layer_overrides=(LayerOverride(layers=(4,), mixer="latent_attention", options=tuple(LATENT.items())),),
     experts=ExpertsConfig(
-        expert_size=6, num_experts=4, num_experts_per_token=2, shared_expert_size=6, routed_scaling_factor=2.0
+        expert_size=6,
+        num_experts=4,
+        num_experts_per_token=2,
+        shared_expert_size=6,
+        routed_scaling_factor=2.0,
+        num_expert_groups=2,
+        normalize_weights=False,
     ),
 )
 SEGMENTS = np.array([[1] * 6 + [2] * 10, [1] * 10 + [0] * 6], np.int32)
@@ -64,6 +72,28 @@ def test_layers_lie_where_the_config_says(model):
         "delta_net", "attention", "delta_net", "attention", "latent_attention", "attention", "delta_net"
     ]  # fmt: skip
     assert [layer.experts for layer in layers] == [False] * 2 + [True] * 5
+
+
+@pytest.mark.parametrize("experts", [CONFIG.experts, None])
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_norms_of_a_block_are_before_or_after(placement, experts):
+    """Written out with the layers of the block, whose names are the same."""
+    spec = dataclasses.replace(CONFIG.pattern[1], norm_placement=placement)
+    config = dataclasses.replace(CONFIG, num_layers=1, pattern=(spec,), layer_overrides=(), experts=experts)
+    block = Block(config, config.layers[0], rngs=nnx.Rngs(0))
+    for norm, start in ((block.mixer_norm, 0.5), (block.mlp_norm, -1.0)):
+        norm.scale[...] = jnp.linspace(start, 2.0, 12)
+    x = 3.0 * jax.random.normal(jax.random.key(1), (2, 7, 12))
+
+    def feed_forward(x):
+        y = block.mlp(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    wanted = x
+    for norm, layer in ((block.mixer_norm, block.mixer), (block.mlp_norm, feed_forward)):
+        wanted = wanted + (layer(norm(wanted)) if placement == "pre" else norm(layer(wanted)))
+    np.testing.assert_allclose(block(x).x, wanted, atol=1e-6)
+    assert relative_error(block(x).x, x) > 0.1
 
 
 def test_step_by_step_and_in_parts_equals_the_whole(model):

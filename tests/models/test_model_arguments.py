@@ -46,7 +46,8 @@ def make():
         ({"vocab_size": None}, "vocab_size must be a positive integer, got None"),
         ({"num_layers": True}, "num_layers must be a positive integer, got True"),
         ({"intermediate_size": False}, "intermediate_size must be a positive integer or 0, got False"),
-        ({"num_dense_layers": True}, "num_dense_layers must be a positive integer or 0, got True"),
+        ({"dense_layers": (True,)}, "dense_layers must be a tuple of integers, got .True,."),
+        ({"dense_layers": 1}, "dense_layers must be a tuple of integers, got 1"),
         ({"tie_embeddings": "no"}, "tie_embeddings must be true or false, got 'no'"),
         ({"zero_centered_norms": 1}, "zero_centered_norms must be true or false, got 1"),
         ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
@@ -72,6 +73,10 @@ def test_impossible_configurations_are_named(change, message):
         (lambda: MixerSpec(mixer=["delta_net"]), "mixer must be one of attention, "),
         (lambda: LayerOverride(mixer="delta_net", layers=1), "layers must be a tuple of integers, got 1"),
         (lambda: LayerOverride(mixer="delta_net", layers=(True,)), "layers must be a tuple of integers"),
+        (
+            lambda: MixerSpec(mixer="delta_net", norm_placement=None),
+            "norm_placement must be one of pre, post, got None",
+        ),
         (lambda: LayerOverride(mixer="delta", layers=(1,)), "mixer must be one of attention, "),
         (
             lambda: ExpertsConfig(expert_size=4, num_experts=3, num_experts_per_token=2, balance_rate=True),

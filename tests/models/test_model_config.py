@@ -1,10 +1,13 @@
 import dataclasses
+import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
-from delta_jax.config import load_config, to_dict
+from delta_jax.config import described, load_config, to_dict
+from delta_jax.layers import RopeScaling
 from delta_jax.models import MixerSpec, ModelConfig
 
 TABLE = {
@@ -29,8 +32,54 @@ def test_reads_its_table_and_writes_it_again():
     config = load_config(ModelConfig, hybrid)
     assert [layer.mixer.mixer for layer in config.layers] == ["delta_net", "attention", "attention", "gated_delta_net"]
     assert load_config(ModelConfig, to_dict(config)) == config
-    changed = load_config(ModelConfig, TABLE, ["pattern.0.num_heads=4"])
+    changed = load_config(ModelConfig, TABLE, ["pattern.0.num_heads=4", "pattern.1.norm_placement=post"])
     assert dict(changed.pattern[0].options) == {"num_heads": 4}
+    assert [spec.norm_placement for spec in changed.pattern] == ["pre", "post"]
+
+
+def test_tables_inside_a_mixer_and_the_placement_of_its_norms_are_written_and_read_again():
+    """As a run saves them, and as the command shows them."""
+    stretched = {"mixer": "attention", "num_heads": 2, "rope_scaling": {"kind": "linear", "factor": 2.0}}
+    table = TABLE | {
+        "pattern": [stretched, TABLE["pattern"][0]],
+        "layer_overrides": [stretched | {"layers": [3], "norm_placement": "post"}],
+        "experts": EXPERTS | {"num_expert_groups": 4, "num_groups_per_token": 2, "normalize_weights": False},
+        "dense_layers": [2],
+    }
+    config = load_config(ModelConfig, table, ["pattern.0.rope_scaling.factor=3"])
+    assert [layer.mixer.norm_placement for layer in config.layers] == ["pre", "pre", "pre", "post"]
+    assert [layer.experts for layer in config.layers] == [True, True, False, True]
+    assert dict(config.pattern[0].options)["rope_scaling"] == RopeScaling(kind="linear", factor=3.0)
+    assert hash(config) == hash(load_config(ModelConfig, json.loads(json.dumps(to_dict(config)))))
+    text = described(config)
+    assert load_config(ModelConfig, tomllib.loads(text)) == config
+    for meaning in (
+        "# where the norms of the block are",
+        "# how these wave lengths are stretched",
+        "# groups that a token",
+    ):
+        assert meaning in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "dense", "runs"),
+    [
+        (8, 4, (0,), [(1, 1), (1, 2), (1, 1), (1, 3), (1, 1)]),
+        (12, 1, (0, 2, 4, 6, 8, 10), [(2, 6)]),
+        (24, 4, (0, 8, 16), [(8, 3)]),
+        (24, 4, (23,), [(4, 5), (1, 3), (1, 1)]),
+        (24, 1, (10, 11), [(1, 10), (1, 2), (1, 12)]),
+    ],
+)
+def test_dense_layers_anywhere_leave_a_stack_that_repeats(layers, pattern, dense, runs):
+    """Layers are compiled once for each place in a block, however many repeat it."""
+    specs = [{"mixer": "gated_delta_net", "num_heads": 2, "head_dim": 8}] * (pattern - 1)
+    table = TABLE | {"num_layers": layers, "pattern": [*specs, TABLE["pattern"][0]], "experts": EXPERTS}
+    config = load_config(ModelConfig, table | {"dense_layers": dense})
+    assert [(len(run.block), run.repeats) for run in config.runs] == runs
+    stack = [layer for run in config.runs for layer in run.block * run.repeats]
+    assert [place for place, layer in enumerate(stack) if not layer.experts] == list(dense)
+    assert tuple(stack) == config.layers
 
 
 def test_the_mlp_is_as_wide_as_in_the_papers():
@@ -90,11 +139,29 @@ def test_the_mlp_is_as_wide_as_in_the_papers():
             {"layer_overrides": [{"layers": [1], "mixer": "attn"}]},
             "layer_overrides.0: mixer must be one of attention, delta_net",
         ),
+        ({"num_dense_layers": 1}, "it is now called dense_layers, an array of the layers' numbers"),
+        ({"dense_layers": [0]}, "dense_layers must be empty without experts, got .0,."),
+        ({"experts": EXPERTS, "dense_layers": 1}, "dense_layers: wanted an array, got 1"),
+        ({"experts": EXPERTS, "dense_layers": [4]}, "dense_layers names layer 4, but the layers are 0 to 3"),
+        ({"experts": EXPERTS, "dense_layers": [1, 1]}, "dense_layers must name a layer once"),
         (
-            {"num_dense_layers": 1},
-            "num_dense_layers must lie between 0 and num_layers, and be 0 without experts, got 1",
+            {"pattern": [{"mixer": "delta_net", "norm_placement": "between"}]},
+            "pattern.0: norm_placement must be one of pre, post, got 'between'",
         ),
-        ({"experts": EXPERTS, "num_dense_layers": 5}, "num_dense_layers must lie"),
+        (
+            {"pattern": [{"mixer": "attention", "num_heads": 2, "rope_scaling": {"kind": "yarn", "factor": 2.0}}]},
+            "pattern.0: rope_scaling: original_max_position_embeddings is missing, which yarn needs",
+        ),
+        (
+            {"pattern": [{"mixer": "attention", "num_heads": 2, "rope_scaling": {"type": "yarn", "factor": 2.0}}]},
+            'pattern.0: unknown key "rope_scaling.type"',
+        ),
+        (
+            {"experts": EXPERTS | {"num_expert_groups": 3}},
+            "experts: num_expert_groups must divide num_experts into groups of two at least, got 3 and 8",
+        ),
+        ({"experts": EXPERTS | {"num_groups_per_token": 0}}, "experts: num_groups_per_token must be a positive"),
+        ({"experts": EXPERTS | {"normalize_weights": 1}}, "experts.normalize_weights: wanted true or false"),
         (
             {"experts": EXPERTS | {"num_experts_per_token": 9}},
             "experts: num_experts_per_token must be at most num_experts.*got 9 of 8",

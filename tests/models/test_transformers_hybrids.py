@@ -62,8 +62,7 @@ def kimi_delta_attention(p):
         kernels |= {f"{ours}_proj/down/kernel": p[f"{theirs}_a_proj.weight"].T}
         kernels |= {f"{ours}_proj/up/kernel": p[f"{theirs}_b_proj.weight"].T}
     rates = {"A_log": p["forget_gate.A_log"].reshape(-1), "dt_bias": p["forget_gate.dt_bias"]}
-    rest = {"o_norm/scale": p["o_norm.weight"], "g_proj/up/bias": np.zeros(8)}  # they have no such bias
-    return kernels | rates | rest | convolutions(p["conv1d.weight"], (8, 8, 8))
+    return kernels | rates | {"o_norm/scale": p["o_norm.weight"]} | convolutions(p["conv1d.weight"], (8, 8, 8))
 
 
 def gated_delta_net(p):
@@ -157,7 +156,7 @@ def options(convert):
 
 
 RECURRENT = {"num_heads": 2, "head_dim": 4, "implementation": "recurrent"}
-KDA = {"mixer": "kimi_delta_attention", **RECURRENT}
+KDA = {"mixer": "kimi_delta_attention", "use_output_gate_bias": False, **RECURRENT}
 MLA = {"mixer": "latent_attention", **options(kimi_latent_attention)}
 GDN = {"mixer": "gated_delta_net", "num_v_heads": 4, "expand_v": 1.0, **RECURRENT}
 GATED = {"mixer": "attention", **options(qwen3_next_attention)}

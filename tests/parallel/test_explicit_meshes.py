@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from delta_jax import delta_product, delta_rule, delta_rule_step, linear_attention
-from delta_jax.layers import MIXERS, MixtureOfExperts, RMSNorm, SwiGLU
+from delta_jax.layers import MIXERS, MixtureOfExperts, RMSNorm, RopeScaling, SwiGLU
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig
 from delta_jax.models.loss import token_nats
 from delta_jax.ops import segment_states, skip_tokens
@@ -132,13 +132,32 @@ def test_attention_convolution_and_loss() -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "attention": {"num_heads": 2},
+    "attention": {
+        "num_heads": 2,
+        "use_qk_norm": True,
+        "qk_norm_width": "all",
+        "use_qkv_bias": True,
+        "use_output_bias": True,
+        "rope_scaling": RopeScaling(kind="linear", factor=2.0),
+    },
+    "delta_net": {
+        "num_heads": 2,
+        "use_beta": False,
+        "use_output_norm": False,
+        "conv_bias": True,
+        "qk_activation": "elu",
+        "qk_norm": "sum",
+    },
     "latent_attention": {
         "num_heads": 2,
         "kv_lora_rank": 8,
         "qk_nope_head_dim": 4,
         "qk_rope_head_dim": 4,
         "v_head_dim": 4,
+        "q_lora_rank": 6,
+        "rope_theta": 50.0,
+        "rope_interleaved": True,
+        "use_head_gate": True,
     },
 }
 

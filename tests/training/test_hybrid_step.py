@@ -13,7 +13,9 @@ from delta_jax.training import OptimizerConfig, TrainConfig, set_up
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
 RATE, ONE = 0.01, MeshConfig()
 LATENT = {"num_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2, "v_head_dim": 8}
+LATENT |= {"rope_theta": 50.0, "rope_interleaved": True, "use_head_gate": True, "q_lora_rank": 4}
 GATED = {"num_heads": 4, "num_kv_heads": 2, "window": 5, "use_qk_norm": True, "use_output_gate": True}
+GATED |= {"qk_norm_width": "all", "use_qkv_bias": True, "use_output_bias": True}
 MODEL = ModelConfig(
     vocab_size=32,
     hidden_size=16,
@@ -21,11 +23,17 @@ MODEL = ModelConfig(
     intermediate_size=24,
     dtype="float32",
     initializer_std=0.2,
-    pattern=(MixerSpec(mixer="attention", options=tuple(GATED.items())),),
+    pattern=(MixerSpec(mixer="attention", options=tuple(GATED.items()), norm_placement="post"),),
     layer_overrides=(LayerOverride(layers=(1,), mixer="latent_attention", options=tuple(LATENT.items())),),
     zero_centered_norms=True,
     experts=ExpertsConfig(
-        expert_size=6, num_experts=8, num_experts_per_token=2, shared_expert_size=6, balance_rate=RATE
+        expert_size=6,
+        num_experts=8,
+        num_experts_per_token=2,
+        shared_expert_size=6,
+        num_expert_groups=4,
+        num_groups_per_token=2,
+        balance_rate=RATE,
     ),
     dense_layers=(0,),
 )
