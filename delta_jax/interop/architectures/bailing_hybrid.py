@@ -46,9 +46,10 @@ def config(keys: Keys) -> ModelConfig:
     specs = {
         "linear_attention": mixer(
             "kimi_delta_attention",
-            num_heads=heads,
-            head_dim=keys.get(int, "head_dim", default=128),
-            conv_size=keys.get(int, "short_conv_kernel_size", default=4),
+            num_heads=keys.get(int, "linear_num_heads", default=heads),
+            # transformers writes the rotated channels of latent attention as head_dim, and this beside it.
+            head_dim=keys.get(int, "linear_head_dim", "head_dim", default=128),
+            conv_size=keys.get(int, "linear_conv_kernel_dim", "short_conv_kernel_size", default=4),
             use_low_rank_gates=False,
             use_output_gate_bias=False,
             gate_lower_bound=bound if keys.get(bool, "kda_safe_gate", default=True) else None,
