@@ -1,4 +1,4 @@
-"""The command line: delta-jax train | generate | evaluate | plan | config | info."""
+"""The command line: delta-jax train | generate | evaluate | import | export | plan | config | info."""
 
 from __future__ import annotations
 
@@ -157,6 +157,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequence-length", type=int, metavar="T", help="tokens in a row; default: as in training")
     evaluate.set_defaults(run=_evaluate)
 
+    into = commands.add_parser(
+        "import", parents=[common], help="make a run of a published checkpoint (Hugging Face, flash-linear-attention)"
+    )
+    into.add_argument("source", metavar="FOLDER_OR_NAME", help="safetensors with a config.json, or a name on a hub")
+    into.add_argument("--output", required=True, metavar="RUN", help="the run's folder; new or empty")
+    into.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default %(default)s")
+    into.add_argument(
+        "--ignore-key", action="append", default=[], metavar="KEY", help="a key of config.json known to change nothing"
+    )
+    into.set_defaults(run=_import)
+
+    out = commands.add_parser("export", parents=[common], help="write a run's model as a published checkpoint")
+    out.add_argument("folder", metavar="RUN_FOLDER", help="the output folder of a training run, or an imported one")
+    out.add_argument("--output", required=True, metavar="FOLDER", help="where it goes; new or empty")
+    out.add_argument("--format", choices=("transformers", "fla"), help="whose classes load it; default as imported")
+    out.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
+    out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default as imported, or as trained")
+    out.set_defaults(run=_export)
+
     plan = commands.add_parser(
         "plan",
         parents=[common],
@@ -287,6 +306,30 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if part == "validation":  # the bigram counts the other documents
         rows.insert(4, ("byte bigram", f"{bigram_bits_per_byte(data):.4f} bits per byte, for comparison"))
     _print_rows(rows)
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from delta_jax.interop import import_run
+    from delta_jax.interop.checkpoint import abstract_leaves
+
+    found = import_run(arguments.source, arguments.output, dtype=arguments.dtype, ignore_keys=arguments.ignore_key)
+    number = sum(leaf.size for leaf in abstract_leaves(found.model).values())
+    rows = [("model", f"{found.table['model_type']}, {_scaled(number, '')} parameters"), ("run", arguments.output)]
+    if found.aside:
+        what = f"{_count(len(found.aside), 'tensor')} that the text model does not use, such as {found.aside[0]}"
+        rows.append(("set aside", what))
+    _print_rows(rows)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from delta_jax.interop import export_run
+
+    kind = export_run(
+        arguments.folder, arguments.output, format=arguments.format, step=arguments.step, dtype=arguments.dtype
+    )
+    _print_rows([("model", kind), ("folder", arguments.output)])
     return 0
 
 

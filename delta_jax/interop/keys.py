@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from delta_jax.config import convert
-from delta_jax.layers.rope_scaling import RopeScaling
+from delta_jax.layers import RopeScaling
 
 __all__ = ["Keys", "rope_keys", "rope_options"]
 

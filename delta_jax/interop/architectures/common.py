@@ -1,16 +1,18 @@
 """What the architectures share: their record, stacks of layers, rows of feed-forward layers, and options read back."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from flax import nnx
+
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import OneOf, Row
-from delta_jax.layers import find_mixer
-from delta_jax.layers.options import MixerSettings
+from delta_jax.layers import Mixer, find_mixer
 from delta_jax.models import ModelConfig
-from delta_jax.models.config import MixerSpec
+from delta_jax.models.config import LayerOverride, MixerSpec
 
 type Rows = list[Row | OneOf]
 type Names = Mapping[str, tuple[int, ...]] | None
@@ -66,8 +68,6 @@ def mixer(name: str, norm_placement: str = "pre", **options: Any) -> MixerSpec:
 
 def stack(layers: Sequence[MixerSpec]) -> dict[str, Any]:
     """`pattern` and `layer_overrides` of a stack: the shortest description of it."""
-    from delta_jax.models.config import LayerOverride
-
     def described(period: int) -> tuple[tuple[MixerSpec, ...], dict[MixerSpec, list[int]]]:
         pattern, others = [], dict[MixerSpec, list[int]]()
         for place in range(period):
@@ -124,26 +124,33 @@ def norm_name(zero_centered: bool) -> str:
 
 def options_of(config: ModelConfig, spec: MixerSpec) -> dict[str, Any]:
     """All options of a layer's mixer, defaults and what follows from others filled in."""
-    own = inspect.signature(find_mixer(spec.mixer).__init__).parameters.values()
-    defaults = {p.name: p.default for p in own if p.default is not p.empty}
-    if any(p.kind is p.VAR_KEYWORD for p in own):
-        shared = dataclasses.fields(MixerSettings)
-        defaults = {f.name: f.default for f in shared if f.default is not dataclasses.MISSING} | defaults
-    for name in ("norm_eps", "initializer_std", "dtype", "param_dtype", "chunk_size", "implementation"):
-        defaults.pop(name, None)
-    found = defaults | {name: value for name, value in spec.options if name in defaults or name not in _NOT_FUNCTION}
+    return dict(_options_of(config.hidden_size, config.norm_eps, spec))
+
+
+@functools.cache
+def _options_of(width: int, norm_eps: float, spec: MixerSpec) -> dict[str, Any]:
+    kind = find_mixer(spec.mixer)
+    own = inspect.signature(kind.__init__).parameters.values()
+    found = {p.name: p.default for p in own if p.default is not p.empty} | dict(spec.options)
+    if issubclass(kind, Mixer):  # only the layer knows what it hands on
+        layer = nnx.eval_shape(lambda: kind(width, norm_eps=norm_eps, **dict(spec.options), rngs=nnx.Rngs(0)))
+        found |= vars(layer.settings)
     heads = found.get("num_heads", 1)
     follows = {
-        "head_dim": config.hidden_size // heads,
+        "head_dim": width // heads,
         "num_v_heads": heads,
         "num_kv_heads": heads,
-        "output_norm_eps": config.norm_eps,
-        "kv_norm_eps": config.norm_eps,
+        "output_norm_eps": norm_eps,
+        "kv_norm_eps": norm_eps,
     }
-    return found | {name: value for name, value in follows.items() if name in found and found[name] is None}
+    found |= {name: value for name, value in follows.items() if name in found and found[name] is None}
+    return {name: value for name, value in found.items() if name not in _NOT_FUNCTION}
 
 
-_NOT_FUNCTION = ("chunk_size", "implementation", "initializer_std")
+_NOT_FUNCTION = (
+    *("hidden_size", "norm_eps", "initializer_std", "dtype", "param_dtype"),
+    *("chunk_size", "implementation"),
+)
 
 
 def function_of(config: ModelConfig) -> dict[str, Any]:
