@@ -3,6 +3,7 @@
 from delta_jax.data.bigram import bigram_bits_per_byte
 from delta_jax.data.chat import ChatTemplate, load_chat_template
 from delta_jax.data.config import DataConfig
+from delta_jax.data.examples import encode_chat
 from delta_jax.data.fingerprint import differences, fingerprint
 from delta_jax.data.pipeline import Batch, TrainBatches, split, train_batches, validation_batches, validation_bytes
 from delta_jax.data.records import DataError
@@ -21,6 +22,7 @@ __all__ = [
     "TrainBatches",
     "bigram_bits_per_byte",
     "differences",
+    "encode_chat",
     "fingerprint",
     "load_chat_template",
     "load_documents",

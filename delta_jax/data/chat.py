@@ -97,6 +97,13 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
 
     Raises:
         ValueError: a file cannot be read, or holds no template.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> Path("chat").mkdir()
+        >>> _ = Path("chat/chat_template.jinja").write_text("{% for turn in messages %}{{ turn.content }} {% endfor %}")
+        >>> load_chat_template(Path("chat")).render([{"role": "user", "content": "Hello"}])
+        'Hello '
     """
     folder = Path(folder)
     source, tokens, where = None, {}, folder / TEMPLATE

@@ -96,6 +96,15 @@ def encode_chat(
 
     Raises:
         ValueError: see `ChatTemplate.render`.
+
+    Examples:
+        >>> from tokenizers import Tokenizer, models
+        >>> words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "delta": 2}, unk_token="<unk>"))
+        >>> _ = words.add_special_tokens(["</s>"])
+        >>> words.save("words.json")
+        >>> template = ChatTemplate(source="{% for turn in messages %}{{ turn.content }}</s>{% endfor %}")
+        >>> encode_chat(JsonTokenizer("words.json"), template, [{"role": "user", "content": "delta"}]).tolist()
+        [2, 1]
     """
     text = template.render(_shielded(tokenizer, messages), add_generation_prompt=add_generation_prompt)
     return tokenizer.encode_special(text)[0]

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 from training_runs import finish, losses, run_table, start
 
-from delta_jax.config import load_config, to_dict
+from delta_jax.config import described, load_config, to_dict
 from delta_jax.data import load_chat_template, load_tokenizer, validation_batches
 from delta_jax.evaluation import evaluate
 from delta_jax.models import LanguageModel
@@ -289,5 +289,8 @@ def test_a_hugging_face_folder(base: Path, tmp_path: Path, hugging_face: tuple[P
 
 
 def test_a_saved_configuration_does_not_ask_for_the_first_weights(base: Path, tmp_path: Path) -> None:
-    saved = to_dict(_load(base, tmp_path)) | {"initial": "gone"}
+    config = _load(base, tmp_path)
+    (tmp_path / "printed.toml").write_text(described(config))
+    assert load_config(TrainConfig, tmp_path / "printed.toml") == config
+    saved = to_dict(config) | {"initial": "gone"}
     assert to_dict(load_config(TrainConfig, saved)) == saved
