@@ -163,7 +163,8 @@ class JsonTokenizer:
         What reads like a special token is one, unless `shield` went over it: then it is text like any other.
 
         Returns:
-            The ids; the bytes of text that each stands for, none for special tokens; the character each begins at.
+            The ids; the bytes of text that each stands for, see `encode_with_bytes`, to which what spells a special token
+            adds none; the character each begins at.
 
         Raises:
             ValueError: a lone surrogate.

@@ -197,6 +197,14 @@ def test_a_run_with_an_average_does_not_go_on_without_it(
         _train(table | {"output": str(copy), "ema_decay": None, "steps": 13})
 
 
+def test_a_damaged_average_is_found(tuned: tuple[dict[str, Any], TrainResult], tmp_path: Path) -> None:
+    copy = shutil.copytree(tuned[1].output, tmp_path / "copy")
+    victim = max((copy / "checkpoints" / "12" / "ema").glob("**/d/*"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"using checkpoint 8 .*; checkpoint 12 is damaged \(ema/"):
+        restore_model(copy)
+
+
 def _load(base: Path, tmp_path: Path, *overrides: str, **changes: Any) -> TrainConfig:
     return load_config(TrainConfig, _table(base, tmp_path, "completion", **changes), overrides)
 

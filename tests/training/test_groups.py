@@ -74,6 +74,7 @@ def test_frozen_parameters_stay_bit_for_bit_without_a_state() -> None:
     assert np.isfinite(metrics["gradient_norm"]) and metrics["gradient_norm"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_trained_beside_frozen_parameters_moves_as_by_its_own_gradient() -> None:
     """The first step of an optimizer without clipping is the same for the rest, whatever is frozen."""
     optimizers = [OptimizerConfig(clip_norm=None, groups=groups) for groups in (FROZEN, ())]
