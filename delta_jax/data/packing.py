@@ -82,7 +82,7 @@ class _PackRowsIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
                     self._document, self._offset = self._next_document(), 0
                 except StopIteration:
                     break
-            if self._whole and self._document.shape[1] - 1 > self._length - filled:
+            if self._whole and filled and self._document.shape[1] - 1 > self._length - filled:
                 break
             segment += 1
             count = min(self._length - filled, self._document.shape[1] - 1 - self._offset)
