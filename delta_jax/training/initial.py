@@ -1,7 +1,6 @@
 """What a run begins with: the weights, the model and the tokenizer of another run, or of a Hugging Face folder."""
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from delta_jax.config import differences, to_dict
-from delta_jax.models import LanguageModel, ModelConfig
+from delta_jax.models import ModelConfig
 from delta_jax.parallel import path_string
 from delta_jax.training.checkpoint import CHECKPOINTS, find_checkpoint, newest_about, read_arrays
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.folder import TOKENIZER, kept_tokenizer, listing
-from delta_jax.training.state import split_model
+from delta_jax.training.state import abstract_model, split_model
 
 _REQUIRED = tuple(
     field.name
@@ -87,18 +85,15 @@ def initial_parameters(config: TrainConfig, target: Any) -> tuple[Any, list[str]
         }
         changed = _check(config, model, there, target)
         return read_arrays(checkpoint / "parameters", target), changed
-    pretrained = _pretrained(_hugging_face(config.initial))
-    _, parameters = split_model(pretrained)
-    changed = _check(config, to_dict(pretrained.config), _shapes(parameters), target)
-    _pretrained.cache_clear()
-
-    def place(leaf: Any, wanted: Any) -> jax.Array:
-        array = np.asarray(leaf)
-        return jax.make_array_from_callback(
-            wanted.shape, wanted.sharding, lambda index: array[index].astype(wanted.dtype)
-        )
-
-    return jax.tree.map(place, parameters, target), changed
+    published = _hugging_face(config.initial)
+    model = _published_config(published)
+    changed = _check(config, to_dict(model), _shapes(abstract_model(model)[1]), target)
+    mesh = jax.tree.leaves(target)[0].sharding.mesh
+    dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
+    _, parameters = split_model(
+        importlib.import_module("delta_jax.interop").load_pretrained(published, mesh=mesh, **dtypes)
+    )
+    return jax.tree.map(lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), parameters, target), changed
 
 
 def _check(config: TrainConfig, model: Mapping[str, Any], there: Mapping[str, str], target: Any) -> list[str]:
@@ -138,7 +133,7 @@ def _start(initial: str) -> _Start:
         raise ValueError(
             f"initial: {initial} has no {TOKENIZER}: name the tokenizer of these weights with data.tokenizer"
         )
-    return _Start(model=to_dict(_pretrained(hugging_face).config), tokenizer=str(hugging_face / TOKENIZER))
+    return _Start(model=to_dict(_published_config(hugging_face)), tokenizer=str(hugging_face / TOKENIZER))
 
 
 def _run_of(initial: str) -> tuple[Path | None, int | None]:
@@ -162,11 +157,10 @@ def _hugging_face(initial: str) -> Path:
     return folder
 
 
-@functools.lru_cache(maxsize=1)
-def _pretrained(folder: Path) -> LanguageModel:
-    """The model in a Hugging Face folder; kept from when its configuration is read until its weights are."""
-    model: LanguageModel = importlib.import_module("delta_jax.interop").load_pretrained(folder, param_dtype="float32")
-    return model
+def _published_config(folder: Path) -> ModelConfig:
+    """The model in a Hugging Face folder, of which no weight is read."""
+    config: ModelConfig = importlib.import_module("delta_jax.interop.checkpoint").open_checkpoint(folder).model
+    return config
 
 
 def _merged(base: Any, changes: Any) -> Any:

@@ -107,6 +107,11 @@ def train(
     setup = set_up(config, devices)
     with StopRequest() as stop, Checkpoints(output, config.checkpoint) as checkpoints:
         about: dict[str, Any] = {"fingerprint": fingerprint(config.data)}
+        if checkpoints.latest == 0:  # which no run writes
+            raise ValueError(
+                f"output: {output} holds weights that were imported, and no run: set another output folder and "
+                f"initial={output}"
+            )
         start, changed = checkpoints.latest or 0, list[str]()
         if start:
             changed = resumption(start, checkpoints.about(), config, about["fingerprint"], output)

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from delta_jax.data import load_chat_template, load_tokenizer, validation_batche
 from delta_jax.evaluation import evaluate
 from delta_jax.models import LanguageModel
 from delta_jax.parallel import path_string
-from delta_jax.training import TrainConfig, TrainResult, restore_model, set_up, train
+from delta_jax.training import Checkpoints, TrainConfig, TrainResult, TrainState, restore_model, set_up, train
+from delta_jax.training.folder import digest
 from delta_jax.training.initial import initial_parameters
 from delta_jax.training.state import split_model
 
@@ -260,31 +260,57 @@ def test_a_checkpoint_is_named_by_its_folder(base: Path, tmp_path: Path) -> None
         _load(base, tmp_path, initial=str(base / "checkpoints" / "1"))
 
 
+def test_a_folder_of_imported_weights_is_no_run_to_go_on_with(base: Path, tmp_path: Path) -> None:
+    config, model = restore_model(base)
+    parameters = split_model(model)[1]
+    state = TrainState(step=jax.numpy.int32(0), parameters=parameters, optimizer={"none": jax.numpy.int32(0)})
+    with Checkpoints(tmp_path / "imported", config.checkpoint) as checkpoints:
+        checkpoints.save(state, {}, config, tokenizer=digest(base / "tokenizer.json"))
+    shutil.copyfile(base / "tokenizer.json", tmp_path / "imported" / "tokenizer.json")
+    table = _table(tmp_path / "imported", tmp_path, "completion")
+    with pytest.raises(
+        ValueError, match=r"imported holds weights that were imported, and no run: .* initial=\S*imported"
+    ):
+        _train(table, f"output={tmp_path / 'imported'}")
+    config = load_config(TrainConfig, table)
+    read, _ = initial_parameters(config, set_up(config, jax.devices()[:1]).state.parameters)
+    np.testing.assert_array_equal(read["lm_head"]["kernel"], parameters["lm_head"]["kernel"])
+
+
 @pytest.fixture
-def hugging_face(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Callable[[], int]]:
-    """A folder that a reader of such folders takes for one, and how often it was read."""
+def hugging_face(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[dict[str, Any]]]:
+    """A folder that a reader of such folders takes for one, and how its weights were read."""
     folder = tmp_path / "published"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
-    reads = []
+    reads: list[dict[str, Any]] = []
+    config, model = restore_model(base)
 
-    def load_pretrained(folder: Path, *, dtype: str = "float32", param_dtype: str | None = None) -> LanguageModel:
-        reads.append((folder, param_dtype))
-        return restore_model(base)[1]
+    def load_pretrained(source: Path, **keywords: Any) -> LanguageModel:
+        assert source == folder
+        reads.append(keywords)
+        return model
 
-    module = types.SimpleNamespace(load_pretrained=load_pretrained)
-    monkeypatch.setitem(sys.modules, "delta_jax.interop", module)
-    return folder, lambda: len(reads)
+    def open_checkpoint(source: Path) -> types.SimpleNamespace:
+        assert source == folder
+        return types.SimpleNamespace(model=config.model)
+
+    monkeypatch.setitem(sys.modules, "delta_jax.interop", types.SimpleNamespace(load_pretrained=load_pretrained))
+    monkeypatch.setitem(
+        sys.modules, "delta_jax.interop.checkpoint", types.SimpleNamespace(open_checkpoint=open_checkpoint)
+    )
+    return folder, reads
 
 
-def test_a_hugging_face_folder(base: Path, tmp_path: Path, hugging_face: tuple[Path, Callable[[], int]]) -> None:
+def test_a_hugging_face_folder(base: Path, tmp_path: Path, hugging_face: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, reads = hugging_face
     config = _load(folder, tmp_path, "model.remat=block", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert config.data.tokenizer == str(folder / "tokenizer.json") and config.model.remat == "block"
     setup = set_up(config, jax.devices())
     parameters, changed = initial_parameters(config, setup.state.parameters)
-    assert reads() == 1 and changed == ["model.remat: 'none' there, 'block' here"]
+    assert reads == [{"dtype": "float32", "param_dtype": "float32", "mesh": setup.mesh}]
+    assert changed == ["model.remat: 'none' there, 'block' here"]
     expected = _leaves(restore_model(base)[1])
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         np.testing.assert_array_equal(leaf, expected[path_string(path)])
