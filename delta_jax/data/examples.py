@@ -63,12 +63,12 @@ def require_text(config: DataConfig, why: str) -> None:
 
 
 def content(config: DataConfig, text: str) -> str:
-    """The words in a document's text."""
+    """The words in a document's text, end to end and nothing between them."""
     if config.records == "text":
         return text
     record = json.loads(text)
     texts = record.values() if config.records == "completion" else [turn.get("content") for turn in record["messages"]]
-    return "\n".join(one for one in texts if isinstance(one, str))
+    return "".join(one for one in texts if isinstance(one, str))
 
 
 def encode_text(tokenizer: Tokenizer, text: str, where: str) -> tuple[np.ndarray, np.ndarray]:

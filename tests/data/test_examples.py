@@ -23,7 +23,7 @@ from delta_jax.data import (
     validation_batches,
     validation_bytes,
 )
-from delta_jax.data.examples import TOO_LONG, _turns, encode_chat, encoder
+from delta_jax.data.examples import TOO_LONG, _turns, content, encode_chat, encoder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -84,6 +84,7 @@ def test_the_completion_alone_is_learnt(pairs):
     assert tokens[0].tolist() == [256, *prompt, *completion, 256]
     assert tokens[2].tolist() == [0] * (1 + len(prompt)) + [1] * (len(completion) + 1)
     assert tokens[1].tolist() == [0] * (1 + len(prompt)) + [1] * len(completion) + [0]
+    assert content(config, load_documents(config)[0]).encode() == prompt + completion
 
 
 def test_rows_hold_examples_whole_and_each_once(pairs):
