@@ -67,8 +67,10 @@ def content(config: DataConfig, text: str) -> str:
     if config.records == "text":
         return text
     record = json.loads(text)
-    texts = record.values() if config.records == "completion" else [turn.get("content") for turn in record["messages"]]
-    return "".join(one for one in texts if isinstance(one, str))
+    if config.records == "completion":
+        return str(record["prompt"] + record["completion"])
+    said = (turn.get("content") for turn in record["messages"])
+    return "".join(one for one in said if isinstance(one, str))
 
 
 def encode_text(tokenizer: Tokenizer, text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
