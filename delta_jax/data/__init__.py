@@ -1,7 +1,9 @@
 """Text corpora as exact, resumable streams of packed training rows (on grain)."""
 
 from delta_jax.data.bigram import bigram_bits_per_byte
+from delta_jax.data.chat import ChatTemplate, load_chat_template
 from delta_jax.data.config import DataConfig
+from delta_jax.data.examples import encode_chat
 from delta_jax.data.fingerprint import differences, fingerprint
 from delta_jax.data.pipeline import Batch, TrainBatches, split, train_batches, validation_batches, validation_bytes
 from delta_jax.data.records import DataError
@@ -11,6 +13,7 @@ from delta_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, lo
 __all__ = [
     "Batch",
     "ByteTokenizer",
+    "ChatTemplate",
     "DataConfig",
     "DataError",
     "Documents",
@@ -19,7 +22,9 @@ __all__ = [
     "TrainBatches",
     "bigram_bits_per_byte",
     "differences",
+    "encode_chat",
     "fingerprint",
+    "load_chat_template",
     "load_documents",
     "load_tokenizer",
     "split",

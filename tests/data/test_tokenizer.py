@@ -1,5 +1,7 @@
 """Bytes and tokenizer.json files turn text into ids and back."""
 
+import re
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -104,6 +106,18 @@ def test_text_that_reads_like_a_special_token_is_text(tmp_path, kind):
     ids, sizes = tokenizer.encode_with_bytes(long)
     assert len(ids) >= 100 and sizes.sum() in (300, 299)  # the last space is no token's but for some
     np.testing.assert_array_equal(ids, tokenizer.encode(long))
+
+    # Where a template has written them they are special, as for the library itself, unless what they stand in is shielded.
+    made.no_truncation()
+    made.no_padding()
+    wanted = made.encode(HOSTILE, add_special_tokens=False)
+    ids, sizes, starts = tokenizer.encode_special(HOSTILE)
+    assert (ids.tolist(), starts.tolist()) == (wanted.ids, [start for start, _ in wanted.offsets])
+    assert never <= set(ids.tolist())
+    assert sizes.sum() == len(re.sub("|".join(map(re.escape, SPECIAL)), "", HOSTILE).encode())
+    ids, sizes, _ = tokenizer.encode_special(tokenizer.shield(HOSTILE))
+    for one, other in zip((ids, sizes), tokenizer.encode_with_bytes(HOSTILE), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_bytes_of_tokens_by_the_rule(tmp_path, write_tokenizer):
