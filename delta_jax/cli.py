@@ -23,7 +23,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _OF_USERS = (ValueError, OSError, ArithmeticError, ModuleNotFoundError, MemoryError)
 # What `pip install "delta_jax[train]"` brings, under the names by which it is imported.
 _OF_TRAIN = (
-    *("array_record", "datasets", "flax", "grain", "matplotlib", "optax"),
+    *("array_record", "datasets", "flax", "grain", "jinja2", "matplotlib", "optax"),
     *("orbax", "pyarrow", "rich", "tensorboard", "tokenizers"),
 )
 
