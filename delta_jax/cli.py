@@ -87,6 +87,12 @@ def _takes_a_run(command: argparse.ArgumentParser, example: str = "such as steps
     command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
 
 
+def _takes_ema(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights, of a run with ema_decay"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="delta-jax", description="Language models of the delta-rule family in JAX.")
     common = argparse.ArgumentParser(add_help=False)
@@ -134,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--prefix", metavar="FILE", help="go on from what was saved; prompts come right after it")
     generate.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
+    _takes_ema(generate)
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default %(default)s")
     generate.add_argument(
         "--temperature",
@@ -179,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("folder", metavar="RUN_FOLDER", help="the output folder of a training run")
     evaluate.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
+    _takes_ema(evaluate)
     evaluate.add_argument("--data", metavar="PATH", help="another corpus: stdlib, a file, a folder or a glob")
     evaluate.add_argument(
         "--split",
@@ -187,6 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--format", help="format of that corpus; default: told from its files")
     evaluate.add_argument("--text-field", metavar="NAME", help="field of that corpus that holds the text")
+    evaluate.add_argument(
+        "--records",
+        choices=("text", "completion", "messages"),
+        help="what its records hold; of completions and messages the answers alone count; default: as in training",
+    )
     evaluate.add_argument(
         "--validation-fraction",
         type=float,
@@ -264,7 +277,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from delta_jax.inference.prompts import Writer
     from delta_jax.training import restore_model
 
-    config, model = restore_model(arguments.folder, arguments.step)
+    config, model = restore_model(arguments.folder, arguments.step, ema=arguments.ema)
     tokenizer = load_tokenizer(config.data.tokenizer)
     writer = Writer(Path(arguments.folder), tokenizer, chat=arguments.chat, system=arguments.system)
     prefix = None if arguments.prefix is None else load_prefix(arguments.prefix, model)
@@ -372,16 +385,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from delta_jax.training import restore_model
 
     fraction = arguments.validation_fraction
-    if arguments.data is None and (arguments.format or arguments.text_field or fraction is not None):
+    if arguments.data is None and (
+        arguments.format or arguments.text_field or arguments.records or fraction is not None
+    ):
         raise ValueError(
-            "--format, --text-field and --validation-fraction describe another corpus: give --data as well."
+            "--format, --text-field, --records and --validation-fraction describe another corpus: give --data as well."
         )
-    config, model = restore_model(arguments.folder, arguments.step)
+    config, model = restore_model(arguments.folder, arguments.step, ema=arguments.ema)
     data = config.data
     part: Any = arguments.split or ("validation" if arguments.data is None else "all")
     if arguments.data is not None:
         data = dataclasses.replace(data, path=arguments.data, format=arguments.format or "auto")
         data = dataclasses.replace(data, text_field=arguments.text_field or data.text_field)
+        data = dataclasses.replace(data, records=arguments.records or data.records)
         data = dataclasses.replace(data, validation_fraction=data.validation_fraction if fraction is None else fraction)
     batches = validation_batches(
         data,
@@ -399,7 +415,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         ("tokens", f"{result.tokens:,}"),
         ("bytes", f"{result.bytes:,}"),
     ]
-    if part == "validation":  # the bigram counts the other documents
+    if part == "validation" and data.records == "text":  # the bigram counts the other documents
         rows.insert(4, ("byte bigram", f"{bigram_bits_per_byte(data):.4f} bits per byte, for comparison"))
     _print_rows(rows)
     return 0
