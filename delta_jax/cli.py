@@ -281,7 +281,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     writer = Writer(Path(arguments.folder), tokenizer, chat=arguments.chat, system=arguments.system)
     prefix = None if arguments.prefix is None else load_prefix(arguments.prefix, model)
-    prompts = [writer.tokens(record, continues=prefix is not None) for record in records]
+    prompts = []
+    for number, record in enumerate(records, 1):
+        try:
+            prompts.append(writer.tokens(record, continues=prefix is not None))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}" if len(records) > 1 else str(error)) from None
     if arguments.save_prefix is not None:
         reading = read_prompts(model, prompts, after=prefix)
         save_prefix(arguments.save_prefix, model, reading)
@@ -309,7 +314,8 @@ def _records(arguments: argparse.Namespace) -> list[Any]:
     if arguments.prompts is not None:
         from delta_jax.inference.records import read_records
 
-        records += read_records(_read_text("--prompts", arguments.prompts), arguments.prompts)
+        name = "standard input" if arguments.prompts == "-" else arguments.prompts
+        records += read_records(_read_text("--prompts", arguments.prompts), name)
     if not records:
         raise ValueError("give a text to continue with --prompt, --prompt-file or --prompts")
     same = arguments.output is not None and Path(arguments.output).exists()

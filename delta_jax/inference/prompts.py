@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from delta_jax.data import ChatTemplate, load_chat_template
-from delta_jax.data.tokenizer import Tokenizer
+from delta_jax.data import ChatTemplate, JsonTokenizer, Tokenizer, load_chat_template
+from delta_jax.data.examples import encode_chat
 
 __all__ = ["Writer"]
 
@@ -47,8 +47,6 @@ class Writer:
             raise ValueError("--prefix is continued by texts, and not by conversations, which begin anew")
         messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
         if self._system is not None:
-            if not isinstance(messages, list):
-                raise ValueError(f"messages: wanted a list of objects, got {type(messages).__name__}")
             if any(isinstance(message, dict) and message.get("role") == "system" for message in messages):
                 raise ValueError("--system: a conversation has a message of the system already")
             messages = [{"role": "system", "content": self._system}, *messages]
@@ -58,15 +56,17 @@ class Writer:
                 f"a conversation needs the chat template of the model: {self._folder} has neither chat_template.jinja nor "
                 "one in tokenizer_config.json"
             )
-        ids = self._encode(self._template.render(messages, add_generation_prompt=True))
+        ids: list[int] = encode_chat(self._json(), self._template, messages, add_generation_prompt=True).tolist()
         if not ids:
             raise ValueError("messages: the chat template makes no text of them")
         return ids
 
-    def _encode(self, text: str) -> list[int]:
-        """The tokens of a text in which special tokens are written out."""
-        ids: list[int] = self._tokenizer.encode_with_specials(text).tolist()
-        return ids
+    def _json(self) -> JsonTokenizer:
+        if not isinstance(self._tokenizer, JsonTokenizer):
+            raise ValueError(
+                "a conversation needs the special tokens of a tokenizer.json, and this run's tokens are bytes"
+            )
+        return self._tokenizer
 
     def stops(self) -> tuple[list[int], list[str]]:
         """The tokens that end what was written so far, and texts that do.
@@ -86,7 +86,7 @@ class Writer:
         text = None if ids or self._template is None else self._template.tokens.get("eos_token")
         if not text:
             return [document, *ids], []
-        ids = self._encode(text)
+        ids = self._json().encode_special(text)[0].tolist()
         return ([document, *ids], []) if len(ids) == 1 else ([document], [text])
 
 

@@ -42,6 +42,8 @@ def read_records(text: str, name: str) -> list[Record]:
             raise ValueError(f'line {number} of {name} should be an object with either "prompt" or "messages"')
         if "prompt" in record and not isinstance(record["prompt"], str):
             raise ValueError(f'line {number} of {name}: "prompt" should be a text')
+        if not isinstance(record.get("messages", []), list):
+            raise ValueError(f'line {number} of {name}: "messages" should be a list of objects')
         if taken := {COMPLETIONS, MADE_BY} & set(record):
             raise ValueError(f'line {number} of {name} has "{min(taken)}", which is the name of a result')
         records.append(record)

@@ -77,6 +77,7 @@ def test_records():
         ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
         ('{"id": 1}', 'either "prompt" or "messages"'),
         ('{"prompt": 1}', '"prompt" should be a text'),
+        ('{"messages": "a"}', '"messages" should be a list of objects'),
         ('{"prompt": "a", "completions": 1}', 'has "completions"'),
     ):
         with pytest.raises(ValueError, match=words):
