@@ -18,6 +18,11 @@ HARMLESS = frozenset(
     transformers_version unk_token_id unsloth_version unsloth_fixed use_cache""".split()
 )
 REQUIRED = object()
+SCALINGS = {
+    "linear": (),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+}
 
 
 class Keys:
@@ -144,20 +149,18 @@ def _scaling(table: Keys, keys: Keys) -> RopeScaling | None:
     if kind in ("default", "mrope"):
         table.finish(known)
         return None
-    if kind == "linear":
-        scaling = RopeScaling(kind=kind, factor=table.get(float, "factor"))
-    elif kind in ("llama3", "yarn"):
+    if kind not in SCALINGS:
+        raise table.refuse("rope_type", f"which this library does not have, only default, {', '.join(SCALINGS)}")
+    options: dict[str, Any] = {"factor": table.get(float, "factor")}
+    if kind != "linear":
         length = table.get(int, "original_max_position_embeddings", default=None)
         if length is None:
             length = keys.get(int, "max_position_embeddings")
-        options: dict[str, Any] = {"factor": table.get(float, "factor"), "original_max_position_embeddings": length}
-        names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "attention_factor")}
-        for name in names[kind]:
-            if (value := table.get(float, name, default=None)) is not None:
-                options[name] = value
-        scaling = RopeScaling(kind=kind, **options)
-    else:
-        raise table.refuse("rope_type", "which this library does not have, only default, linear, llama3 or yarn")
+        options["original_max_position_embeddings"] = length
+    for name in SCALINGS[kind]:
+        if (value := table.get(float, name, default=None)) is not None:
+            options[name] = value
+    scaling = RopeScaling(kind=kind, **options)
     table.finish(known)
     return scaling
 
@@ -169,6 +172,7 @@ def rope_keys(options: Mapping[str, Any], *, fraction: bool = False) -> dict[str
         table["partial_rotary_factor"] = options.get("rope_fraction", 1.0)
     if (scaling := options.get("rope_scaling")) is not None:
         table["rope_type"] = scaling.kind
-        given = {name: value for name, value in vars(scaling).items() if name != "kind" and value is not None}
-        table |= given
+        names = ("factor", "original_max_position_embeddings", *SCALINGS[scaling.kind])
+        given = {name: getattr(scaling, name) for name in names}
+        table |= {name: value for name, value in given.items() if value is not None}
     return table

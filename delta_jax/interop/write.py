@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from delta_jax.config import differences
+from delta_jax.config import changes, differences
 from delta_jax.interop.architectures import ARCHITECTURES
-from delta_jax.interop.architectures.common import Inexpressible, function_of
+from delta_jax.interop.architectures.common import function_of
 from delta_jax.interop.checkpoint import CONFIG, Checkpoint, copy_companions, expected_layout, open_checkpoint
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, Target, is_table
@@ -122,21 +122,17 @@ def published_table(config: ModelConfig, format: str | None = None) -> tuple[str
             table = architecture.table(config)
             if table["model_type"] != name:
                 continue
-            unequal = differences(wanted, function_of(architecture.config(Keys(table))))
-        except Inexpressible as error:
-            reasons[name] = [str(error)]
+            read = function_of(architecture.config(Keys(table)))
+        except ValueError as error:  # far from it: the differences of others say more
+            reasons[name] = [f"of {name} {error}"] * 100
             continue
-        except ValueError as error:
-            reasons[name] = [str(error)]
-            continue
-        if not unequal:
+        found = changes(wanted, read)
+        if not found:
             return name, table
-        reasons[name] = unequal
-    nearest = min(reasons, key=lambda name: len(reasons[name]))
-    raise ValueError(
-        f"no published class{'' if format is None else f' of {format}'} has such a model: of {nearest} differs "
-        + "; ".join(reason.replace(" there, ", " in this model, ").replace(" here", " as it would be read") for reason in reasons[nearest][:3])
-    )
+        reasons[name] = [f"{name} would have {key} {there!r}, this model has {here!r}" for key, (here, there) in found.items()]
+    nearest = min(reasons.values(), key=len)
+    which = "" if format is None else f" of {format}"
+    raise ValueError(f"no published class{which} has such a model: " + "; ".join(list(dict.fromkeys(nearest))[:3]))
 
 
 def _leaves(model: LanguageModel) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from delta_jax.interop.keys import Keys, layer_kinds, rope_keys, rope_options
 from delta_jax.models import ModelConfig
 
 LATENT_NORM_EPS = 1e-6  # of the module in the model's code, whatever rms_norm_eps is
-IDLE = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_loss_scaling_factor", "qk_head_dim", "router_dtype")
+IDLE = ("use_grouped_topk", "num_nextn_predict_layers", "num_mtp_layers", "mtp_loss_scaling_factor", "qk_head_dim", "router_dtype")
 
 
 def config(keys: Keys) -> ModelConfig:

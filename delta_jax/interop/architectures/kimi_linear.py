@@ -30,7 +30,7 @@ from delta_jax.models import ExpertsConfig, MixerSpec, ModelConfig
 LATENT_NORM_EPS = 1e-6  # of the module in the model's code, whatever rms_norm_eps is
 KINDS = {"kimi_delta_attention": "linear_attention", "latent_attention": "full_attention"}
 # Of no layer, or what others follow from.
-IDLE = ("head_dim", "num_nextn_predict_layers", "rope_theta", "use_grouped_topk", "qk_head_dim", "num_key_value_heads")
+IDLE = ("head_dim", "num_nextn_predict_layers", "rope_theta", "use_grouped_topk", "qk_head_dim")
 
 
 def config(keys: Keys) -> ModelConfig:
@@ -39,7 +39,6 @@ def config(keys: Keys) -> ModelConfig:
     keys.demand("hidden_act", "silu", default="silu")
     keys.demand("attention_bias", False, default=False)
     keys.demand("mla_use_nope", True, default=True)
-    keys.demand("moe_layer_freq", 1, default=1)
     if keys.plain("rope_scaling") is not None:
         raise keys.refuse("rope_scaling", "but this model has no positions")
     keys.plain("rope_parameters")  # of no layer: there are no positions
@@ -113,6 +112,7 @@ def routed(
 ) -> dict[str, Any]:
     """`experts` and `dense_layers`, with a sigmoid router; the numbers are the defaults of the architecture."""
     keys.demand("moe_router_activation_func", "sigmoid", default="sigmoid")
+    keys.demand("moe_layer_freq", 1, default=1)
     keys.demand("score_function", "sigmoid", default="sigmoid")
     first_dense = keys.get(int, "first_k_dense_replace", default=dense)
     kinds = ["dense" if index < first_dense else "sparse" for index in range(number)]
