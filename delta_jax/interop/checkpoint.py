@@ -13,15 +13,17 @@ from flax import nnx
 
 from delta_jax.config import did_you_mean
 from delta_jax.interop.architectures import ARCHITECTURES
-from delta_jax.interop.architectures.common import Architecture
+from delta_jax.interop.architectures.common import Architecture, model_of
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, layout_of
 from delta_jax.interop.safetensors import (
     DTYPES,
     INDEX,
     Tensor,
+    is_file_name,
     raw_bytes,
     read_json,
+    readable,
     tensors_of_file,
     tensors_of_folder,
     write_file,
@@ -84,7 +86,11 @@ def open_checkpoint(source: str | Path, ignore_keys: Sequence[str] = ()) -> Chec
             in a way that this library does not have, or a tensor is missing, left over or of another shape. The
             message names it.
     """
-    path = _found(source)
+    with readable(source):
+        return _opened(_found(source), ignore_keys)
+
+
+def _opened(path: Path, ignore_keys: Sequence[str]) -> Checkpoint:
     folder = path.parent if path.is_file() else path
     if not (folder / CONFIG).is_file():
         raise ValueError(f'"{folder}" holds no {CONFIG}')
@@ -95,12 +101,15 @@ def open_checkpoint(source: str | Path, ignore_keys: Sequence[str] = ()) -> Chec
     model = _understood(architecture, table, ignore_keys)
     tensors = _described(folder) if (folder / DESCRIPTION).is_file() else tensors_of_folder(path)
     there = {name: tensor.shape for name, tensor in tensors.items()}
-    layout, pattern = expected_layout(architecture, model, table, there)
+    try:
+        layout, pattern = expected_layout(architecture, model, table, there)
+    except ValueError as error:
+        raise ValueError(f'"{folder}": {error}') from error
     aside = tuple(name for name in tensors if name not in layout.targets and re.fullmatch(pattern, name))
     heads = tuple(
         name for name in tensors if model.tie_embeddings and name.endswith(HEAD) and name not in (*layout.targets, *aside)
     )
-    _compare(folder, tensors, layout, {*aside, *heads})
+    _compare(tensors, layout, {*aside, *heads})
     return Checkpoint(
         folder=folder,
         table=table,
@@ -137,11 +146,21 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 def _described(folder: Path) -> dict[str, Tensor]:
     """The tensors of such a folder; the numbers of those that are not set aside are elsewhere."""
-    here, found = tensors_of_file(folder / ASIDE), {}
-    for place, (file, name, dtype, shape) in enumerate(read_json(folder / DESCRIPTION)):
+    here, found, rows = tensors_of_file(folder / ASIDE), {}, read_json(folder / DESCRIPTION)
+    if not isinstance(rows, list) or not all(map(_is_description, rows)):
+        raise ValueError(f"{folder / DESCRIPTION} does not describe tensors: wanted rows of file, name, dtype and shape")
+    for place, (file, name, dtype, shape) in enumerate(rows):
         path, begin = (here[name].path, here[name].begin) if name in here else (folder / DESCRIPTION, -1)
         found[name] = Tensor(name, dtype, tuple(shape), path, begin, file, place)
     return found
+
+
+def _is_description(row: Any) -> bool:
+    """Whether it is [file, name, dtype, shape] of a tensor, the file a name in the same folder."""
+    if not isinstance(row, list) or len(row) != 4 or not all(isinstance(entry, str) for entry in row[:3]):
+        return False
+    sizes = isinstance(row[3], list) and all(type(size) is int and size > 0 for size in row[3])
+    return sizes and is_file_name(row[0])
 
 
 def architecture_of(table: Mapping[str, Any]) -> Architecture:
@@ -163,7 +182,11 @@ def expected_layout(
     table: Mapping[str, Any],
     there: Mapping[str, tuple[int, ...]] | None,
 ) -> tuple[Layout, str]:
-    """The tensors that hold a model, and the pattern of those that take no part in it."""
+    """The tensors that hold a model, and the pattern of those that take no part in it.
+
+    Raises:
+        ValueError: a tensor is not there, or has another shape.
+    """
     found = architecture.tensors(model, Keys(table), there)
     shapes = {path: leaf.shape for path, leaf in abstract_leaves(model).items()}
     return layout_of(model, shapes, found.outer, found.block, there), found.aside
@@ -201,25 +224,16 @@ def _understood(architecture: Architecture, table: Mapping[str, Any], ignore_key
         raise ValueError(f"{CONFIG}: quantization_config is set, and quantised weights are not read here")
     kept = {name: value for name, value in table.items() if name not in ignore_keys}
     try:
-        model = architecture.config(Keys(kept))
+        model = model_of(architecture, Keys(kept))
     except ValueError as error:
         said = str(error)
         raise ValueError(said if said.startswith(CONFIG) else f"{CONFIG}: {said}") from error
     return replace(model, dtype="float32", param_dtype="float32")
 
 
-def _compare(folder: Path, tensors: Mapping[str, Tensor], layout: Layout, others: set[str]) -> None:
-    for name, target in layout.targets.items():
-        if name not in tensors:
-            raise ValueError(f'the tensor {name} is missing in "{folder}"')
-        found = tensors[name]
-        if found.shape not in target.shapes:
-            wanted = " or ".join(str(list(shape)) for shape in target.shapes)
-            raise ValueError(
-                f"{found.path}: the tensor {name} has the shape {list(found.shape)}, but by {CONFIG} it is {wanted}"
-            )
-    for name in (*layout.targets, *others):
-        if tensors[name].dtype not in DTYPES and name in layout.targets:
+def _compare(tensors: Mapping[str, Tensor], layout: Layout, others: set[str]) -> None:
+    for name in layout.targets:
+        if tensors[name].dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise ValueError(
                 f"{tensors[name].path}: the tensor {name} is of the dtype {tensors[name].dtype}; known are {known}"

@@ -18,6 +18,7 @@ HARMLESS = frozenset(
     transformers_version unk_token_id unsloth_version unsloth_fixed use_cache""".split()
 )
 REQUIRED = object()
+MOST_LAYERS = 10_000  # no model has as many; a damaged number must not fill the memory
 SCALINGS = {
     "linear": (),
     "llama3": ("low_freq_factor", "high_freq_factor"),
@@ -53,6 +54,17 @@ class Keys:
             raise ValueError(f"{self._where} lacks the key {names[0]}")
         return default
 
+    def layers(self, default: int) -> int:
+        """`num_hidden_layers`.
+
+        Raises:
+            ValueError: it is no integer, or not one that a model can have.
+        """
+        number: int = self.get(int, "num_hidden_layers", default=default)
+        if not 0 < number <= MOST_LAYERS:
+            raise self.refuse("num_hidden_layers", f"wanted an integer from 1 to {MOST_LAYERS:,}")
+        return number
+
     def demand(self, name: str, *allowed: Any, default: Any = None) -> None:
         """Reads a key that may have certain values only; a missing one has the default.
 
@@ -63,11 +75,13 @@ class Keys:
         value = self._table.get(name, default)
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             wanted = " or ".join(repr(one) for one in allowed)
-            raise ValueError(f"{self._where}: {name} is {value!r}, which this library does not have, only {wanted}")
+            raise self.refuse(name, f"which this library does not have, only {wanted}")
 
     def refuse(self, name: str, reason: str) -> ValueError:
-        """The error that names a key."""
-        return ValueError(f"{self._where}: {name} is {self._table.get(name)!r}, {reason}")
+        """The error that names a key; names and values are shown in one line, and not at any length."""
+        value = repr(self._table.get(name))
+        shown = value if len(value) <= 100 else f"{value[:100]}..."
+        return ValueError(f"{self._where}: {name if name.isprintable() else ascii(name)} is {shown}, {reason}")
 
     def inner(self, name: str) -> "Keys":
         """A table inside; an empty one where there is none.
@@ -78,7 +92,7 @@ class Keys:
         self._read.add(name)
         table = self._table.get(name)
         if table is not None and not isinstance(table, Mapping):
-            raise ValueError(f"{self._where}: {name} must be a table, got {table!r}")
+            raise self.refuse(name, "wanted a table")
         return Keys(table or {}, f"{self._where}: {name}")
 
     def plain(self, name: str) -> Any:
@@ -99,9 +113,9 @@ class Keys:
         known = self._read | HARMLESS | set(harmless) | set(ignored)
         left = [name for name, value in self._table.items() if name not in known and value is not None]
         if left:
-            raise ValueError(
-                f"{self._where}: {left[0]} is {self._table[left[0]]!r}, a key that is not known here and may change what the "
-                "model computes; name it in ignore_keys if it does not"
+            raise self.refuse(
+                left[0],
+                "a key that is not known here and may change what the model computes; name it in ignore_keys if it does not",
             )
 
 
@@ -120,22 +134,31 @@ def layer_kinds(keys: Keys, number: int, default: Sequence[str], kinds: Sequence
     return found
 
 
-def rope_options(keys: Keys, *, theta: float, fraction: float = 1.0, kind: str | None = None) -> dict[str, Any]:
+def rope_options(keys: Keys, *, theta: float, fraction: float | None = None, kind: str | None = None) -> dict[str, Any]:
     """The options of an attention layer that say what its rotary embedding is, from new and old spellings of the keys.
 
     Args:
         keys: of the model.
-        theta, fraction: what the architecture has where the keys are missing.
+        theta, fraction: what the architecture has where the keys are missing; a fraction of None says that its classes
+            always turn all channels, whatever the keys say.
         kind: the kind of layer, where the architecture has a table for each.
+
+    Raises:
+        ValueError: a kind of embedding that this library does not have, or a share of the channels where there is none.
     """
     old = keys.inner("rope_scaling")
     table = keys.inner("rope_parameters")
     if kind is not None and isinstance(keys.plain("rope_parameters"), Mapping) and kind in table:
         table = table.inner(kind)
     found_theta = keys.get(float, "rope_theta", default=theta)
-    found_fraction = keys.get(float, "partial_rotary_factor", "rotary_pct", default=fraction)
+    found_fraction = keys.get(float, "partial_rotary_factor", "rotary_pct", default=1.0 if fraction is None else fraction)
     options: dict[str, Any] = {"rope_theta": table.get(float, "rope_theta", default=found_theta)}
-    if (share := table.get(float, "partial_rotary_factor", default=found_fraction)) != 1.0:
+    share = table.get(float, "partial_rotary_factor", default=found_fraction)
+    if share != 1.0 and fraction is None:
+        name = "partial_rotary_factor" if found_fraction == 1.0 or "rotary_pct" not in keys else "rotary_pct"
+        where = table if name in table else keys
+        raise where.refuse(name, "but the classes of this architecture turn all channels")
+    if share != 1.0:
         options["rope_fraction"] = share
     for scaling in (table, old):
         if (found := _scaling(scaling, keys)) is not None:

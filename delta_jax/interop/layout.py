@@ -103,6 +103,10 @@ def layout_of(
 
     Returns:
         The layout.
+
+    Raises:
+        ValueError: a tensor is not there or has another shape; the first one ends it, so that sizes of a damaged config.json
+            cost nothing.
     """
     targets: dict[str, Target] = {}
     for row in _chosen(outer, "", there):
@@ -151,7 +155,7 @@ def _add(
             names = tuple(prefix + name.format(expert) for name in row.tensors)
             _add_joined(targets, row, names, leaves, [shape[1:] for shape in inner], (*index, expert), there)
     elif "/experts/" in leaves[0]:
-        _add_fused(targets, prefix + row.tensors[0], leaves, inner, index)
+        _add_fused(targets, prefix + row.tensors[0], leaves, inner, index, there)
     else:
         _add_joined(targets, row, tuple(prefix + name for name in row.tensors), leaves, inner, index, there)
 
@@ -162,15 +166,18 @@ def _add_fused(
     leaves: Sequence[str],
     inner: Sequence[tuple[int, ...]],
     index: tuple[int, ...],
+    there: Mapping[str, tuple[int, ...]] | None,
 ) -> None:
     """All experts in one tensor [experts, out, in]."""
     experts, width = inner[0][0], inner[0][1]
+    shapes = ((experts, sum(shape[-1] for shape in inner), width),)
+    _require(name, shapes, there)
     pieces, start = [], 0
     for expert in range(experts):
         for leaf, shape in zip(leaves, inner, strict=True):
             pieces.append(Piece(start, shape[-1], leaf, (*index, expert), 0))
             start += shape[-1]
-    targets[name] = Target(((experts, start // experts, width),), tuple(pieces))
+    targets[name] = Target(shapes, tuple(pieces))
 
 
 def _add_joined(
@@ -187,6 +194,19 @@ def _add_joined(
     rest = inner[0][1:] if is_table(leaves[0]) else inner[0][:-1]
     if leaves[0].endswith("_conv/kernel"):
         rest = (1, *rest)
+    if len(names) == 1:
+        lengths = [total]
+    else:
+        lengths = sizes
+        found = [there[name] for name in names if name in there] if there is not None else []
+        if row.uneven and len(found) == len(names) and all(found) and sum(shape[0] for shape in found) == total:
+            lengths = [shape[0] for shape in found]
+    kinds = [
+        tuple(tuple(length if n is None else n for n in shape) for shape in row.shapes) or ((length, *rest),)
+        for length in lengths
+    ]
+    for name, shapes in zip(names, kinds, strict=True):
+        _require(name, shapes, there)
     joined: list[Piece] = []
     columns, start = [0] * len(leaves), 0
     for _ in range(row.groups):
@@ -196,15 +216,8 @@ def _add_joined(
                 joined.append(Piece(start, count, leaf, index, columns[number], copy > 0))
                 columns[number] += count
             start += count
-    if len(names) == 1:
-        lengths = [total]
-    else:
-        lengths = sizes
-        found = [there[name] for name in names if name in there] if there is not None else []
-        if row.uneven and len(found) == len(names) and sum(shape[0] for shape in found) == total:
-            lengths = [shape[0] for shape in found]
     begin = 0
-    for name, length in zip(names, lengths, strict=True):
+    for name, length, shapes in zip(names, lengths, kinds, strict=True):
         end = begin + length
         pieces = [
             Piece(
@@ -218,9 +231,19 @@ def _add_joined(
             for p in joined
             if p.start < end and p.start + p.count > begin
         ]
-        kinds = [tuple(length if n is None else n for n in shape) for shape in row.shapes] or [(length, *rest)]
-        targets[name] = Target(tuple(kinds), tuple(pieces))
+        targets[name] = Target(shapes, tuple(pieces))
         begin = end
+
+
+def _require(name: str, shapes: Sequence[tuple[int, ...]], there: Mapping[str, tuple[int, ...]] | None) -> None:
+    """Raises a ValueError if a checkpoint has a tensor not, or in none of these shapes."""
+    if there is None:
+        return
+    if name not in there:
+        raise ValueError(f"the tensor {name} is missing")
+    if there[name] not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"the tensor {name} has the shape {list(there[name])}, but by config.json it is {wanted}")
 
 
 def is_table(leaf: str) -> bool:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from delta_jax.interop.checkpoint import Checkpoint, abstract_leaves, open_checkpoint
 from delta_jax.interop.layout import Piece, is_table
-from delta_jax.interop.safetensors import DTYPES, Tensor, read_flat
+from delta_jax.interop.safetensors import DTYPES, Tensor, read_flat, readable
 from delta_jax.models import LanguageModel
 from delta_jax.parallel import parameter_shardings, path_string
 
@@ -80,8 +80,9 @@ def read_parameters(checkpoint: Checkpoint, shardings: Any) -> Any:
     Raises:
         ValueError: a file is cut off, or holds a head beside the embedding it is tied to that is not equal to it.
     """
-    for name in checkpoint.heads:
-        _require_equal(checkpoint, name)
+    with readable(checkpoint.folder):
+        for name in checkpoint.heads:
+            _require_equal(checkpoint, name)
     pieces: dict[str, list[tuple[Tensor, Piece]]] = {}
     for name, target in checkpoint.layout.targets.items():
         for piece in target.pieces:
@@ -92,7 +93,8 @@ def read_parameters(checkpoint: Checkpoint, shardings: Any) -> Any:
         name = path_string(path)
         return _read_leaf(name, leaves[name], pieces.get(name, []), sharding)
 
-    return jax.tree_util.tree_map_with_path(read, shardings)
+    with readable(checkpoint.folder):
+        return jax.tree_util.tree_map_with_path(read, shardings)
 
 
 def _read_leaf(

@@ -1,6 +1,7 @@
 """Published checkpoints as run folders, and back: what is imported is evaluated, continued and fine-tuned like any run."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from delta_jax.config import to_dict
-from delta_jax.data import DataConfig
+from delta_jax.data import DataConfig, load_tokenizer
 from delta_jax.interop.checkpoint import KEPT, Checkpoint, copy_companions, keep_description, open_checkpoint
 from delta_jax.interop.read import load_pretrained
 from delta_jax.interop.write import save_pretrained
+from delta_jax.models import LanguageModel
 from delta_jax.training import CheckpointConfig, TrainConfig, TrainState, restore_model
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.folder import CONFIG, TOKENIZER, keep_tokenizer, open_folder
@@ -40,7 +42,8 @@ def import_run(
         What was found.
 
     Raises:
-        ValueError: see `load_pretrained`; or the folder holds something. Then nothing is written.
+        ValueError: see `load_pretrained`; or the folder holds something or cannot be written, or the tokenizer has more ids
+            than the model. Then nothing is written.
 
     Examples:
         >>> found = import_run("qwen3_5", "imported")
@@ -53,17 +56,34 @@ def import_run(
         raise ValueError(f'output: "{folder}" is there already and not empty')
     checkpoint = open_checkpoint(source, ignore_keys)
     model = load_pretrained(checkpoint.folder if Path(source).is_dir() else source, dtype=dtype, ignore_keys=ignore_keys)
-    tokenizer = checkpoint.folder / TOKENIZER
-    open_folder(str(folder))
+    tokenizer = str(checkpoint.folder / TOKENIZER) if (checkpoint.folder / TOKENIZER).is_file() else "bytes"
+    ids = load_tokenizer(tokenizer).vocab_size
+    if tokenizer != "bytes" and ids > model.config.vocab_size:
+        raise ValueError(
+            f"{tokenizer} has {ids} ids, but vocab_size in {CONFIG} is {model.config.vocab_size}: it is of another model"
+        )
+    try:
+        open_folder(str(folder))
+        _fill(folder, checkpoint, model, has_tokenizer=tokenizer != "bytes")
+    except BaseException as error:  # whatever stopped it, half a run helps nobody
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f'output: "{folder}" cannot be written ({error.strerror or error})') from error
+        raise
+    return checkpoint
+
+
+def _fill(folder: Path, checkpoint: Checkpoint, model: LanguageModel, *, has_tokenizer: bool) -> None:
+    """Writes what a run's folder holds."""
     copy_companions(checkpoint.folder, folder)
     keep_description(checkpoint, folder / KEPT)
     longest = checkpoint.table.get("max_position_embeddings") or checkpoint.table.get("model_max_length")
     config = TrainConfig(
         model=model.config,
-        data=DataConfig(tokenizer=str(folder / TOKENIZER) if tokenizer.is_file() else "bytes"),
+        data=DataConfig(tokenizer=str(folder / TOKENIZER) if has_tokenizer else "bytes"),
         steps=1,
         batch_size=8,
-        sequence_length=min(LONGEST, longest) if isinstance(longest, int) and longest > 0 else LONGEST,
+        sequence_length=min(LONGEST, longest) if type(longest) is int and longest > 0 else LONGEST,
         output=str(folder),
     )
     (folder / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
@@ -73,7 +93,6 @@ def import_run(
     state = TrainState(step=jnp.zeros((), jnp.int32), parameters=parameters, optimizer={"none": jnp.zeros((), jnp.int32)})
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
         checkpoints.save(state, {}, config, tokenizer=digest)
-    return checkpoint
 
 
 def export_run(

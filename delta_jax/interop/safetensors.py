@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,15 @@ class Tensor:
         return math.prod(self.shape) * item_size(self.dtype)
 
 
+@contextmanager
+def readable(source: str | Path) -> Iterator[None]:
+    """What the system refuses inside, such as a file that may not be read, is a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error.filename or source} cannot be read ({error.strerror or error})") from error
+
+
 def item_size(dtype: str) -> int:
     """Bytes of one number; of a dtype that this library does not compute with, the bits it is named after."""
     if dtype in DTYPES:
@@ -105,9 +115,11 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise ValueError(f"{path}: weight_map must map names of tensors to files")
     found: dict[str, Tensor] = {}
-    for file in dict.fromkeys(names.values()):
-        if file != os.path.basename(file) or not file.endswith(".safetensors"):
+    files = list(dict.fromkeys(names.values()))
+    for file in files:
+        if not is_file_name(file):
             raise ValueError(f"{path} names the file {file!r}, which is not a safetensors file in the same folder")
+    for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{path} names {file}, which is missing")
         here = tensors_of_file(folder / file)
@@ -120,6 +132,11 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
         if name not in found:
             raise ValueError(f"{path} looks for {name} in {file}, which does not hold it")
     return found
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it is a safetensors file in the folder itself, and no way out of it."""
+    return name == os.path.basename(name) and name.endswith(".safetensors")
 
 
 def tensors_of_file(path: Path) -> dict[str, Tensor]:
@@ -153,11 +170,12 @@ def tensors_of_file(path: Path) -> dict[str, Tensor]:
 
 def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"it names {twice} twice")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"it names {name} twice")
+            found[name] = value
+        return found
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
@@ -170,6 +188,8 @@ def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, entry: Any, room: int) -> tuple[Tensor, int]:
     """A tensor, and the offset of its bytes behind the header."""
+    if not name.isprintable():
+        raise ValueError(f"{path}: {ascii(name)} is no name of a tensor")
     where = f"{path}: the tensor {name}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise ValueError(f"{where} lacks dtype, shape or data_offsets")

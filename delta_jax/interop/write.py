@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from delta_jax.config import changes, differences
 from delta_jax.interop.architectures import ARCHITECTURES
-from delta_jax.interop.architectures.common import function_of
+from delta_jax.interop.architectures.common import function_of, model_of
 from delta_jax.interop.checkpoint import CONFIG, Checkpoint, copy_companions, expected_layout, open_checkpoint
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, Target, is_table
@@ -114,7 +114,7 @@ def published_table(config: ModelConfig, format: str | None = None) -> tuple[str
     Raises:
         ValueError: no architecture of that format has such a model; the message says what stands in the way of the nearest.
     """
-    wanted, reasons = function_of(config), dict[str, list[str]]()
+    wanted, reasons, far = function_of(config), dict[str, list[str]](), dict[str, list[str]]()
     for name, architecture in ARCHITECTURES.items():
         if architecture.table is None or format not in (None, architecture.family):
             continue
@@ -122,17 +122,21 @@ def published_table(config: ModelConfig, format: str | None = None) -> tuple[str
             table = architecture.table(config)
             if table["model_type"] != name:
                 continue
-            read = function_of(architecture.config(Keys(table)))
+            read = function_of(model_of(architecture, Keys(table)))
         except ValueError as error:  # far from it: the differences of others say more
-            reasons[name] = [f"of {name} {error}"] * 100
+            far.setdefault(str(error), []).append(name)
             continue
         found = changes(wanted, read)
         if not found:
             return name, table
         reasons[name] = [f"{name} would have {key} {there!r}, this model has {here!r}" for key, (here, there) in found.items()]
-    nearest = min(reasons.values(), key=len)
     which = "" if format is None else f" of {format}"
-    raise ValueError(f"no published class{which} has such a model: " + "; ".join(list(dict.fromkeys(nearest))[:3]))
+    if reasons:
+        said = list(dict.fromkeys(min(reasons.values(), key=len)))[:3]
+    else:
+        mixers = dict.fromkeys(layer.mixer.mixer for layer in config.layers)
+        said = [f"its mixers are {', '.join(mixers)}", *(f"{why} ({', '.join(names)})" for why, names in far.items())]
+    raise ValueError(f"no published class{which} has such a model: {'; '.join(said)}")
 
 
 def _leaves(model: LanguageModel) -> dict[str, Array]:

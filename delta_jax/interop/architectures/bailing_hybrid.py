@@ -30,7 +30,7 @@ IDLE = ("use_grouped_topk", "num_nextn_predict_layers", "num_mtp_layers", "mtp_l
 
 
 def config(keys: Keys) -> ModelConfig:
-    number = keys.get(int, "num_hidden_layers", default=42)
+    number = keys.layers(42)
     group = keys.get(int, "layer_group_size", default=6)
     if group < 1:
         raise keys.refuse("layer_group_size", "wanted a positive integer")

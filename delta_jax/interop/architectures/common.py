@@ -50,6 +50,18 @@ class Inexpressible(ValueError):
     """A model that an architecture does not have."""
 
 
+def model_of(architecture: Architecture, keys: Keys) -> ModelConfig:
+    """The model that an architecture makes of the keys of a config.json.
+
+    Raises:
+        ValueError: a key cannot be expressed, or is missing.
+    """
+    model = architecture.config(keys)
+    if model.mlp_width == 0 and not all(layer.experts for layer in model.layers):
+        raise ValueError("intermediate_size is 0, but no published class leaves the feed-forward layer out")
+    return model
+
+
 def one(tensor: str, leaf: str, **options: Any) -> Row:
     """A tensor that holds a leaf."""
     return Row((tensor,), (leaf,), **options)

@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 
 def config(keys: Keys, *, member: Member) -> ModelConfig:
-    number = keys.get(int, "num_hidden_layers", default=member.layers)
+    number = keys.layers(member.layers)
     width = keys.get(int, "hidden_size", default=2048)
     keys.demand("hidden_act", "swish", "silu", default="swish")
     keys.demand("attnres_block_size", None, 0, default=None)

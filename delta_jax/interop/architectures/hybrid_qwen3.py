@@ -25,7 +25,7 @@ KINDS = {"*": "attention", "GDN": "gated_delta_net"}
 
 
 def config(keys: Keys) -> ModelConfig:
-    number = keys.get(int, "num_hidden_layers", default=36)
+    number = keys.layers(36)
     pattern = keys.get(str, "hybrid_override_pattern")
     kinds = [kind for kind in pattern.split("-") if kind]
     for kind in kinds:
@@ -37,11 +37,14 @@ def config(keys: Keys) -> ModelConfig:
     keys.demand("attention_bias", False, default=False)
     keys.demand("use_sliding_window", False, default=False)
     heads, head = keys.get(int, "num_attention_heads", default=32), keys.get(int, "head_dim", default=128)
+    kv_heads = keys.get(int, "num_key_value_heads", default=8)
+    if kv_heads < 1 or heads % kv_heads:
+        raise keys.refuse("num_key_value_heads", f"wanted a divisor of num_attention_heads, {heads}")
     specs = {
         "*": mixer(
             "attention",
             num_heads=heads,
-            num_kv_heads=keys.get(int, "num_key_value_heads", default=8),
+            num_kv_heads=kv_heads,
             head_dim=head,
             use_qk_norm=True,
             **rope_options(keys, theta=10000.0),

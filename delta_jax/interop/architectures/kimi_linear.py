@@ -34,7 +34,7 @@ IDLE = ("head_dim", "num_nextn_predict_layers", "rope_theta", "use_grouped_topk"
 
 
 def config(keys: Keys) -> ModelConfig:
-    number = keys.get(int, "num_hidden_layers", default=27)
+    number = keys.layers(27)
     linear = keys.inner("linear_attn_config")
     keys.demand("hidden_act", "silu", default="silu")
     keys.demand("attention_bias", False, default=False)

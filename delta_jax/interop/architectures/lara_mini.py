@@ -26,7 +26,7 @@ PERIOD = ("linear_attention", "sliding_attention", "linear_attention", "full_att
 
 
 def config(keys: Keys) -> ModelConfig:
-    number = keys.get(int, "num_hidden_layers", default=34)
+    number = keys.layers(34)
     kinds = layer_kinds(keys, number, [PERIOD[index % 5] for index in range(number)], tuple(dict.fromkeys(PERIOD)))
     keys.demand("hidden_act", "silu", default="silu")
     keys.demand("attention_bias", False, default=False)

@@ -24,7 +24,7 @@ from delta_jax.models import ModelConfig
 
 
 def config(keys: Keys, *, qwen: bool) -> ModelConfig:
-    number = keys.get(int, "num_hidden_layers", default=32)
+    number = keys.layers(32)
     width = keys.get(int, "hidden_size", default=4096)
     heads = keys.get(int, "num_attention_heads", default=32)
     keys.demand("hidden_act", "silu", default="silu")

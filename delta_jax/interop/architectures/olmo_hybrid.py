@@ -31,7 +31,7 @@ TRAINING = ("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_
 
 
 def config(keys: Keys) -> ModelConfig:
-    number = keys.get(int, "num_hidden_layers", default=32)
+    number = keys.layers(32)
     width = keys.get(int, "hidden_size", default=3840)
     heads = keys.get(int, "num_attention_heads", default=30)
     default = ["full_attention" if index % 4 == 3 else "linear_attention" for index in range(number)]

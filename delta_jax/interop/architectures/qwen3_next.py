@@ -26,22 +26,23 @@ from delta_jax.models import ExpertsConfig, MixerSpec, ModelConfig
 
 KINDS = {"gated_delta_net": "linear_attention", "attention": "full_attention"}
 MTP = r"mtp\..*"
+ROUTED = ("moe_intermediate_size", "num_experts_per_tok", "shared_expert_intermediate_size", "norm_topk_prob")
 
 
 def config(keys: Keys) -> ModelConfig:
     dense = dense_layers(keys)
-    layers = keys.get(int, "num_hidden_layers", default=48)
+    layers = keys.layers(48)
     found = decoder(keys, sizes=(151936, 2048, 48), attention=(16, 2), gated=(16, 32))
     found["intermediate_size"] = keys.get(int, "intermediate_size", default=5632)
     if len(dense) < layers:
         found |= {"dense_layers": dense, "experts": routed(keys, experts=512, per_token=10)}
-    keys.finish()
+    keys.finish(ROUTED)  # of no layer, if all are dense
     return ModelConfig(**found)
 
 
 def dense_layers(keys: Keys) -> tuple[int, ...]:
     """The layers whose feed-forward part is no mixture of experts."""
-    layers = keys.get(int, "num_hidden_layers", default=48)
+    layers = keys.layers(48)
     step, only = keys.get(int, "decoder_sparse_step", default=1), keys.get(tuple[int, ...], "mlp_only_layers", default=())
     if step < 1:
         raise keys.refuse("decoder_sparse_step", "wanted a positive integer")
@@ -74,7 +75,7 @@ def decoder(
 ) -> dict[str, Any]:
     """All but the feed-forward part, from the keys that this family shares and the defaults of the member."""
     vocabulary, width, layers = sizes
-    number = keys.get(int, "num_hidden_layers", default=layers)
+    number = keys.layers(layers)
     every = keys.get(int, "full_attention_interval", default=4)
     if every < 1:
         raise keys.refuse("full_attention_interval", "wanted a positive integer")
