@@ -98,7 +98,9 @@ def open_checkpoint(source: str | Path, ignore_keys: Sequence[str] = ()) -> Chec
     layout, pattern = expected_layout(architecture, model, table, there)
     aside = tuple(name for name in tensors if name not in layout.targets and re.fullmatch(pattern, name))
     heads = tuple(
-        name for name in tensors if model.tie_embeddings and name.endswith(HEAD) and name not in (*layout.targets, *aside)
+        name
+        for name in tensors
+        if model.tie_embeddings and name.endswith(HEAD) and name not in (*layout.targets, *aside)
     )
     _compare(folder, tensors, layout, {*aside, *heads})
     return Checkpoint(
@@ -227,4 +229,6 @@ def _compare(folder: Path, tensors: Mapping[str, Tensor], layout: Layout, others
     left = [name for name in tensors if name not in layout.targets and name not in others]
     if left:
         more = f", and {len(left) - 1} more" if len(left) > 1 else ""
-        raise ValueError(f"{tensors[left[0]].path}: the tensor {left[0]}{more} belongs to nothing that {CONFIG} describes")
+        raise ValueError(
+            f"{tensors[left[0]].path}: the tensor {left[0]}{more} belongs to nothing that {CONFIG} describes"
+        )

@@ -10,12 +10,48 @@ __all__ = ["Keys", "rope_keys", "rope_options"]
 
 # What no model's function depends on: how it was trained, saved or is served, what its token ids mean.
 HARMLESS = frozenset(
-    """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id cls_token_id
-    dtype embd_pdrop eos_token_id fp32_logits gradient_checkpointing hidden_dropout_prob id2label initializer_range
-    initializer_std is_decoder is_encoder_decoder label2id max_length max_position_embeddings max_seq_len
-    model_max_length model_type output_attentions output_hidden_states output_router_logits pad_token_id
-    pretraining_tp problem_type return_dict router_aux_loss_coef sep_token_id tokenizer_class torch_dtype
-    transformers_version unk_token_id unsloth_version unsloth_fixed use_cache""".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "cls_token_id",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "fp32_logits",
+        "gradient_checkpointing",
+        "hidden_dropout_prob",
+        "id2label",
+        "initializer_range",
+        "initializer_std",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "max_length",
+        "max_position_embeddings",
+        "max_seq_len",
+        "model_max_length",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_version",
+        "unsloth_fixed",
+        "use_cache",
+    ]
 )
 REQUIRED = object()
 SCALINGS = {
@@ -100,8 +136,8 @@ class Keys:
         left = [name for name, value in self._table.items() if name not in known and value is not None]
         if left:
             raise ValueError(
-                f"{self._where}: {left[0]} is {self._table[left[0]]!r}, a key that is not known here and may change what the "
-                "model computes; name it in ignore_keys if it does not"
+                f"{self._where}: {left[0]} is {self._table[left[0]]!r}, a key that is not known here and may change what "
+                "the model computes; name it in ignore_keys if it does not"
             )
 
 

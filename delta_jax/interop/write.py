@@ -129,7 +129,9 @@ def published_table(config: ModelConfig, format: str | None = None) -> tuple[str
         found = changes(wanted, read)
         if not found:
             return name, table
-        reasons[name] = [f"{name} would have {key} {there!r}, this model has {here!r}" for key, (here, there) in found.items()]
+        reasons[name] = [
+            f"{name} would have {key} {there!r}, this model has {here!r}" for key, (here, there) in found.items()
+        ]
     nearest = min(reasons.values(), key=len)
     which = "" if format is None else f" of {format}"
     raise ValueError(f"no published class{which} has such a model: " + "; ".join(list(dict.fromkeys(nearest))[:3]))

@@ -42,7 +42,10 @@ def config(keys: Keys) -> ModelConfig:
 def dense_layers(keys: Keys) -> tuple[int, ...]:
     """The layers whose feed-forward part is no mixture of experts."""
     layers = keys.get(int, "num_hidden_layers", default=48)
-    step, only = keys.get(int, "decoder_sparse_step", default=1), keys.get(tuple[int, ...], "mlp_only_layers", default=())
+    step, only = (
+        keys.get(int, "decoder_sparse_step", default=1),
+        keys.get(tuple[int, ...], "mlp_only_layers", default=()),
+    )
     if step < 1:
         raise keys.refuse("decoder_sparse_step", "wanted a positive integer")
     if keys.get(int, "num_experts", default=512) == 0:
