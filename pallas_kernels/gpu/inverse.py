@@ -62,7 +62,8 @@ def invert(matrix: Array, scratch: InverseScratch) -> None:
         for (left, right), new in zip(blocks, below, strict=True):
             here = _block(x, ALL, left)
             is_new = (row >= right.start) & (row < right.start + n)
-            put_split(here, jnp.where(is_new, -new, read_split(here)))
+            # The compiler would carry out the negation of a product before the product is there, and wait for each alone.
+            put_split(here, read_split(here) - jnp.where(is_new, new, 0.0))
 
 
 def _block(split: Ref, rows: pl.Slice, columns: pl.Slice) -> tuple[Ref, ...]:

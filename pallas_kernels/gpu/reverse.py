@@ -139,7 +139,8 @@ def _chunk(
         wg.put(scratch.d_reads.at[0], wg.read(here.v) * start)
         d_reads.append((wg.turned(here.q), scratch.d_reads.at[0]))
     if plan.erases:
-        wg.put(scratch.d_reads.at[1], -d_b * scalar(START) if plan.gate == "head" else -d_b)
+        # Not `-d_b`: the compiler would carry out the negation before the product is there, and wait for each alone.
+        wg.put(scratch.d_reads.at[1], d_b * (0.0 - scalar(START)) if plan.gate == "head" else 0.0 - d_b)
         d_reads.append((wg.turned(here.erase_key), scratch.d_reads.at[1]))
     now = at.tokens(index)
     if ends:
