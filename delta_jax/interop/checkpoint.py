@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from delta_jax.config import did_you_mean
-from delta_jax.interop.architectures import ARCHITECTURES
+from delta_jax.interop.architectures import ARCHITECTURES, INEXPRESSIBLE
 from delta_jax.interop.architectures.common import Architecture
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, layout_of
@@ -148,9 +148,11 @@ def architecture_of(table: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json names.
 
     Raises:
-        ValueError: none of its.
+        ValueError: it is not known, or known and not expressible; then the message says why.
     """
     kind = table.get("model_type")
+    if isinstance(kind, str) and kind in INEXPRESSIBLE:
+        raise ValueError(f"{CONFIG}: model_type is {kind!r}, which cannot be read: {INEXPRESSIBLE[kind]}")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         hint = did_you_mean(str(kind), ARCHITECTURES)
         raise ValueError(f"{CONFIG}: model_type is {kind!r}{hint}; known are {', '.join(sorted(ARCHITECTURES))}")
