@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from delta_jax.interop import export_run, import_run, load_pretrained, save_pretrained
+from delta_jax.cli import main
+from delta_jax.config import load_config
+from delta_jax.interop import load_pretrained, save_pretrained
 from delta_jax.interop.architectures.common import options_of
 from delta_jax.interop.checkpoint import architecture_of, open_checkpoint
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.safetensors import read_flat, tensors_of_folder, write_file
 from delta_jax.testing import relative_error
+from delta_jax.training import TrainConfig
 from tests.interop import equations
 from tests.interop.conftest import CHECKPOINTS
 from tests.interop.equations import Tensors, attention, decoder, kimi_delta_attention
@@ -180,6 +183,7 @@ def apriel2_table():
 
     return {
         "model_type": "apriel2",
+        "auto_map": {"AutoConfig": "configuration_made_up.Config"},
         "vocab_size": 61,
         "hidden_size": 24,
         "tie_word_embeddings": False,
@@ -229,6 +233,7 @@ MODELS = {
     "apriel2": (apriel2, apriel2_table()),
     "hybrid_gated_deltanet": (idiap, IDIAP),
 }
+CODE = "configuration_made_up.py"
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 20))
 
 
@@ -244,6 +249,7 @@ def made_up(tmp_path_factory):
             logits = np.stack([function(row, get) for row in TOKENS])
             folder = tmp_path_factory.mktemp(name) / name
             write(folder, table, get.there)
+            (folder / CODE).write_text("raise AssertionError('it is never executed')\n")
             done[name] = folder, logits
         return done[name]
 
@@ -283,16 +289,36 @@ def test_a_donor_without_a_past_is_written_as_its_class_would(name, made_up, tmp
         np.testing.assert_array_equal(old, new)
 
 
-def test_what_is_set_aside_is_said_and_kept(made_up, tmp_path):
+@pytest.mark.parametrize("name", ["hybrid_qwen3", "apriel2"])
+def test_a_hybrid_that_no_class_has_anew_is_refused(name, made_up, tmp_path):
+    folder, _ = made_up(name)
+    with pytest.raises(ValueError, match="no published class has such a model: "):
+        save_pretrained(load_pretrained(folder), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_set_aside_is_said_and_kept(made_up, tmp_path, capsys):
     folder, _ = made_up("apriel2")
-    found = import_run(folder, tmp_path / "run")
-    assert set(found.aside) == {
+    assert set(open_checkpoint(folder).aside) == {
         "model.decoder.blocks.2.mixer.mixers.gdn.A_log",
         "model.decoder.blocks.3.mixer.mixers.mamba.in_proj.weight",
         "model.vision_encoder.embeddings.normalization.weight",
     }
-    export_run(tmp_path / "run", tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert main(["import", str(folder), "--output", str(tmp_path / "run")]) == 0
+    assert "3 tensors that the text model does not use, such as model.decoder.blocks.2" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "again")]) == 0
+    for file in ("model.safetensors", CODE):
+        assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_a_run_begins_with_weights_whose_tokenizer_is_named(made_up, tmp_path):
+    folder, _ = made_up("mistral")
+    sizes = {"steps": 1, "batch_size": 1, "sequence_length": 8}
+    table = {"initial": str(folder), "output": str(tmp_path / "run"), **sizes}
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json: name the tokenizer of these weights"):
+        load_config(TrainConfig, table)
+    config = load_config(TrainConfig, table | {"data": {"tokenizer": "bytes"}})
+    assert (config.data.tokenizer, config.model.hidden_size) == ("bytes", 24)
 
 
 def test_repeated_heads_are_written_only_while_they_are_equal(made_up, tmp_path):

@@ -14,6 +14,7 @@ from delta_jax.interop.architectures.common import (
     Rows,
     Tensors,
     first,
+    kinds_of,
     mixer,
     mlp,
     options_of,
@@ -112,6 +113,7 @@ def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
 
 
 def table(config: ModelConfig, *, donor: Donor, model_type: str) -> dict[str, Any]:
+    kinds_of(config, {"attention": FULL})
     options = first(config, "attention")
     if options["use_qk_norm"] != donor.qk_norm:
         raise Inexpressible("its queries and keys are " + ("not normalised" if donor.qk_norm else "normalised"))
