@@ -454,7 +454,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     found = import_run(arguments.source, arguments.output, dtype=arguments.dtype, ignore_keys=arguments.ignore_key)
     number = sum(leaf.size for leaf in abstract_leaves(found.model).values())
-    rows = [("model", f"{found.table['model_type']}, {_scaled(number, '')} parameters"), ("run", arguments.output)]
+    rows = [("model", f"{found.table['model_type']}, {number:,} parameters"), ("run", arguments.output)]
     if found.aside:
         what = f"{_count(len(found.aside), 'tensor')} that the text model does not use, such as {found.aside[0]}"
         rows.append(("set aside", what))

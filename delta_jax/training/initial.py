@@ -55,7 +55,11 @@ def completed(table: Mapping[str, Any]) -> Mapping[str, Any]:
     start = _begun(str(table.get("output", TrainConfig.output)), initial) or _start(initial)
     if not whole:
         model = _merged(start.model, model)
-    if "tokenizer" not in data and start.tokenizer is not None:
+    if "tokenizer" not in data:
+        if start.tokenizer is None:
+            raise ValueError(
+                f"initial: {initial} has no {TOKENIZER}: name the tokenizer of these weights with data.tokenizer"
+            )
         data = {**data, "tokenizer": start.tokenizer}
     return {**table, "model": model, "data": data}
 
@@ -127,11 +131,8 @@ def _start(initial: str) -> _Start:
         tokenizer = kept_tokenizer(folder, about["config"]["data"]["tokenizer"], about.get("tokenizer"))
         return _Start(model=about["config"]["model"], tokenizer=tokenizer)
     hugging_face = _hugging_face(initial)
-    if not (hugging_face / TOKENIZER).is_file():
-        raise ValueError(
-            f"initial: {initial} has no {TOKENIZER}: name the tokenizer of these weights with data.tokenizer"
-        )
-    return _Start(model=to_dict(_published_config(hugging_face)), tokenizer=str(hugging_face / TOKENIZER))
+    beside = hugging_face / TOKENIZER
+    return _Start(model=to_dict(_published_config(hugging_face)), tokenizer=str(beside) if beside.is_file() else None)
 
 
 def _run_of(initial: str) -> tuple[Path | None, int | None]:

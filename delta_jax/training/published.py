@@ -103,8 +103,8 @@ def export_run(
         ValueError: see `save_pretrained` and `restore_model`.
 
     Examples:
-        >>> _ = import_run("qwen3_5", "imported")
-        >>> export_run("imported", "exported")
+        >>> _ = import_run("qwen3_5", "to_export")
+        >>> export_run("to_export", "exported")
         'qwen3_5_text'
     """
     config, model = restore_model(run, step)
