@@ -16,7 +16,14 @@ from jaxtyping import Array
 from delta_jax.config import changes, differences
 from delta_jax.interop.architectures import ARCHITECTURES
 from delta_jax.interop.architectures.common import function_of
-from delta_jax.interop.checkpoint import CONFIG, Checkpoint, copy_code, copy_companions, expected_layout, open_checkpoint
+from delta_jax.interop.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    copy_code,
+    copy_companions,
+    expected_layout,
+    open_checkpoint,
+)
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, Target, is_table
 from delta_jax.interop.read import SLAB

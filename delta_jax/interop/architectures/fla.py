@@ -1,4 +1,4 @@
-"""flash-linear-attention's models: one decoder around DeltaNet, Gated DeltaNet, Kimi Delta Attention or (Gated) DeltaProduct.
+"""flash-linear-attention: one decoder around DeltaNet, Gated DeltaNet, Kimi Delta Attention or (Gated) DeltaProduct.
 
 Also its hybrids with attention, and the layouts of its older versions: both halves of a SwiGLU layer in one tensor, norms
 inside the layers they precede, a parameter D that nothing uses.
