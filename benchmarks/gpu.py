@@ -3,11 +3,12 @@
 Named shapes of real models, and a sweep over T at a constant 65,536 tokens, in bfloat16: the output ("forward"), and the
 output with the gradients of q, k, v, beta and g ("forward + backward"). Every implementation runs in a process of its own,
 one after another, from the same seed; one that is not installed, or that refuses a case, is left out by name with its
-reason. A figure is the median over ten rounds of calls that follow each other without waiting, each round long enough that
-the device and not the host is what takes the time. Beside it stands the fraction of the roofline: the larger of the bytes
-of all arguments and results over the bandwidth, and of the FLOPs of the chunkwise form over the rate of the tensor cores.
+reason, and so is what does not end within --seconds. A figure is the median over ten rounds of calls that follow each other
+without waiting, each round long enough that the device and not the host is what takes the time. Beside it stands the
+fraction of the roofline: the larger of the bytes of all arguments and results over the bandwidth, and of the FLOPs of the
+chunkwise form over the rate of the tensor cores.
 
-Writes gpu.json and gpu.md into the folder given by --output.
+Writes gpu.json and gpu.md into the folder given by --output, again after every implementation.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import folder
-from benchmarks.report import table
+from benchmarks.options import folder, seconds
+from benchmarks.report import table, write
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "GPU-BENCH "
@@ -76,11 +79,14 @@ CASES = (
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
-    """float32: unit keys and queries, decays as a new layer has them, and the cotangent of the output."""
-    random, lead = np.random.default_rng(0), (case.batch, case.tokens)
+    """float32: unit keys and queries, decays as a new layer has them, and the cotangent of the output.
+
+    What is drawn for the first 1024 tokens is repeated, for drawing takes long.
+    """
+    random, drawn = np.random.default_rng(0), min(case.tokens, 1024)
 
     def normal(*shape: int) -> np.ndarray:
-        return random.standard_normal((*lead, *shape), np.float32)
+        return random.standard_normal((1, drawn, *shape), np.float32)
 
     def unit(x: np.ndarray) -> np.ndarray:
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -90,7 +96,8 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     arrays["beta"] = 1 / (1 + np.exp(-normal(case.heads)))
     if case.gate != "none":
         arrays["g"] = -np.exp(normal(*(values if case.gate == "channel" else values[:1])) - 3)
-    return arrays
+    repeats = (case.batch, case.tokens // drawn)
+    return {name: np.tile(x, (*repeats, *(1,) * (x.ndim - 2))) for name, x in arrays.items()}
 
 
 def _rounds(call: Callable[[], Any], wait: Callable[[Any], None]) -> float:
@@ -108,47 +115,88 @@ def _rounds(call: Callable[[], Any], wait: Callable[[Any], None]) -> float:
     return median(spent(count) for _ in range(10))
 
 
-def jax_runner(functions: dict[str, Callable[..., Any]]) -> Callable[[Case], dict[str, dict[str, float]]]:
-    """Times a function `(q, k, v, beta, g) -> o` for every gate."""
+Runner = Callable[[Sequence[Case]], Iterator[tuple[str, dict[str, Any]]]]
+"""What an implementation finds for every case: the name of the case, and the figures or why it refuses."""
+
+
+def _refusal(error: Exception) -> dict[str, str]:
+    return {"refused": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+
+
+def _function_of(functions: dict[str, Callable[..., Any]], case: Case) -> Callable[..., Any]:
+    if case.gate not in functions:
+        raise ValueError(f"it has no function for a gate of kind {case.gate!r}")
+    return functions[case.gate]
+
+
+def jax_runner(functions: dict[str, Callable[..., Any]]) -> Runner:
+    """Times a function `(q, k, v, beta, g) -> o` for every gate.
+
+    Compiling takes far longer than what is timed, so all cases are compiled first, at the same time.
+    """
     import jax
     import jax.numpy as jnp
 
-    def run(case: Case) -> dict[str, dict[str, float]]:
-        if case.gate not in functions:
-            raise ValueError(f"it has no function for a gate of kind {case.gate!r}")
-        arrays = {
-            name: jnp.asarray(x, jnp.float32 if name in ("g", "beta") else jnp.bfloat16)
-            for name, x in inputs(case).items()
-        }
-        d_o = arrays.pop("do")
+    def arguments_of(case: Case) -> tuple[dict[str, Any], Any]:
+        arrays = {name: jnp.asarray(x, dtype_of(name)) for name, x in inputs(case).items()}
+        return arrays, arrays.pop("do")
 
-        def forward(arrays: Any) -> Any:
-            return functions[case.gate](*(arrays.get(name) for name in ("q", "k", "v", "beta", "g")))
+    def shapes_of(case: Case) -> tuple[dict[str, Any], Any]:
+        arrays = {
+            name: jax.ShapeDtypeStruct((case.batch, case.tokens, *x.shape[2:]), dtype_of(name))
+            for name, x in inputs(replace(case, batch=1, tokens=1)).items()
+        }
+        return arrays, arrays.pop("do")
+
+    def dtype_of(name: str) -> Any:
+        return jnp.float32 if name in ("g", "beta") else jnp.bfloat16
+
+    def lowered(case: Case) -> list[Any]:
+        function = _function_of(functions, case)
+
+        def forward(arrays: Any, d_o: Any) -> Any:
+            return function(*(arrays.get(name) for name in ("q", "k", "v", "beta", "g")))
 
         def both(arrays: Any, d_o: Any) -> Any:
-            o, pull = jax.vjp(forward, arrays)
+            o, pull = jax.vjp(lambda arrays: forward(arrays, d_o), arrays)
             return o, pull(d_o)
 
-        results = {}
-        calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(forward, (arrays,)), (both, (arrays, d_o))]
-        for direction, (function, arguments) in zip(DIRECTIONS, calls, strict=True):
-            compiled = jax.jit(function).lower(*arguments).compile()
+        return [jax.jit(f, keep_unused=True).lower(*shapes_of(case)) for f in (forward, both)]
+
+    def figures(case: Case, directions: list[Any]) -> dict[str, Any]:
+        arguments, results = arguments_of(case), {}
+        for direction, compiled in zip(DIRECTIONS, directions, strict=True):
             memory: Any = compiled.memory_analysis()
             total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
             ms = _rounds(lambda: compiled(*arguments), jax.block_until_ready)  # noqa: B023 - called at once
             results[direction] = {"ms": ms, "bytes": total}
         return results
 
+    def run(cases: Sequence[Case]) -> Iterator[tuple[str, dict[str, Any]]]:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            found: list[Any] = []
+            for case in cases:
+                try:
+                    found.append([threads.submit(x.compile) for x in lowered(case)])
+                except Exception as error:  # a case that one implementation refuses is left out by name
+                    found.append(error)
+        for case, directions in zip(cases, found, strict=True):
+            try:
+                if isinstance(directions, Exception):
+                    raise directions
+                yield case.name, figures(case, [x.result() for x in directions])
+            except Exception as error:
+                yield case.name, _refusal(error)
+
     return run
 
 
-def torch_runner(functions: dict[str, Callable[..., Any]]) -> Callable[[Case], dict[str, dict[str, float]]]:
+def torch_runner(functions: dict[str, Callable[..., Any]]) -> Runner:
     """Likewise for functions of torch tensors."""
     import torch  # type: ignore[import-not-found]
 
-    def run(case: Case) -> dict[str, dict[str, float]]:
-        if case.gate not in functions:
-            raise ValueError(f"it has no function for a gate of kind {case.gate!r}")
+    def figures(case: Case) -> dict[str, Any]:
+        function = _function_of(functions, case)
         tensors = {
             name: torch.tensor(x, device="cuda", dtype=torch.float32 if name in ("g", "beta") else torch.bfloat16)
             for name, x in inputs(case).items()
@@ -159,10 +207,10 @@ def torch_runner(functions: dict[str, Callable[..., Any]]) -> Callable[[Case], d
 
         def forward() -> Any:
             with torch.no_grad():
-                return functions[case.gate](*arguments)
+                return function(*arguments)
 
         def both() -> Any:
-            return torch.autograd.grad(functions[case.gate](*arguments), list(tensors.values()), d_o)
+            return torch.autograd.grad(function(*arguments), list(tensors.values()), d_o)
 
         results = {}
         for direction, call in zip(DIRECTIONS, (forward, both), strict=True):
@@ -171,10 +219,17 @@ def torch_runner(functions: dict[str, Callable[..., Any]]) -> Callable[[Case], d
             results[direction] = {"ms": ms, "bytes": torch.cuda.max_memory_allocated()}
         return results
 
+    def run(cases: Sequence[Case]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for case in cases:
+            try:
+                yield case.name, figures(case)
+            except Exception as error:
+                yield case.name, _refusal(error)
+
     return run
 
 
-def _ours(implementation: str) -> Callable[[Case], Any]:
+def _ours(implementation: str) -> Runner:
     from delta_jax import delta_rule
 
     def function(*arguments: Any) -> Any:
@@ -183,7 +238,7 @@ def _ours(implementation: str) -> Callable[[Case], Any]:
     return jax_runner(dict.fromkeys(("none", "head", "channel"), function))
 
 
-def _jax_linear_attention() -> Callable[[Case], Any]:
+def _jax_linear_attention() -> Runner:
     from jla.ops.mosaic_gpu import gated_delta_rule, kda  # type: ignore[import-not-found]
 
     return jax_runner(
@@ -195,7 +250,7 @@ def _jax_linear_attention() -> Callable[[Case], Any]:
     )
 
 
-def _flash_linear_attention() -> Callable[[Case], Any]:
+def _flash_linear_attention() -> Runner:
     from fla.ops.delta_rule import chunk_delta_rule  # type: ignore[import-not-found]
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
     from fla.ops.kda import chunk_kda  # type: ignore[import-not-found]
@@ -209,13 +264,13 @@ def _flash_linear_attention() -> Callable[[Case], Any]:
     )
 
 
-def _flash_qla() -> Callable[[Case], Any]:
+def _flash_qla() -> Runner:
     from flash_qla import chunk_gated_delta_rule  # type: ignore[import-not-found]
 
     return torch_runner({"head": lambda q, k, v, beta, g: chunk_gated_delta_rule(q, k, v, g, beta)[0]})
 
 
-RUNNERS: dict[str, tuple[str, Callable[[], Callable[[Case], Any]]]] = {
+RUNNERS: dict[str, tuple[str, Callable[[], Runner]]] = {
     "delta_jax, pallas": ("jax", lambda: _ours("pallas")),
     "delta_jax, xla": ("jax", lambda: _ours("xla")),
     "jax-linear-attention": ("jax-linear-attention", _jax_linear_attention),
@@ -224,33 +279,41 @@ RUNNERS: dict[str, tuple[str, Callable[[], Callable[[Case], Any]]]] = {
 }
 
 
-def _run(name: str) -> None:
+def _run(name: str, cases: Sequence[Case]) -> None:
     """What a process of one implementation does: a line of JSON for its version and for every case."""
     package, make = RUNNERS[name]
     runner = make()
     print(MARK + json.dumps({"version": f"{package} {version(package)}"}), flush=True)
-    for case in CASES:
+    for case, result in runner(cases):
+        print(MARK + json.dumps({"case": case, "result": result}), flush=True)
+
+
+def measure(name: str, cases: Sequence[Case], limit: float | None) -> dict[str, Any]:
+    """The cases of an implementation, and why those are left out that have no result; at most `limit` seconds."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--run", name, "--cases", *(case.name for case in cases)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=errors) as process,
+    ):
         try:
-            result = runner(case)
-        except Exception as error:  # a case that one implementation refuses is left out by name
-            result = {"refused": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-        print(MARK + json.dumps({"case": case.name, "result": result}), flush=True)
-
-
-def measure(name: str) -> dict[str, Any]:
-    """All cases of an implementation, or why it is left out."""
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--run", name],
-        cwd=ROOT,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [json.loads(x.removeprefix(MARK)) for x in process.stdout.splitlines() if x.startswith(MARK)]
-    if not lines:
-        return {"left_out": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
-    return {"version": lines[0]["version"], "cases": {x["case"]: x["result"] for x in lines[1:]}}
+            process.wait(limit)
+            ended = f"exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            ended = f"it had not ended after {limit:g} seconds"
+        process.wait()
+        output.seek(0)
+        lines = [json.loads(x.removeprefix(MARK)) for x in output if x.startswith(MARK)]
+        errors.seek(0)
+        said = [x.strip() for x in errors if x.strip()]
+    found: dict[str, Any] = {"cases": {x["case"]: x["result"] for x in lines[1:]}}
+    if lines:
+        found["version"] = lines[0]["version"]
+    if process.returncode:
+        found["left_out"] = said[-1] if said and process.returncode > 0 else ended
+    return found
 
 
 def report(result: dict[str, Any]) -> str:
@@ -262,19 +325,19 @@ def report(result: dict[str, Any]) -> str:
     ]
     for direction in DIRECTIONS:
         rows = []
-        for case in CASES:
+        for case in (Case(**x) for x in result["cases"]):
             limit = max(case.limits(result["device"], direction))
             row = [case.name, f"{limit:.3f}"]
             for found in result["implementations"].values():
-                x = found.get("cases", {}).get(case.name, {}).get(direction)
+                x = found["cases"].get(case.name, {}).get(direction)
                 row.append(f"{x['ms']:.3f}, {limit / x['ms']:.0%}, {x['bytes'] / 1e6:.0f}" if x else "-")
             rows.append(row)
         parts += ["## " + direction.replace("_", " + "), table(["case", "roofline", *result["implementations"]], rows)]
     for name, found in result["implementations"].items():
+        if "version" in found:
+            parts.append(f"{name}: {found['version']}.")
         if "left_out" in found:
-            parts.append(f"Left out: {name}: {found['left_out']}.")
-            continue
-        parts.append(f"{name}: {found['version']}.")
+            parts.append(f"Left out: {name}{' (what has no figure)' if found['cases'] else ''}: {found['left_out']}.")
         parts += [f"{name} refused {c}: {x['refused']}." for c, x in found["cases"].items() if "refused" in x]
     return "\n\n".join(parts) + "\n"
 
@@ -286,10 +349,16 @@ def main() -> int:
     parser.add_argument(
         "--output", type=folder, default=str(ROOT / "docs" / "benchmarks"), help="folder of gpu.json and gpu.md"
     )
+    parser.add_argument("--only", nargs="+", choices=list(RUNNERS), default=list(RUNNERS), help="implementations")
+    parser.add_argument("--cases", nargs="+", default=[""], metavar="TEXT", help="cases whose names have one of these")
+    parser.add_argument("--seconds", type=seconds, help="how long an implementation may take, compiling included")
     parser.add_argument("--run", choices=list(RUNNERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    cases = [case for case in CASES if any(text in case.name for text in arguments.cases)]
+    if not cases:
+        parser.error(f"argument --cases: none has one of {arguments.cases} in its name: {[x.name for x in CASES]}")
     if arguments.run:
-        _run(arguments.run)
+        _run(arguments.run, cases)
         return 0
     # Not in this process, which would hold memory.
     look = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='|')"
@@ -297,16 +366,16 @@ def main() -> int:
     if platform != "gpu":
         print(f"benchmarks.gpu: error: it measures GPUs, and this is a {platform}", file=sys.stderr)
         return 2
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": device,
-        "cases": [asdict(case) for case in CASES],
-        "implementations": {name: measure(name) for name in RUNNERS},
+        "cases": [asdict(case) for case in cases],
+        "implementations": {},
     }
-    page = report(result)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.output / "gpu.md").write_text(page)
+    for name in arguments.only:
+        result["implementations"][name] = measure(name, cases, arguments.seconds)
+        page = report(result)
+        write(arguments.output, "gpu", result, page)
     print(page)
     return 0
 

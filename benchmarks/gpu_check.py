@@ -3,24 +3,32 @@
 Every member of the family, on plain and hard inputs in bfloat16: outputs, final state and all gradients may be no further
 from the float64 recurrence than twice what rounding inputs and results to bfloat16 does (2^-6 on hard inputs, where rounding
 may do nothing); a second run must give the same bits; packed segments; large shapes against the "xla" implementation; steps.
-Prints a line for every member and what failed, and ends with 1 if anything did.
+Every check runs in a process of its own, several with --processes, for compiling takes most of the time. Prints a line for
+every check and what failed, and ends with 1 if anything did.
 """
 
 import argparse
 import functools
 import itertools
+import os
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.options import folder, number
 from delta_jax.ops import implementations
 from delta_jax.testing import HARD, MEMBERS, beyond_rounding, evaluate, op_of, problem, relative_error, step_of
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (2, 1, 2, 128, 128)  # batch, key heads, heads, key, value: one compiled program a member
 TIME = 300
 OTHER_SHAPES = ((1, 2, 2, 64, 64), (1, 1, 1, 256, 512), (1, 2, 4, 64, 256), (1, 1, 2, 256, 64))
@@ -82,32 +90,69 @@ def large() -> Iterator[str]:
                 yield f"{member}, {tokens} tokens, {name}: {relative_error(got[name], x):.2e} > 2e-2"
 
 
+def checks() -> dict[str, Callable[[], Iterator[str]]]:
+    """What is checked, the longest first; what a check yields is wrong."""
+    found: dict[str, Callable[[], Iterator[str]]] = {"large": large, "shapes": shapes}
+    for member in MEMBERS:
+        for check in (hard_inputs, segments, steps):
+            found[f"{check.__name__}, {member}"] = functools.partial(check, member)
+    return found
+
+
+def _check(name: str, output: Path | None) -> int:
+    """What a process of one check does: a line for the check and for all that is wrong, and 1 if anything is."""
+    start = time.perf_counter()
+    try:
+        found = list(checks()[name]())
+    except Exception as error:
+        found = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / f"{name}.txt").write_text(traceback.format_exc())
+    lines = [f"{'FAILED' if found else 'passed'}  {name}  ({time.perf_counter() - start:.1f} s)"]
+    print("\n".join(lines + [f"    {line}" for line in found]), flush=True)
+    return int(bool(found))
+
+
+def _apart(name: str, output: Path | None) -> bool:
+    """Runs a check in a process of its own, which a kernel that ends it cannot hide the other checks with."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--run", name]
+    command += ["--output", str(output)] if output else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    crashed = done.returncode not in (0, 1) or not done.stdout
+    if crashed and output:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{name}.txt").write_text(done.stderr)
+    print(f"FAILED  {name}: exit code {done.returncode}" if crashed else done.stdout.rstrip(), flush=True)
+    return done.returncode == 0
+
+
 def main() -> int:
-    description = __doc__.splitlines()[0]
-    argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=description).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=number, default=1, help="how many checks run at the same time")
+    parser.add_argument(
+        "--checks", nargs="+", default=[""], metavar="TEXT", help="checks whose names have one of these"
+    )
+    parser.add_argument("--output", type=folder, help="folder for the traceback of every check that stops")
+    parser.add_argument("--run", choices=list(checks()), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    names = [name for name in checks() if any(text in name for text in arguments.checks)]
+    if not names:
+        parser.error(f"argument --checks: none has one of {arguments.checks} in its name: {list(checks())}")
+    output = arguments.output and arguments.output.absolute()
+    if arguments.run:
+        return _check(arguments.run, output)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the memory of the device
     device = jax.devices()[0]
     print(f"{device.device_kind}, JAX {jax.__version__}", flush=True)
     reason = implementations()["pallas"]
     if reason is not None:
         print(f"nothing to check: {reason}")
         return 1
-    checks: dict[str, Callable[[], Iterator[str]]] = {}
-    for member in MEMBERS:
-        for check in (hard_inputs, segments, steps):
-            checks[f"{check.__name__}, {member}"] = functools.partial(check, member)
-    checks |= {"shapes": shapes, "large": large}
-    failed, begin = 0, time.perf_counter()
-    for name, run in checks.items():
-        start = time.perf_counter()
-        try:
-            found = list(run())
-        except Exception as error:  # a kernel that does not compile must not hide the others
-            found = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
-        failed += bool(found)
-        print(f"{'FAILED' if found else 'passed'}  {name}  ({time.perf_counter() - start:.1f} s)", flush=True)
-        for line in found:
-            print(f"    {line}", flush=True)
-    print(f"{failed} of {len(checks)} failed, {time.perf_counter() - begin:.0f} s")
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(arguments.processes) as threads:
+        failed = [*threads.map(lambda name: _apart(name, output), names)].count(False)
+    print(f"{failed} of {len(names)} failed, {time.perf_counter() - begin:.0f} s")
     return int(failed > 0)
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.read_memory [--gigabytes 2] [--folder FOLDER]      on Linux, with the CPU backend
 
-Writes a checkpoint of Qwen3.5's kind with experts, bfloat16, in several files; reads it in a process of its own, and writes it
-again. What is reported is the peak of the process's resident memory (VmHWM, reset before) less what it had before (VmRSS, after
-a tiny checkpoint was read and written, so that modules and the compiler are in it) less, when reading, the bytes of the model's
-arrays. Both should stay within the largest tensor and 10 per cent. Ends with 1 if one does not.
+Writes a checkpoint of Qwen3.5's kind with experts, bfloat16, in several files; reads it in a process of its own, and
+writes it again. What is reported is the peak of the process's resident memory (VmHWM, reset before) less what it had before
+(VmRSS, after a tiny checkpoint was read and written, so that modules and the compiler are in it) less, when reading, the
+bytes of the model's arrays. Both should stay within the largest tensor and 10 per cent. Ends with 1 if one does not.
 """
 
 import argparse

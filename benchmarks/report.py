@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.results import BUSY
-
 
 def report_markdown(result: dict[str, Any]) -> str:
     """The page that `benchmarks.cpu` prints and writes.
@@ -16,6 +14,8 @@ def report_markdown(result: dict[str, Any]) -> str:
     Returns:
         Markdown text.
     """
+    from experiments.harness.results import BUSY  # not above: it loads much that the other reports have no use for
+
     machine, shape = result["machine"], result["shape"]
     rounds = len(result["rows"][0]["ms"]["forward"])
     parts = [

@@ -215,7 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     into.add_argument("source", metavar="FOLDER_OR_NAME", help="safetensors with a config.json, or a name on a hub")
     into.add_argument("--output", required=True, metavar="RUN", help="the run's folder; new or empty")
-    into.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default %(default)s")
+    into.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default %(default)s"
+    )
     into.add_argument(
         "--ignore-key", action="append", default=[], metavar="KEY", help="a key of config.json known to change nothing"
     )
@@ -447,12 +449,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from delta_jax.interop import import_run
     from delta_jax.interop.checkpoint import abstract_leaves
+    from delta_jax.training import import_run
 
     found = import_run(arguments.source, arguments.output, dtype=arguments.dtype, ignore_keys=arguments.ignore_key)
     number = sum(leaf.size for leaf in abstract_leaves(found.model).values())
-    rows = [("model", f"{found.table['model_type']}, {_scaled(number, '')} parameters"), ("run", arguments.output)]
+    rows = [("model", f"{found.table['model_type']}, {number:,} parameters"), ("run", arguments.output)]
     if found.aside:
         what = f"{_count(len(found.aside), 'tensor')} that the text model does not use, such as {found.aside[0]}"
         rows.append(("set aside", what))
@@ -461,7 +463,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from delta_jax.interop import export_run
+    from delta_jax.training import export_run
 
     kind = export_run(
         arguments.folder, arguments.output, format=arguments.format, step=arguments.step, dtype=arguments.dtype

@@ -16,13 +16,17 @@ import optax
 import pytest
 from flax import nnx
 
+from delta_jax.interop import load_pretrained, save_pretrained
+
 DOCS = Path(__file__).parents[1] / "docs"
+CHECKPOINT = Path(__file__).parent / "interop" / "checkpoints" / "qwen3_5_text"
 PACKAGES = [
     "delta_jax",
     "delta_jax.data",
     "delta_jax.data.tasks",
     "delta_jax.evaluation",
     "delta_jax.inference",
+    "delta_jax.interop",
     "delta_jax.layers",
     "delta_jax.models",
     "delta_jax.ops",
@@ -61,6 +65,8 @@ def examples(package: str) -> list[doctest.DocTest]:
 def test_examples_of_docstrings(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, which the examples of a package share."""
     monkeypatch.chdir(tmp_path)
+    if package in ("delta_jax.interop", "delta_jax.training"):  # a published checkpoint, in one file
+        save_pretrained(load_pretrained(CHECKPOINT), "qwen3_5")
     said: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     for test in examples(package):

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from delta_jax.config import did_you_mean
-from delta_jax.interop.architectures import ARCHITECTURES
+from delta_jax.interop.architectures import ARCHITECTURES, INEXPRESSIBLE
 from delta_jax.interop.architectures.common import Architecture, model_of
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, layout_of
@@ -59,6 +59,11 @@ class Checkpoint:
         layout: which of them are what of the model.
         aside: names of those that take no part in the text model's function.
         heads: names of those that repeat the embedding, where the model ties the two.
+
+    Examples:
+        >>> found = open_checkpoint("qwen3_5")
+        >>> found.architecture.family, found.model.num_layers, found.tensors["model.norm.weight"].shape
+        ('transformers', 4, (24,))
     """
 
     folder: Path
@@ -85,6 +90,11 @@ def open_checkpoint(source: str | Path, ignore_keys: Sequence[str] = ()) -> Chec
         ValueError: a file is missing, damaged or of another kind, the architecture is not known, a key changes the function
             in a way that this library does not have, or a tensor is missing, left over or of another shape. The
             message names it.
+
+    Examples:
+        >>> found = open_checkpoint("qwen3_5")
+        >>> found.table["model_type"], found.aside
+        ('qwen3_5_text', ())
     """
     with readable(source):
         return _opened(_found(source), ignore_keys)
@@ -107,7 +117,9 @@ def _opened(path: Path, ignore_keys: Sequence[str]) -> Checkpoint:
         raise ValueError(f'"{folder}": {error}') from error
     aside = tuple(name for name in tensors if name not in layout.targets and re.fullmatch(pattern, name))
     heads = tuple(
-        name for name in tensors if model.tie_embeddings and name.endswith(HEAD) and name not in (*layout.targets, *aside)
+        name
+        for name in tensors
+        if model.tie_embeddings and name.endswith(HEAD) and name not in (*layout.targets, *aside)
     )
     _compare(tensors, layout, {*aside, *heads})
     return Checkpoint(
@@ -133,6 +145,7 @@ def keep_description(checkpoint: Checkpoint, folder: Path) -> None:
     aside = {name: (tensor.dtype, tensor.shape) for name in checkpoint.aside for tensor in [checkpoint.tensors[name]]}
     write_file(folder / ASIDE, aside, lambda name: raw_bytes(checkpoint.tensors[name]))
     copy_companions(checkpoint.folder, folder)
+    copy_code(checkpoint, folder)
     if (checkpoint.folder / INDEX).is_file():
         shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
 
@@ -144,11 +157,20 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def copy_code(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copies the modules of a class that comes with its checkpoint, as auto_map says; nothing of them is executed."""
+    if checkpoint.table.get("auto_map"):
+        for path in checkpoint.folder.glob("*.py"):
+            shutil.copyfile(path, folder / path.name)
+
+
 def _described(folder: Path) -> dict[str, Tensor]:
     """The tensors of such a folder; the numbers of those that are not set aside are elsewhere."""
     here, found, rows = tensors_of_file(folder / ASIDE), {}, read_json(folder / DESCRIPTION)
     if not isinstance(rows, list) or not all(map(_is_description, rows)):
-        raise ValueError(f"{folder / DESCRIPTION} does not describe tensors: wanted rows of file, name, dtype and shape")
+        raise ValueError(
+            f"{folder / DESCRIPTION} does not describe tensors: wanted rows of file, name, dtype and shape"
+        )
     for place, (file, name, dtype, shape) in enumerate(rows):
         path, begin = (here[name].path, here[name].begin) if name in here else (folder / DESCRIPTION, -1)
         found[name] = Tensor(name, dtype, tuple(shape), path, begin, file, place)
@@ -167,9 +189,11 @@ def architecture_of(table: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json names.
 
     Raises:
-        ValueError: none of its.
+        ValueError: it is not known, or known and not expressible; then the message says why.
     """
     kind = table.get("model_type")
+    if isinstance(kind, str) and kind in INEXPRESSIBLE:
+        raise ValueError(f"{CONFIG}: model_type is {kind!r}, which cannot be read: {INEXPRESSIBLE[kind]}")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         hint = did_you_mean(str(kind), ARCHITECTURES)
         raise ValueError(f"{CONFIG}: model_type is {kind!r}{hint}; known are {', '.join(sorted(ARCHITECTURES))}")
@@ -211,7 +235,7 @@ def _found(source: str | Path) -> Path:
             f'there is no folder or file "{source}"; if it is the name of a model on a hub, fetching it needs '
             "huggingface_hub, which is not installed"
         ) from error
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:  # whatever the network and its libraries raise
@@ -241,4 +265,6 @@ def _compare(tensors: Mapping[str, Tensor], layout: Layout, others: set[str]) ->
     left = [name for name in tensors if name not in layout.targets and name not in others]
     if left:
         more = f", and {len(left) - 1} more" if len(left) > 1 else ""
-        raise ValueError(f"{tensors[left[0]].path}: the tensor {left[0]}{more} belongs to nothing that {CONFIG} describes")
+        raise ValueError(
+            f"{tensors[left[0]].path}: the tensor {left[0]}{more} belongs to nothing that {CONFIG} describes"
+        )

@@ -10,12 +10,48 @@ __all__ = ["Keys", "rope_keys", "rope_options"]
 
 # What no model's function depends on: how it was trained, saved or is served, what its token ids mean.
 HARMLESS = frozenset(
-    """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id cls_token_id
-    dtype embd_pdrop eos_token_id fp32_logits gradient_checkpointing hidden_dropout_prob id2label initializer_range
-    initializer_std is_decoder is_encoder_decoder label2id max_length max_position_embeddings max_seq_len
-    model_max_length model_type output_attentions output_hidden_states output_router_logits pad_token_id
-    pretraining_tp problem_type return_dict router_aux_loss_coef sep_token_id tokenizer_class torch_dtype
-    transformers_version unk_token_id unsloth_version unsloth_fixed use_cache""".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "cls_token_id",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "fp32_logits",
+        "gradient_checkpointing",
+        "hidden_dropout_prob",
+        "id2label",
+        "initializer_range",
+        "initializer_std",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "max_length",
+        "max_position_embeddings",
+        "max_seq_len",
+        "model_max_length",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_version",
+        "unsloth_fixed",
+        "use_cache",
+    ]
 )
 REQUIRED = object()
 MOST_LAYERS = 10_000  # no model has as many; a damaged number must not fill the memory
@@ -151,7 +187,9 @@ def rope_options(keys: Keys, *, theta: float, fraction: float | None = None, kin
     if kind is not None and isinstance(keys.plain("rope_parameters"), Mapping) and kind in table:
         table = table.inner(kind)
     found_theta = keys.get(float, "rope_theta", default=theta)
-    found_fraction = keys.get(float, "partial_rotary_factor", "rotary_pct", default=1.0 if fraction is None else fraction)
+    found_fraction = keys.get(
+        float, "partial_rotary_factor", "rotary_pct", default=1.0 if fraction is None else fraction
+    )
     options: dict[str, Any] = {"rope_theta": table.get(float, "rope_theta", default=found_theta)}
     share = table.get(float, "partial_rotary_factor", default=found_fraction)
     if share != 1.0 and fraction is None:

@@ -47,7 +47,8 @@ class OneOf:
 type Rows = Sequence[Row | OneOf]
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Piece:
     """Rows `[start, start + count)` of a tensor, seen as `[rows, rest]`, and where they lie in a leaf.
 
     Attributes:

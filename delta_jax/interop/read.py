@@ -104,7 +104,8 @@ def _read_leaf(
     parts: dict[Any, Array] = {}
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        ranges = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        whole = index or (slice(None),) * len(leaf.shape)
+        ranges = tuple(s.indices(size)[:2] for s, size in zip(whole, leaf.shape, strict=True))
         if ranges in parts:
             arrays.append(jax.device_put(parts[ranges], device))
             continue

@@ -104,7 +104,9 @@ def tensors_of_folder(folder: Path) -> dict[str, Tensor]:
         hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
         raise ValueError(f'"{folder}" holds no {SINGLE} and no {INDEX}{hint}')
     if len(files) > 1:
-        raise ValueError(f'"{folder}" holds {len(files)} safetensors files but no {INDEX}, which would say what is where')
+        raise ValueError(
+            f'"{folder}" holds {len(files)} safetensors files but no {INDEX}, which would say what is where'
+        )
     return tensors_of_file(files[0])
 
 
@@ -153,7 +155,9 @@ def tensors_of_file(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is no whole safetensors file: its header would take {length} of {size} bytes")
         header = _parsed(file.read(length), path)
     begins = 8 + length
-    tensors = {name: _entry(path, name, entry, size - begins) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {
+        name: _entry(path, name, entry, size - begins) for name, entry in header.items() if name != "__metadata__"
+    }
     spans = sorted((begin, begin + tensor.nbytes, name) for name, (tensor, begin) in tensors.items())
     end = 0
     for begin, stop, name in spans:
@@ -163,9 +167,7 @@ def tensors_of_file(path: Path) -> dict[str, Tensor]:
         end = stop
     if end != size - begins:
         raise ValueError(f"{path} has {size - begins - end} bytes more than its tensors take")
-    return {
-        name: replace(tensor, begin=begins + begin, place=begin) for name, (tensor, begin) in tensors.items()
-    }
+    return {name: replace(tensor, begin=begins + begin, place=begin) for name, (tensor, begin) in tensors.items()}
 
 
 def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
 def _entry(path: Path, name: str, entry: Any, room: int) -> tuple[Tensor, int]:
     """A tensor, and the offset of its bytes behind the header."""
     if not name.isprintable():
-        raise ValueError(f"{path}: {ascii(name)} is no name of a tensor")
+        raise ValueError(f"{path}: {name!a} is no name of a tensor")
     where = f"{path}: the tensor {name}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise ValueError(f"{where} lacks dtype, shape or data_offsets")
@@ -201,7 +203,9 @@ def _entry(path: Path, name: str, entry: Any, room: int) -> tuple[Tensor, int]:
         raise ValueError(f"{where} has the dtype {dtype!r}, wanted a name such as F32")
     pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
     if not pair or not 0 <= offsets[0] <= offsets[1] <= room:
-        raise ValueError(f"{where} lies at {offsets!r}, but the file has {room} bytes of tensors: it is cut off or damaged")
+        raise ValueError(
+            f"{where} lies at {offsets!r}, but the file has {room} bytes of tensors: it is cut off or damaged"
+        )
     tensor = Tensor(name, dtype, tuple(shape), path, 0, path.name, 0)
     if tensor.nbytes != offsets[1] - offsets[0]:
         raise ValueError(f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype}{shape} takes {tensor.nbytes}")

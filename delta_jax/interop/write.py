@@ -16,7 +16,14 @@ from jaxtyping import Array
 from delta_jax.config import changes, differences
 from delta_jax.interop.architectures import ARCHITECTURES
 from delta_jax.interop.architectures.common import function_of, model_of
-from delta_jax.interop.checkpoint import CONFIG, Checkpoint, copy_companions, expected_layout, open_checkpoint
+from delta_jax.interop.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    copy_code,
+    copy_companions,
+    expected_layout,
+    open_checkpoint,
+)
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.layout import Layout, Target, is_table
 from delta_jax.interop.read import SLAB
@@ -51,7 +58,7 @@ def save_pretrained(
         format: whose classes shall load it; None takes the first that has such a model, transformers before
             flash-linear-attention.
         like: the checkpoint that the model was read from. Its names and cuts of tensors, their dtypes, its config.json, its
-            tokenizer and the tensors that were set aside are kept.
+            tokenizer, the code of its class where it brings that, and the tensors that were set aside are kept.
         dtype: of the tensors, "float32", "bfloat16" or "float16"; None is the one they were read in, else the parameters'.
         companions: a folder with the files of a tokenizer, which are copied; None is that of `like`.
         ignore_keys: as in `load_pretrained`, for `like`.
@@ -129,10 +136,12 @@ def published_table(config: ModelConfig, format: str | None = None) -> tuple[str
         found = changes(wanted, read)
         if not found:
             return name, table
-        reasons[name] = [f"{name} would have {key} {there!r}, this model has {here!r}" for key, (here, there) in found.items()]
+        reasons[name] = [
+            f"{name} would have {key} {there!r}, this model has {here!r}" for key, (here, there) in found.items()
+        ]
     which = "" if format is None else f" of {format}"
     if reasons:
-        said = list(dict.fromkeys(min(reasons.values(), key=len)))[:3]
+        said = list(dict.fromkeys(min(reasons.values(), key=lambda found: len(found))))[:3]
     else:
         mixers = dict.fromkeys(layer.mixer.mixer for layer in config.layers)
         said = [f"its mixers are {', '.join(mixers)}", *(f"{why} ({', '.join(names)})" for why, names in far.items())]
@@ -165,6 +174,8 @@ def _write(
         (draft / CONFIG).write_text(json.dumps(table, indent=2) + "\n")
         if companions is not None:
             copy_companions(companions, draft)
+        if source is not None:
+            copy_code(source, draft)
 
         def data(name: str) -> Iterable[bytes]:
             if name in layout.targets:

@@ -9,6 +9,7 @@ from delta_jax.training.optimizer import (
     muon_dimension_numbers,
     weight_decay_mask,
 )
+from delta_jax.training.published import export_run, import_run
 from delta_jax.training.setup import Setup, set_up
 from delta_jax.training.state import TrainState
 
@@ -22,6 +23,8 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainState",
+    "export_run",
+    "import_run",
     "learning_rate_schedule",
     "make_optimizer",
     "muon_dimension_numbers",

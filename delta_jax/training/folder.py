@@ -9,11 +9,12 @@ from pathlib import Path
 
 import jax
 
+from delta_jax.interop import COMPANIONS
+
 CONFIG = "config.json"
 CURVE = "curve.png"
 DAMAGED = "damaged"
 TOKENIZER = "tokenizer.json"
-BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja")
 
 
 def open_folder(path: str) -> Path:
@@ -81,7 +82,7 @@ def digest(path: Path) -> str:
 def keep_tokenizer(output: Path, tokenizer: str) -> str | None:
     """Copy a tokenizer.json into the run, so that what was trained can be read wherever the run is moved.
 
-    Its chat template and the names of its special tokens, which lie beside it, come along.
+    Its chat template and whatever else belongs to it and lies beside it come along.
 
     Args:
         output: the run's folder.
@@ -92,7 +93,7 @@ def keep_tokenizer(output: Path, tokenizer: str) -> str | None:
     """
     if tokenizer == "bytes":
         return None
-    for name in BESIDE_TOKENIZER:
+    for name in COMPANIONS:
         if (beside := Path(tokenizer).parent / name).is_file():
             _keep(beside, output / name)
     return _keep(Path(tokenizer), output / TOKENIZER)

@@ -1,7 +1,6 @@
 """What a run begins with: the weights, the model and the tokenizer of another run, or of a Hugging Face folder."""
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 
 from delta_jax.config import differences, to_dict
+from delta_jax.interop import load_pretrained, open_checkpoint
 from delta_jax.models import ModelConfig
 from delta_jax.parallel import path_string
 from delta_jax.training.checkpoint import CHECKPOINTS, find_checkpoint, newest_about, read_arrays
@@ -55,7 +55,11 @@ def completed(table: Mapping[str, Any]) -> Mapping[str, Any]:
     start = _begun(str(table.get("output", TrainConfig.output)), initial) or _start(initial)
     if not whole:
         model = _merged(start.model, model)
-    if "tokenizer" not in data and start.tokenizer is not None:
+    if "tokenizer" not in data:
+        if start.tokenizer is None:
+            raise ValueError(
+                f"initial: {initial} has no {TOKENIZER}: name the tokenizer of these weights with data.tokenizer"
+            )
         data = {**data, "tokenizer": start.tokenizer}
     return {**table, "model": model, "data": data}
 
@@ -90,9 +94,7 @@ def initial_parameters(config: TrainConfig, target: Any) -> tuple[Any, list[str]
     changed = _check(config, to_dict(model), _shapes(abstract_model(model)[1]), target)
     mesh = jax.tree.leaves(target)[0].sharding.mesh
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
-    _, parameters = split_model(
-        importlib.import_module("delta_jax.interop").load_pretrained(published, mesh=mesh, **dtypes)
-    )
+    _, parameters = split_model(load_pretrained(published, mesh=mesh, **dtypes))
     return jax.tree.map(lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), parameters, target), changed
 
 
@@ -129,11 +131,8 @@ def _start(initial: str) -> _Start:
         tokenizer = kept_tokenizer(folder, about["config"]["data"]["tokenizer"], about.get("tokenizer"))
         return _Start(model=about["config"]["model"], tokenizer=tokenizer)
     hugging_face = _hugging_face(initial)
-    if not (hugging_face / TOKENIZER).is_file():
-        raise ValueError(
-            f"initial: {initial} has no {TOKENIZER}: name the tokenizer of these weights with data.tokenizer"
-        )
-    return _Start(model=to_dict(_published_config(hugging_face)), tokenizer=str(hugging_face / TOKENIZER))
+    beside = hugging_face / TOKENIZER
+    return _Start(model=to_dict(_published_config(hugging_face)), tokenizer=str(beside) if beside.is_file() else None)
 
 
 def _run_of(initial: str) -> tuple[Path | None, int | None]:
@@ -159,8 +158,7 @@ def _hugging_face(initial: str) -> Path:
 
 def _published_config(folder: Path) -> ModelConfig:
     """The model in a Hugging Face folder, of which no weight is read."""
-    config: ModelConfig = importlib.import_module("delta_jax.interop.checkpoint").open_checkpoint(folder).model
-    return config
+    return open_checkpoint(folder).model
 
 
 def _merged(base: Any, changes: Any) -> Any:

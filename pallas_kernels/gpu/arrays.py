@@ -53,7 +53,8 @@ def of_tokens(plan: Plan, width: int, dtype: DTypeLike = jnp.bfloat16) -> jax.Sh
 
 
 def of_pieces(plan: Plan) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.pieces, plan.key, plan.value), jnp.float32)
+    """States as the sequential passes have them, turned."""
+    return jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.pieces, plan.value, plan.key), jnp.float32)
 
 
 def prepared_shapes(plan: Plan, *, for_backward: bool) -> Prepared:

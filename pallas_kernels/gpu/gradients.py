@@ -40,8 +40,8 @@ from pallas_kernels.gpu.warpgroup import Ref
 class GradientsScratch(NamedTuple):
     """Matrices `[2, 64, 64]`."""
 
-    scores: Ref  # dP and dA; before them what is summed over pairs: gates for their decay, and where those are taken
-    other: Ref  # scratch of the decay; then the terms of pairs, split
+    scores: Ref  # dP and dA; before them what is summed over pairs: gates for their decay
+    other: Ref  # where gates are taken for the decay; then the terms of pairs, split
 
 
 def gradients(plan: Plan, inputs: Inputs) -> Gradients:
@@ -51,7 +51,9 @@ def gradients(plan: Plan, inputs: Inputs) -> Gradients:
     def scores(here: Program, known: Products, scratch: GradientsScratch) -> Cotangents:
         row, column = wg.indices(CHUNK, CHUNK)
         beta = wg.each_column(wg.along_columns(here.scalars.at[BETA]), CHUNK)
-        decay = pair_decay(plan, here.scalars, scratch.scores, scratch.other) * beta
+        if plan.gate == "head":
+            wg.put(scratch.other.at[0], jnp.where(row > column, 1.0, 0.0))
+        decay = pair_decay(plan, here.scalars, scratch.scores, scratch.other.at[0]) * beta
         terms = known.d_p * wg.read_split(here.p)
         if plan.erases:
             terms = terms - known.d_a * wg.read_split(here.a)

@@ -40,12 +40,6 @@ class Plan:
         return self.chunks // self.pieces
 
     @property
-    def value_block(self) -> int:
-        """Channels of the value a program of a sequential pass carries: fewer where registers or programs are few."""
-        few = self.batch * self.heads * self.pieces * (self.value // BLOCK) < MULTIPROCESSORS
-        return 32 if self.key == 256 or (few and self.pieces == 1) else BLOCK
-
-    @property
     def key_blocks(self) -> int:
         return self.key // BLOCK
 
@@ -71,7 +65,7 @@ def pieces_of(heads: int, chunks: int, key: int, value: int, *, exact: bool) -> 
     the transitions, shall run at once; without that the pieces only wait for each other. With `exact`, pieces have the same
     number of chunks.
     """
-    room = MULTIPROCESSORS // (heads * ((key + value) // (32 if key == 256 else BLOCK)))
+    room = MULTIPROCESSORS // (heads * ((key + value) // BLOCK))
     found, least = 1, float(chunks)
     for pieces in (4, 8, 16, 32, 64):
         cost = 2 * chunks / pieces + JOIN * pieces

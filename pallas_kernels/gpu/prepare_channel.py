@@ -13,76 +13,91 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import warpgroup as wg
-from pallas_kernels.gpu.arrays import BETA, Operands, Prepared, Tokens, keys_of, prepared_shapes
-from pallas_kernels.gpu.inverse import InverseScratch, inverse_scratch, invert
+from pallas_kernels.gpu.arrays import Operands, Prepared, Tokens, keys_of, prepared_shapes
+from pallas_kernels.gpu.inverse import finish
 from pallas_kernels.gpu.levels import factors, meets, over_levels
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.warpgroup import Ref
 
 
 class PrepareChannelScratch(NamedTuple):
+    scalars: Ref  # [kinds, 64]
+    p: Ref  # [64, 64]
+    a: Ref  # None where it is not wanted
+    scalars_full: Ref
+
+
+class ScoresChannelScratch(NamedTuple):
+    """What the inverse has no use for, which then has its place."""
+
     keys: Operands  # [64, 64]
     decayed: Operands  # [64, 64]
     gates: Ref  # [2, 64, 64]
     takes: Ref  # which gates a factor takes, [64, 64]
-    scalars: Ref  # [kinds, 64]
-    inverse: InverseScratch
     whole: Ref  # exp(G_64), [64]
     full: Ref
-    scalars_full: Ref
 
 
 def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
     def body(tokens: Tokens, done: Prepared, here: PrepareChannelScratch) -> None:
         batch, head, chunk = wg.place("batch", "head", "chunk")
-        here_p, here_a = (here.inverse.joined.at[n] for n in (0, 1))
         now = (batch, pl.ds(chunk * CHUNK, CHUNK), head)
         wg.load(here.scalars_full, (tokens.scalars.at[batch, head, chunk], here.scalars))
 
-        def channels_of(block: Array, scores: tuple[Array, Array]) -> tuple[Array, Array]:
+        def of_all(scratch: ScoresChannelScratch) -> tuple[Array, Array]:
+            def channels_of(block: Array, scores: tuple[Array, Array]) -> tuple[Array, Array]:
+                wg.stored()
+                channels = pl.ds(block * BLOCK, BLOCK)
+                _fetch(plan, tokens, scratch, batch, head, chunk, channels)
+                scores = _scores(plan, scratch, scratch.takes, *scores)
+                _decay_keys(plan, scratch, scratch.takes)
+                copies = [
+                    (scratch.decayed.q, done.query_in.at[(*now, channels)]),
+                    (scratch.decayed.k, done.keys_out.at[(*now, channels)]),
+                    (scratch.whole, done.whole.at[batch, head, chunk, channels]),
+                ]
+                if plan.erases:
+                    copies.append((scratch.decayed.erase, done.erase_in.at[(*now, channels)]))
+                wg.store(*copies)
+                return scores
+
+            nothing = wg.zeros(CHUNK, CHUNK), wg.zeros(CHUNK, CHUNK)
+            scores = lax.fori_loop(0, plan.key_blocks, channels_of, nothing)
             wg.stored()
-            channels = pl.ds(block * BLOCK, BLOCK)
-            _fetch(plan, tokens, here, batch, head, chunk, channels)
-            scores = _scores(plan, here, here.takes, *scores)
-            _decay_keys(plan, here, here.takes)
-            copies = [
-                (here.decayed.q, done.query_in.at[(*now, channels)]),
-                (here.decayed.k, done.keys_out.at[(*now, channels)]),
-                (here.whole, done.whole.at[batch, head, chunk, channels]),
-            ]
-            if plan.erases:
-                copies.append((here.decayed.erase, done.erase_in.at[(*now, channels)]))
-            wg.store(*copies)
             return scores
 
-        p, a = lax.fori_loop(0, plan.key_blocks, channels_of, (wg.zeros(CHUNK, CHUNK), wg.zeros(CHUNK, CHUNK)))
-        wg.put(here_p, p * plan.scale)
-        copies = [(here_p, done.p[0].at[batch, head, chunk])]
+        tile = wg.shared(CHUNK, BLOCK)
+        p, a = pl.run_scoped(
+            of_all,
+            ScoresChannelScratch(
+                keys=Operands(tile, tile, tile if plan.erase_heads else None),
+                decayed=Operands(tile, tile, tile if plan.erases else None),
+                gates=wg.shared(2, CHUNK, BLOCK),
+                takes=tile,
+                whole=wg.vectors(BLOCK),
+                full=plgpu.Barrier(num_arrivals=4 + (plan.erase_heads > 0)),
+            ),
+            collective_axes="warpgroup",
+        )
+        wg.put(here.p, p * plan.scale)
+        copies = [(here.p, done.p[0].at[batch, head, chunk])]
         if done.a is not None:
-            wg.put(here_a, a)
-            copies.append((here_a, done.a[0].at[batch, head, chunk]))
+            wg.put(here.a, a)
+            copies.append((here.a, done.a[0].at[batch, head, chunk]))
         wg.store(*copies)
         wg.loaded(here.scalars_full)
-        if plan.erases:
-            wg.stored()
-            invert(a * wg.each_column(wg.along_columns(here.scalars.at[BETA]), CHUNK), here.inverse)
-            wg.store(*((here.inverse.x.at[part], done.x.at[batch, head, chunk, part]) for part in (0, 1)))
-        wg.stored(and_written=True)
+        finish(a if plan.erases else None, here.scalars, lambda part: done.x.at[batch, head, chunk, part])
 
-    tile = wg.shared(CHUNK, BLOCK)
+    matrix = wg.shared(CHUNK, CHUNK)
+    results = prepared_shapes(plan, for_backward=for_backward)
     return wg.kernel(
         body,
         tokens._replace(v=None),
-        prepared_shapes(plan, for_backward=for_backward),
+        results,
         PrepareChannelScratch(
-            keys=Operands(tile, tile, tile if plan.erase_heads else None),
-            decayed=Operands(tile, tile, tile if plan.erases else None),
-            gates=wg.shared(2, CHUNK, BLOCK),
-            takes=tile,
             scalars=wg.vectors(*tokens.scalars.shape[-2:]),
-            inverse=inverse_scratch(),
-            whole=wg.vectors(BLOCK),
-            full=plgpu.Barrier(num_arrivals=4 + (plan.erase_heads > 0)),
+            p=matrix,
+            a=None if results.a is None else matrix,
             scalars_full=plgpu.Barrier(),
         ),
         {"chunk": plan.chunks, "head": plan.heads, "batch": plan.batch},
@@ -91,7 +106,7 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
 
 
 def _fetch(
-    plan: Plan, tokens: Tokens, here: PrepareChannelScratch, batch: Array, head: Array, chunk: Array, channels: pl.Slice
+    plan: Plan, tokens: Tokens, here: ScoresChannelScratch, batch: Array, head: Array, chunk: Array, channels: pl.Slice
 ) -> None:
     given, now = keys_of(plan, tokens, batch, head), pl.ds(chunk * CHUNK, CHUNK)
     copies = [(given.q.at[now, channels], here.keys.q), (given.k.at[now, channels], here.keys.k)]
@@ -102,7 +117,7 @@ def _fetch(
     wg.loaded(here.full)
 
 
-def _scores(plan: Plan, here: PrepareChannelScratch, matrix: Ref, p: Array, a: Array) -> tuple[Array, Array]:
+def _scores(plan: Plan, here: ScoresChannelScratch, matrix: Ref, p: Array, a: Array) -> tuple[Array, Array]:
     """P without its scale, and A, with what these channels give."""
     row, column = wg.indices(CHUNK, CHUNK)
     keys, decayed = here.keys, here.decayed
@@ -126,7 +141,7 @@ def _scores(plan: Plan, here: PrepareChannelScratch, matrix: Ref, p: Array, a: A
     return over_levels(level, (p, a))
 
 
-def _decay_keys(plan: Plan, here: PrepareChannelScratch, matrix: Ref) -> None:
+def _decay_keys(plan: Plan, here: ScoresChannelScratch, matrix: Ref) -> None:
     """Leaves the keys as the state meets them, and the decay of the whole chunk."""
     start = factors("start", here.gates, matrix)
     wg.put(here.decayed.q, wg.read(here.keys.q) * (start * plan.scale))

@@ -5,7 +5,7 @@ With the symbols of `pallas_kernels.gpu.scan`:
     dY = diag(b) (P^T dO + (exp(Z) K) dS')               dB = X^T dY, the cotangent of V
     dS = exp(G_64) dS' + scale (exp(G) Q)^T dO - (exp(G) E)^T dB
 
-Programs and warpgroups share the work as in the forward pass.
+Programs and warpgroups share the work as in the forward pass, and here too all that follows from the state is turned.
 """
 
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_pieces, of_tokens
-from pallas_kernels.gpu.plan import CHUNK, Plan
+from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.ring import PassInputs, PassProgram, Ring, fetch, grid_of, program, ring_shapes
-from pallas_kernels.gpu.scan import decayed_state
+from pallas_kernels.gpu.scan import decayed_state, in_registers
 from pallas_kernels.gpu.warpgroup import Ref
 
 
@@ -32,12 +32,8 @@ class ReverseResults(NamedTuple):
 
 class ReverseScratch(NamedTuple):
     ring: Ring  # dO is in the place of V
-    arrived: Ref  # the barrier of the last cotangent of the state
-    edge: Ref  # the last and the first cotangent of the state, float32 [key, value_block]
-    new: Ref  # dS', bfloat16 [key, value_block]
-    d_y: Ref  # dY, split: [2, 64, value_block]
-    d_reads: Ref  # what the state is read with: scale exp(G) dO and -exp(G) dB, [2, 64, value_block]
-    out: Ref  # dB in its parts, [parts, 64, value_block]
+    # dS', bfloat16 [key, 64], then in its place the parts of dB, [64, 64] each; None where both stay in registers
+    out: Ref
 
 
 def reverse(
@@ -62,15 +58,13 @@ def reverse(
 
         @pl.when(at.warpgroup == 0)
         def _() -> None:
-            wg.load(scratch.arrived, (inputs.state.at[at.edge], scratch.edge))
-            wg.loaded(scratch.arrived)
-            wg.put(scratch.edge, lax.fori_loop(0, plan.piece, chunk, wg.read(scratch.edge)))
-            wg.store((scratch.edge, results.d_state.at[at.edge]))
+            last = lax.fori_loop(0, plan.piece, chunk, wg.read(inputs.state.at[at.edge]))
+            wg.put(results.d_state.at[at.edge], last)
             wg.stored(and_written=True)
 
-    return wg.kernel(
+    found: ReverseResults = wg.kernel(
         body,
-        PassInputs(tokens._replace(v=d_o), done, d_state),
+        PassInputs(tokens._replace(v=d_o), done, d_state.mT),
         ReverseResults(
             d_b=None if ends else (of_tokens(plan, plan.value),) * plan.parts,
             d_states=None if ends else of_chunks(plan, plan.key, plan.value),
@@ -81,20 +75,13 @@ def reverse(
         "delta_rule_reverse_ends" if ends else "delta_rule_reverse",
         warpgroups=2,
     )
+    return found._replace(d_state=found.d_state.mT)
 
 
 def _scratch_shapes(plan: Plan, tokens: Tokens, *, ends: bool) -> ReverseScratch:
-    block = plan.value_block
-    swizzle = 2 * block
-    others: dict[str, Any] = {
-        "edge": wg.shared(plan.key, block, dtype=jnp.float32),
-        "new": wg.shared(plan.key, block, swizzle=swizzle),
-        "d_y": wg.shared(2, CHUNK, block, swizzle=swizzle) if plan.erases else None,
-        "d_reads": wg.shared(2, CHUNK, block, swizzle=swizzle),
-        "out": None if ends else wg.shared(plan.parts, CHUNK, block, swizzle=swizzle),
-    }
-    ring = ring_shapes(plan, tokens, others, scores=True)
-    return ReverseScratch(ring=ring, arrived=plgpu.Barrier(), **others)
+    rows = max(plan.key, plan.parts * CHUNK)
+    others = {"out": None if ends and in_registers(plan) else wg.shared(rows, BLOCK)}
+    return ReverseScratch(ring=ring_shapes(plan, tokens, others, scores=True), **others)
 
 
 def _chunk(
@@ -108,44 +95,58 @@ def _chunk(
     *,
     ends: bool,
 ) -> Array:
-    """Carries the cotangent of the state, float32 `[key, value_block]`, back through the chunk `index` of a ring's slot."""
-    block = plan.value_block
+    """Carries the cotangent of the state, float32 `[64, key]`, back through the chunk `index` of a ring's slot."""
     here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring.chunks)
+    held = None if scratch.out is None else scratch.out.at[pl.ds(0, plan.key)]
 
     def scalar(kind: int) -> Array:
-        return wg.each_row(wg.along_rows(here.scalars.at[kind]), block)
+        return wg.each_column(wg.along_columns(here.scalars.at[kind]), BLOCK)
 
-    wg.stored()
-    wg.put(scratch.new, d_state)
-    if ends:
-        plgpu.commit_smem()
-    else:
-        wg.store((scratch.new, results.d_states.at[at.batch, at.head, index, :, at.channels]))
-    wg.loaded(scratch.ring.full.at[slot])
-    d_written, d_read = wg.products([(here.k, scratch.new)], [(wg.turned(here.p), here.v)])
-    d_written = d_written * scalar(END) if plan.gate == "head" else d_written
-    d_b = scalar(BETA) * (d_written + d_read)
-    if plan.erases:
-        wg.put_split(scratch.d_y, d_b)
-        plgpu.commit_smem()
-        d_b = wg.product(*wg.split_pairs(here.x, scratch.d_y, turn_a=True))
-    if not ends:
-        wg.put_split(scratch.out, d_b)
-    d_reads = []
-    if plan.gate == "channel":
-        d_reads.append((wg.turned(here.q), here.v))
-    else:
-        start = plan.scale * scalar(START) if plan.gate == "head" else plan.scale
-        wg.put(scratch.d_reads.at[0], wg.read(here.v) * start)
-        d_reads.append((wg.turned(here.q), scratch.d_reads.at[0]))
-    if plan.erases:
-        wg.put(scratch.d_reads.at[1], -d_b * scalar(START) if plan.gate == "head" else -d_b)
-        d_reads.append((wg.turned(here.erase_key), scratch.d_reads.at[1]))
-    now = at.tokens(index)
-    if ends:
-        plgpu.commit_smem()
-    else:
-        wg.store(*((part, d_b.at[now]) for part, d_b in zip(wg.parts(scratch.out), results.d_b, strict=True)))
-    d_state = decayed_state(plan, here, d_state) + wg.product(*d_reads)
-    plgpu.barrier_arrive(scratch.ring.empty.at[slot])
-    return d_state
+    def run(written: wg.Sum, read: wg.Sum, y: wg.Sum, update: wg.Sum) -> Array:
+        new: Any = d_state.astype(jnp.bfloat16)
+
+        def leave() -> None:
+            wg.stored()
+            wg.put(wg.turned(held), new)
+            if not ends:
+                wg.store((held, results.d_states.at[at.batch, at.head, index, :, at.channels]))
+
+        if not in_registers(plan):
+            leave()
+            plgpu.commit_smem()
+            new = wg.turned(held)
+        wg.loaded(scratch.ring.full.at[slot])
+        written.add((new, wg.turned(here.k)))
+        read.add((wg.turned(here.v), here.p))
+        d_o = wg.read(wg.turned(here.v))
+        if plan.gate != "channel":
+            d_o = d_o * (scalar(START) * plan.scale if plan.gate == "head" else plan.scale)
+        d_written = written.value(under_way=1)
+        d_written = d_written * scalar(END) if plan.gate == "head" else d_written
+        d_b = (d_written + read.value()) * scalar(BETA)
+        update.start(decayed_state(plan, here, d_state))
+        update.add((d_o.astype(jnp.bfloat16), here.q))
+        if plan.erases:
+            high, low = wg.split_of(d_b, 2)
+            x_high, x_low = wg.parts(here.x)
+            y.start(wg.zeros(BLOCK, CHUNK))
+            y.add((high, x_high), (low, x_high), (high, x_low))
+        if in_registers(plan) and not ends:
+            leave()  # while products are under way
+        if plan.erases:
+            d_b = y.value()
+            # Not `-d_b`: the compiler would carry out the negation before the product is there, and wait for each alone.
+            back = d_b * (0.0 - scalar(START)) if plan.gate == "head" else 0.0 - d_b
+            update.add((back.astype(jnp.bfloat16), here.erase_key))
+        if not ends:
+            wg.stored()
+            parts = tuple(scratch.out.at[pl.ds(CHUNK * n, CHUNK)] for n in range(plan.parts))
+            wg.put_split(tuple(map(wg.turned, parts)), d_b)
+            now = at.tokens(index)
+            wg.store(*((part, d_b.at[now]) for part, d_b in zip(parts, results.d_b, strict=True)))
+        after = update.value()
+        plgpu.barrier_arrive(scratch.ring.empty.at[slot])
+        return after
+
+    tokens = (BLOCK, CHUNK)
+    return wg.with_sums(run, tokens, tokens, tokens, (BLOCK, plan.key))

@@ -16,14 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.arrays import Prepared, Tokens, operands_of
-from pallas_kernels.gpu.plan import CHUNK, SHARED_BYTES, Plan
+from pallas_kernels.gpu.plan import BLOCK, CHUNK, SHARED_BYTES, Plan
 from pallas_kernels.gpu.warpgroup import Ref, load, place, shared, vectors
 
 
 class PassInputs(NamedTuple):
     tokens: Tokens  # backwards with dO in the place of V
     done: Prepared
-    state: Ref  # before every piece, or its cotangent after it, float32 [batch, heads, pieces, key, value]; None: zero
+    state: Ref  # before every piece, or its cotangent after it, float32 [batch, heads, pieces, value, key]; None: zero
 
 
 class PassProgram(NamedTuple):
@@ -37,8 +37,8 @@ class PassProgram(NamedTuple):
 
     @property
     def edge(self) -> tuple[Any, ...]:
-        """Where the state before or after the piece lies."""
-        return self.batch, self.head, self.piece, slice(None), self.channels
+        """Where the state before or after the piece lies, turned."""
+        return self.batch, self.head, self.piece, self.channels
 
     def tokens(self, chunk: Array) -> tuple[Any, ...]:
         """Where a chunk's values lie."""
@@ -46,12 +46,12 @@ class PassProgram(NamedTuple):
 
 
 def grid_of(plan: Plan) -> dict[str, int]:
-    return {"block": plan.value // plan.value_block, "head": plan.heads, "piece": plan.pieces, "batch": plan.batch}
+    return {"block": plan.value // BLOCK, "head": plan.heads, "piece": plan.pieces, "batch": plan.batch}
 
 
 def program(plan: Plan) -> PassProgram:
     block, head, piece, batch, warpgroup = place(*grid_of(plan), "warpgroup")
-    return PassProgram(pl.ds(block * plan.value_block, plan.value_block), head, piece, batch, warpgroup)
+    return PassProgram(pl.ds(block * BLOCK, BLOCK), head, piece, batch, warpgroup)
 
 
 class Chunk(NamedTuple):
@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
     q: Ref  # [64, key]
     k: Ref  # likewise
     erase: Ref  # likewise; None where it is `k`
-    v: Ref  # [64, value_block]; backwards dO
+    v: Ref  # [64, 64]; backwards dO
     p: Ref  # [64, 64]
     x: Ref  # [2, 64, 64]
     scalars: Ref  # [kinds, 64]
@@ -95,16 +95,15 @@ def ring_shapes(plan: Plan, tokens: Tokens, others: object, *, scores: bool) -> 
 
 def _chunk_shapes(plan: Plan, tokens: Tokens, slots: int, *, scores: bool) -> Chunk:
     """With queries and scores or without."""
-    swizzle = 2 * plan.value_block
 
     def tile(*shape: int) -> Ref:
-        return shared(slots, *shape, swizzle=swizzle)
+        return shared(slots, *shape)
 
     return Chunk(
         q=tile(CHUNK, plan.key) if scores else None,
         k=tile(CHUNK, plan.key),
         erase=tile(CHUNK, plan.key) if plan.own_erase else None,
-        v=tile(CHUNK, plan.value_block),
+        v=tile(CHUNK, BLOCK),
         p=tile(CHUNK, CHUNK) if scores else None,
         x=tile(2, CHUNK, CHUNK) if plan.erases else None,
         scalars=vectors(slots, *tokens.scalars.shape[-2:]),

@@ -8,9 +8,12 @@ With the symbols of `pallas_kernels.gpu.prepare` and Z the sums of the gates of 
     S' = exp(G_64) S + (exp(Z) K)^T diag(b) Y
 
 Programs and warpgroups share the work as `pallas_kernels.gpu.ring` says. A chunk is a chain of three products, for the
-update waits for Y and Y for what the state knows.
+update waits for Y and Y for what the state knows. The state and all that follows from it are turned, the value's channels
+first: then what is new in a product, S, B or Y, is its left operand, which may stay in registers, and nothing of the chain
+passes through shared memory. Products that the chain does not wait for, and what is written, go on beside it.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_pieces, of_tokens
-from pallas_kernels.gpu.plan import CHUNK, Plan
+from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.ring import Chunk, PassInputs, PassProgram, Ring, fetch, grid_of, program, ring_shapes
 from pallas_kernels.gpu.warpgroup import Ref
 
@@ -39,12 +42,8 @@ class ScanResults(NamedTuple):
 
 class ScanScratch(NamedTuple):
     ring: Ring
-    arrived: Ref  # the barrier of the first state
-    edge: Ref  # the first and the last state, float32 [key, value_block]
-    old: Ref  # the state, bfloat16 [parts, key, value_block]
-    unknown: Ref  # B, split: [2, 64, value_block]
-    writes: Ref  # diag(b) Y, and that times exp(Z), or that alone in two parts: [2, 64, value_block]
-    out: Ref  # O, or the parts of Y: [parts, 64, value_block]
+    old: Ref  # the state that is stored, bfloat16 [key, 64]
+    out: Ref  # O, or the parts of Y: [parts, 64, 64]
 
 
 def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, want: Want) -> ScanResults:
@@ -63,21 +62,28 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
         def _() -> None:
             fetch(plan, inputs, at, ring, lambda step: first_chunk + step)
 
-        def chunk(step: Array, state: Array) -> Array:
+        def leave(step: Array, o: Array, *, if_any: bool = False) -> None:
+            """Writes the outputs of the chunk before a step; with `if_any` there may be none."""
+            wg.stored()
+            wg.put(wg.turned(scratch.out.at[0]), o)
+            source, target = scratch.out.at[0], results.o.at[at.tokens(first_chunk + step - 1)]
+            wg.store((source, target), when=step > 0 if if_any else None)
+
+        def chunk(step: Array, now: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
             slot, index = lax.rem(step, ring.slots), first_chunk + step
-            return _chunk(plan, want, results, scratch, at, slot, index, state)
+            return _chunk(plan, want, results, scratch, at, slot, index, *now, lambda o: leave(step, o, if_any=True))
 
         @pl.when(at.warpgroup == 0)
         def _() -> None:
-            first = wg.zeros(plan.key, plan.value_block)
+            first = wg.zeros(BLOCK, plan.key)
             if inputs.state is not None:
-                wg.load(scratch.arrived, (inputs.state.at[at.edge], scratch.edge))
-                wg.loaded(scratch.arrived)
-                first = wg.read(scratch.edge)
-            last = lax.fori_loop(0, plan.piece, chunk, first)
+                first = wg.read(inputs.state.at[at.edge])
+            nothing = wg.zeros(BLOCK, CHUNK).astype(jnp.bfloat16) if outputs else None
+            last, o = lax.fori_loop(0, plan.piece, chunk, (first, nothing))
+            if o is not None:
+                leave(jnp.int32(plan.piece), o)
             if not states:
-                wg.put(scratch.edge, last)
-                wg.store((scratch.edge, results.state.at[at.edge]))
+                wg.put(results.state.at[at.edge], last)
             wg.stored(and_written=True)
 
     results = ScanResults(
@@ -86,30 +92,26 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
         states=of_chunks(plan, plan.key, plan.value) if states else None,
         y=(of_tokens(plan, plan.value),) * plan.parts if states else None,
     )
-    return wg.kernel(
+    found: ScanResults = wg.kernel(
         body,
-        PassInputs(tokens, done, state),
+        PassInputs(tokens, done, None if state is None else state.mT),
         results,
-        _scratch_shapes(plan, tokens, want, starts=state is not None),
+        _scratch_shapes(plan, tokens, want),
         grid_of(plan),
         {"outputs": "delta_rule_forward", "states": "delta_rule_states", "ends": "delta_rule_ends"}[want],
         warpgroups=2,
     )
+    return found if states else found._replace(state=found.state.mT)
 
 
-def _scratch_shapes(plan: Plan, tokens: Tokens, want: Want, *, starts: bool) -> ScanScratch:
-    """With `starts` there is a state to begin with."""
-    ends, states, block = want == "ends", want == "states", plan.value_block
-    swizzle = 2 * block
+def _scratch_shapes(plan: Plan, tokens: Tokens, want: Want) -> ScanScratch:
+    ends, states, block = want == "ends", want == "states", BLOCK
     others: dict[str, Any] = {
-        "edge": wg.shared(plan.key, block, dtype=jnp.float32) if not states or starts else None,
-        "old": wg.shared(1 + ends, plan.key, block, swizzle=swizzle),
-        "unknown": wg.shared(2, CHUNK, block, swizzle=swizzle) if plan.erases else None,
-        "writes": wg.shared(1 + (ends or plan.gate == "head"), CHUNK, block, swizzle=swizzle),
-        "out": None if ends else wg.shared(plan.parts if states else 1, CHUNK, block, swizzle=swizzle),
+        "old": wg.shared(1 + ends, plan.key, block) if states or not in_registers(plan) else None,
+        "out": None if ends else wg.shared(plan.parts if states else 1, CHUNK, block),
     }
     ring = ring_shapes(plan, tokens, others, scores=want == "outputs")
-    return ScanScratch(ring=ring, arrived=plgpu.Barrier() if starts else None, **others)
+    return ScanScratch(ring=ring, **others)
 
 
 def _chunk(
@@ -121,61 +123,84 @@ def _chunk(
     slot: Array,
     index: Array,
     state: Array,
-) -> Array:
-    """Carries the state, float32 `[key, value_block]`, through the chunk `index`, which arrives in a slot of the ring."""
-    block = plan.value_block
+    o: Array | None,
+    leave: Callable[[Array], None],
+) -> tuple[Array, Array | None]:
+    """Carries the state, float32 `[64, key]`, through the chunk `index`, which arrives in a slot of the ring.
+
+    The outputs of a chunk, bfloat16 `[64, 64]`, are written while the first products of the next are under way.
+    """
     outputs, states, ends = (want == name for name in ("outputs", "states", "ends"))
     here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring.chunks)
-    now = at.tokens(index)
+    now, block = at.tokens(index), BLOCK
 
     def scalar(kind: int) -> Array:
-        return wg.each_row(wg.along_rows(here.scalars.at[kind]), block)
+        return wg.each_column(wg.along_columns(here.scalars.at[kind]), block)
 
-    wg.stored()
-    wg.put_split(scratch.old, state)
-    plgpu.commit_smem()
-    wg.loaded(scratch.ring.full.at[slot])
-    if states:
-        wg.store((scratch.old.at[0], results.states.at[at.batch, at.head, index, :, at.channels]))
-    y = wg.read(here.v)
-    reading = [[(here.q, scratch.old.at[0])]] if outputs else []
-    if plan.erases:
-        known, *reads = wg.products(wg.split_pairs((here.erase_key,), scratch.old), *reading)
-        wg.put_split(scratch.unknown, y - (known * scalar(START) if plan.gate == "head" else known))
-        plgpu.commit_smem()
-        y = wg.product(*wg.split_pairs(here.x, scratch.unknown))
-    else:
-        reads = wg.products(*reading) if reading else []
-    new = y * scalar(BETA)
-    written = [scratch.writes.at[1 if plan.gate == "head" else 0]]
-    if ends:
-        written = list(wg.parts(scratch.writes))
-        wg.put_split(scratch.writes, new * scalar(END) if plan.gate == "head" else new)
-    else:
-        wg.put(scratch.writes.at[0], new)
-        if plan.gate == "head":
-            wg.put(scratch.writes.at[1], new * scalar(END))
-    if states:
-        wg.put_split(scratch.out, y)
-        wg.store(*((part, y.at[now]) for part, y in zip(wg.parts(scratch.out), results.y, strict=True)))
-    else:
-        plgpu.commit_smem()
-    among = [[(here.p, scratch.writes.at[0])]] if outputs else []
-    update, *new_reads = wg.products([(wg.turned(here.k), part) for part in written], *among)
-    state = decayed_state(plan, here, state) + update
-    if outputs:
-        known = reads[0] * scalar(START) if plan.gate == "head" else reads[0]
-        known = known if plan.gate == "channel" else known * plan.scale
-        wg.put(scratch.out.at[0], known + new_reads[0])
-        wg.store((scratch.out.at[0], results.o.at[now]))
-    plgpu.barrier_arrive(scratch.ring.empty.at[slot])
-    return state
+    def run(known: wg.Sum, read: wg.Sum, y: wg.Sum, update: wg.Sum, among: wg.Sum) -> tuple[Array, Array | None]:
+        old: list[Any] = wg.split_of(state, 1 + ends)
+
+        def leave_state() -> None:
+            wg.stored()
+            for ref, part in zip(wg.parts(scratch.old), old, strict=True):
+                ref = wg.turned(ref)
+                ref[...] = part
+            if states:
+                wg.store((scratch.old.at[0], results.states.at[at.batch, at.head, index, :, at.channels]))
+
+        if not in_registers(plan):
+            leave_state()
+            plgpu.commit_smem()
+            old = [wg.turned(x) for x in wg.parts(scratch.old)]
+        wg.loaded(scratch.ring.full.at[slot])
+        if plan.erases:
+            known.add(*((part, wg.turned(here.erase_key)) for part in old))
+        if outputs:
+            read.add((old[0], wg.turned(here.q)))
+        unknown = wg.read(wg.turned(here.v))
+        if plan.erases:
+            erased = known.value(under_way=outputs)
+            erased = erased * (0.0 - scalar(START)) if plan.gate == "head" else 0.0 - erased
+            high, low = wg.split_of(unknown + erased, 2)
+            x_high, x_low = (wg.turned(part) for part in wg.parts(here.x))
+            y.start(wg.zeros(*tokens))
+            y.add((high, x_high), (low, x_high), (high, x_low))
+        if states and in_registers(plan):
+            leave_state()  # while products are under way
+        if o is not None:
+            leave(o)
+            reads = read.value(under_way=3 if plan.erases else 0)
+            if plan.gate != "channel":
+                reads = reads * (scalar(START) * plan.scale if plan.gate == "head" else plan.scale)
+        update.start(decayed_state(plan, here, state))
+        left = y.value() if plan.erases else unknown
+        new = left * scalar(BETA)
+        for part in wg.split_of(new * scalar(END) if plan.gate == "head" else new, 1 + ends):
+            update.add((part, here.k))
+        if outputs:
+            among.start(reads)
+            among.add((new.astype(jnp.bfloat16), wg.turned(here.p)))
+        if states:
+            wg.put_split(tuple(map(wg.turned, wg.parts(scratch.out))), left)
+            wg.store(*((part, y.at[now]) for part, y in zip(wg.parts(scratch.out), results.y, strict=True)))
+        after = update.value(under_way=outputs)
+        new_o = among.value().astype(jnp.bfloat16) if outputs else None
+        plgpu.barrier_arrive(scratch.ring.empty.at[slot])
+        return after, new_o
+
+    tokens, keys = (block, CHUNK), (block, plan.key)
+    return wg.with_sums(run, tokens, tokens, tokens, keys, tokens)
+
+
+def in_registers(plan: Plan) -> bool:
+    """Whether there is room in registers for a state in bfloat16 beside that in float32."""
+    return plan.key <= 128
 
 
 def decayed_state(plan: Plan, here: Chunk, state: Array) -> Array:
-    """exp(G_64) S."""
+    """exp(G_64) S, from the state with the value's channels first."""
     if plan.gate == "head":
         return state * here.scalars[START, CHUNK - 1]
     if plan.gate == "channel":
-        return state * wg.each_row(wg.along_rows(here.whole), plan.value_block)
+        return state * wg.each_column(wg.along_columns(here.whole), BLOCK)
     return state

@@ -155,6 +155,43 @@ def product(*pairs: tuple[Ref, Ref]) -> Array:
     return products(pairs)[0]
 
 
+class Sum:
+    """A sum of products in float32, in registers, to which products are added while other work goes on.
+
+    The left operand of a product may be in registers too: a value of bfloat16, that then needs no shared memory. It may
+    not be a mask of the program's own making: ptxas (13.5) has set a register of such a constant after its first use.
+    """
+
+    def __init__(self, held: Any) -> None:
+        self._held = held  # an accumulator; in the interpreter, which multiplies no values, the sum itself
+
+    def start(self, x: Array) -> None:
+        """Begins with a value, not with zero."""
+        if INTERPRET:
+            self._held = x
+        else:
+            self._held[...] = x
+
+    def add(self, *pairs: tuple[Any, Ref]) -> None:
+        """Starts the products of pairs of tiles, or of a value and a tile."""
+        for a, b in pairs:
+            if INTERPRET:
+                self._held += jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
+            else:
+                plgpu.wgmma(self._held, a, b)
+
+    def value(self, under_way: int = 0) -> Array:
+        """The sum, as soon as no more than the last so many products that were started, of any sum, are under way."""
+        return self._held if INTERPRET else plgpu.wgmma_accumulator_load(self._held, wait_n=under_way)
+
+
+def with_sums[T](body: Callable[..., T], *shapes: tuple[int, int]) -> T:
+    """Runs `body` with a `Sum` of zero for every shape."""
+    if INTERPRET:
+        return body(*(Sum(jnp.zeros(shape, jnp.float32)) for shape in shapes))
+    return pl.run_scoped(lambda *held: body(*map(Sum, held)), *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
 def put(ref: Ref, x: Array) -> None:
     ref[...] = x.astype(ref.dtype)
 
@@ -164,12 +201,19 @@ def parts(split: Ref) -> Sequence[Ref]:
     return split if isinstance(split, tuple) else [split.at[n] for n in range(split.shape[0])]
 
 
+def split_of(x: Array, count: int) -> list[Array]:
+    """A float32 value as a sum of so many of bfloat16, the highest first; two parts lose 2^-17 of it."""
+    if count == 1:
+        return [x.astype(jnp.bfloat16)]
+    # Rounded as an integer: of a conversion and its reverse the compiler makes slow conversions of single numbers.
+    bits = lax.bitcast_convert_type(x, jnp.int32) + jnp.int32(0x8000)
+    high = lax.bitcast_convert_type(bits & jnp.int32(-0x10000), jnp.float32)
+    return [high.astype(jnp.bfloat16), *split_of(x - high, count - 1)]
+
+
 def put_split(split: Ref, x: Array) -> None:
-    """A float32 value as a sum of bfloat16; two parts lose 2^-17 of it."""
-    for ref in parts(split):
-        part = x.astype(jnp.bfloat16)
+    for ref, part in zip(parts(split), split_of(x, len(parts(split))), strict=True):
         ref[...] = part
-        x = x - part.astype(jnp.float32)
 
 
 def read_split(split: Ref) -> Array:
@@ -197,11 +241,15 @@ def loaded(barrier: Ref) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def store(*copies: tuple[Ref, Ref]) -> None:
-    """Starts copies `(from shared, to global)` of what this warpgroup has written."""
+def store(*copies: tuple[Ref, Ref], when: Array | None = None) -> None:
+    """Starts copies `(from shared, to global)` of what this warpgroup has written; not if `when` is false."""
     plgpu.commit_smem()
-    for source, target in copies:
-        plgpu.copy_smem_to_gmem(source, target)
+
+    def start() -> None:
+        for source, target in copies:
+            plgpu.copy_smem_to_gmem(source, target)
+
+    start() if when is None else pl.when(when)(start)
 
 
 def stored(*, and_written: bool = False) -> None:

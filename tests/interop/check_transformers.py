@@ -22,7 +22,9 @@ def check(folder: Path) -> str:
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
     model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
+    wrong = {
+        name: sorted(info[name])[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]
+    }
     wrong = {name: keys for name, keys in wrong.items() if not all(key.startswith("mtp.") for key in keys)}
     with torch.no_grad():
         got = model(torch.from_numpy(expected["tokens"]).long()).logits.double().numpy()

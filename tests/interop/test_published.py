@@ -12,17 +12,28 @@ import pytest
 from flax import nnx
 
 from delta_jax.inference import generate
-from delta_jax.interop import export_run, import_run, load_pretrained, save_pretrained
+from delta_jax.interop import load_pretrained, save_pretrained
 from delta_jax.interop.checkpoint import open_checkpoint
 from delta_jax.testing import relative_error
+from delta_jax.training import export_run, import_run
 from tests.interop.conftest import CHECKPOINTS
 
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir())
 # The logits of the file, in float32, are themselves so far from those in float64.
 LIMITS = {"kimi_linear": 3e-6, "lara_mini": 6e-5, "bailing_hybrid": 1.2e-5, "qwen3_next_dense": 8e-6}
-# Keys that say the same otherwise: which layers are dense, sections of an embedding that text does not use, windows that no layer has, a width
-# that follows from others, heads of latent attention by another name.
-FREE = ("rope_parameters", "decoder_sparse_step", "mlp_only_layers", "max_window_layers", "sliding_window", "intermediate_size", "num_v_heads", "head_dim", "dtype")
+# Keys that say the same otherwise: which layers are dense, sections of an embedding that text does not use, windows that
+# no layer has, a width that follows from others, heads of latent attention by another name.
+FREE = (
+    "rope_parameters",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "max_window_layers",
+    "sliding_window",
+    "intermediate_size",
+    "num_v_heads",
+    "head_dim",
+    "dtype",
+)
 FRESH = {"qwen3_5_moe_text": "qwen3_next", "qwen3_5_vlm": "qwen3_5_text", "qwen3_5_moe_vlm": "qwen3_next"}
 
 

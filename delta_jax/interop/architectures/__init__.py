@@ -1,6 +1,7 @@
-"""The architectures that are read and written, by the model_type of their config.json."""
+"""The architectures that are read and written, and those that are known but not expressible, by their model_type."""
 
 from delta_jax.interop.architectures import (
+    apriel2,
     bailing_hybrid,
     fla,
     hybrid_qwen3,
@@ -13,7 +14,7 @@ from delta_jax.interop.architectures import (
 )
 from delta_jax.interop.architectures.common import Architecture
 
-__all__ = ["ARCHITECTURES"]
+__all__ = ["ARCHITECTURES", "INEXPRESSIBLE"]
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_next": qwen3_next.ARCHITECTURE,
@@ -25,8 +26,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "kimi_linear": kimi_linear.ARCHITECTURE,
     "bailing_hybrid": bailing_hybrid.ARCHITECTURE,
     "lara_mini": lara_mini.ARCHITECTURE,
-    "llama": llama.LLAMA,
-    "qwen3": llama.QWEN3,
+    **llama.ARCHITECTURES,
     "hybrid_qwen3": hybrid_qwen3.ARCHITECTURE,
+    "apriel2": apriel2.ARCHITECTURE,
+    "apriel2_text": apriel2.ARCHITECTURE,
     **fla.ARCHITECTURES,
+}
+# What of their function this library does not have.
+INEXPRESSIBLE: dict[str, str] = {
+    "glm5_next": "its attention picks tokens by an indexer, and its residual stream is made of hyper-connections",
+    "jet_nemotron": "the kernels of its convolutions depend on the input",
+    "kimi_k3": "its residual stream attends to earlier layers, and its experts work on a latent space",
+    "mom": "a router gives each token to some of several states",
+    "nemotron_flash": "memory_tokens, learned vectors before every sequence, have no place in packed rows, and its logits "
+    "are divided by the lengths of the head's rows",
+    "qwen4_exp": "it has a table of n-grams, hyper-connections, and attention that picks tokens by an indexer",
+    "rwkv7": "its mixers and its feed-forward layers mix each token with the one before it",
 }

@@ -26,7 +26,14 @@ from delta_jax.interop.keys import Keys, layer_kinds, rope_keys, rope_options
 from delta_jax.models import ModelConfig
 
 LATENT_NORM_EPS = 1e-6  # of the module in the model's code, whatever rms_norm_eps is
-IDLE = ("use_grouped_topk", "num_nextn_predict_layers", "num_mtp_layers", "mtp_loss_scaling_factor", "qk_head_dim", "router_dtype")
+IDLE = (
+    "use_grouped_topk",
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_loss_scaling_factor",
+    "qk_head_dim",
+    "router_dtype",
+)
 
 
 def config(keys: Keys) -> ModelConfig:
@@ -101,7 +108,9 @@ def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
         return f"model.layers.{index}.", [*qwen3_next.norms(config), *rows]
 
     _, *rest = qwen3_next.outer(config)
-    return Tensors([one("model.word_embeddings.weight", "embed/embedding"), *rest], block, kimi_linear.later_layers(config, keys))
+    return Tensors(
+        [one("model.word_embeddings.weight", "embed/embedding"), *rest], block, kimi_linear.later_layers(config, keys)
+    )
 
 
 def table(config: ModelConfig) -> dict[str, Any]:

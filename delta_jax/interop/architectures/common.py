@@ -80,6 +80,7 @@ def mixer(name: str, norm_placement: str = "pre", **options: Any) -> MixerSpec:
 
 def stack(layers: Sequence[MixerSpec]) -> dict[str, Any]:
     """`pattern` and `layer_overrides` of a stack: the shortest description of it."""
+
     def described(period: int) -> tuple[tuple[MixerSpec, ...], dict[MixerSpec, list[int]]]:
         pattern, others = [], dict[MixerSpec, list[int]]()
         for place in range(period):
@@ -141,7 +142,7 @@ def options_of(config: ModelConfig, spec: MixerSpec) -> dict[str, Any]:
 
 @functools.cache
 def _options_of(width: int, norm_eps: float, spec: MixerSpec) -> dict[str, Any]:
-    kind = find_mixer(spec.mixer)
+    kind: Any = find_mixer(spec.mixer)
     own = inspect.signature(kind.__init__).parameters.values()
     found = {p.name: p.default for p in own if p.default is not p.empty} | dict(spec.options)
     if issubclass(kind, Mixer):  # only the layer knows what it hands on

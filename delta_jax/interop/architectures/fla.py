@@ -1,4 +1,4 @@
-"""flash-linear-attention's models: one decoder around DeltaNet, Gated DeltaNet, Kimi Delta Attention or (Gated) DeltaProduct.
+"""flash-linear-attention: one decoder around DeltaNet, Gated DeltaNet, Kimi Delta Attention or (Gated) DeltaProduct.
 
 Also its hybrids with attention, and the layouts of its older versions: both halves of a SwiGLU layer in one tensor, norms
 inside the layers they precede, a parameter D that nothing uses.
@@ -94,6 +94,7 @@ def attention(keys: Keys, width: int, number: int) -> dict[int, MixerSpec]:
         own = Keys(table, "config.json: attn")
         heads = own.get(int, "num_heads")
         own.demand("qk_norm", False, default=False)
+        own.demand("attn_type", "attn", "swa", default="attn")
         if heads < 1 or width % heads:
             raise own.refuse("num_heads", f"wanted a divisor of hidden_size {width}")
         spec = mixer(
@@ -366,6 +367,15 @@ MEMBERS = {
     "delta_net": Member("DeltaNetForCausalLM", _delta_net, 24, _delta_net_keys, _delta_net_rows, ("delta_net",)),
     "gated_deltanet": Member(
         "GatedDeltaNetForCausalLM",
+        _gated_delta_net,
+        21,
+        _gated_delta_net_keys,
+        _gated_delta_net_rows,
+        ("gated_delta_net",),
+    ),
+    # The same tensors in Idiap's class, which has sparse kinds of attention besides (arXiv 2510.20787).
+    "hybrid_gated_deltanet": Member(
+        "HybridGatedDeltaNetForCausalLM",
         _gated_delta_net,
         21,
         _gated_delta_net_keys,

@@ -95,7 +95,9 @@ def _kinds(keys: Keys, linear: Keys, number: int) -> tuple[str, ...]:
         return layer_kinds(keys, number, default, tuple(KINDS.values()))
     keys.plain("layer_types")
     if sorted(attention + delta) != list(range(1, number + 1)):
-        raise linear.refuse("kda_layers", f"which with full_attn_layers should name each of the layers 1 to {number} once")
+        raise linear.refuse(
+            "kda_layers", f"which with full_attn_layers should name each of the layers 1 to {number} once"
+        )
     return tuple("full_attention" if index + 1 in attention else "linear_attention" for index in range(number))
 
 

@@ -1,10 +1,10 @@
-"""Llama and Qwen3: attention alone, from which delta-rule hybrids are converted.
+"""Llama, Mistral, Qwen2 and Qwen3: attention alone, from which delta-rule hybrids are converted.
 
-Names: transformers, `llama` and `qwen3`.
+Names and defaults: transformers, `llama`, `mistral`, `qwen2` and `qwen3`.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from delta_jax.interop.architectures import qwen3_next
 from delta_jax.interop.architectures.common import (
@@ -14,6 +14,7 @@ from delta_jax.interop.architectures.common import (
     Rows,
     Tensors,
     first,
+    kinds_of,
     mixer,
     mlp,
     options_of,
@@ -22,48 +23,85 @@ from delta_jax.interop.architectures.common import (
 from delta_jax.interop.keys import Keys, layer_kinds, rope_keys, rope_options
 from delta_jax.models import ModelConfig
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 
-def config(keys: Keys, *, qwen: bool) -> ModelConfig:
+
+class Donor(NamedTuple):
+    """One of them.
+
+    Attributes:
+        architecture: the name of its class.
+        vocabulary, inner: defaults of vocab_size and intermediate_size.
+        kv_heads, head_dim: of num_key_value_heads and head_dim; None follows from the other keys.
+        bias: what has one: the projections of queries, keys and values, all four if attention_bias says so, or nothing.
+        windows: in no layer, in those that layer_types or max_window_layers give one, or in all.
+        qk_norm: whether queries and keys are normalised, head by head.
+    """
+
+    architecture: str
+    vocabulary: int
+    inner: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    bias: Literal["qkv", "key", "none"] = "none"
+    windows: Literal["none", "some", "all"] = "none"
+    qk_norm: bool = False
+
+
+def config(keys: Keys, *, donor: Donor) -> ModelConfig:
     number = keys.layers(32)
     width = keys.get(int, "hidden_size", default=4096)
     heads = keys.get(int, "num_attention_heads", default=32)
     keys.demand("hidden_act", "silu", default="silu")
     keys.demand("mlp_bias", False, default=False)
-    bias = keys.get(bool, "attention_bias", default=False)
+    keys.demand("use_mrope", False, default=False)
     if heads < 1:
         raise keys.refuse("num_attention_heads", "wanted a positive integer")
     options = {
         "num_heads": heads,
-        "num_kv_heads": keys.get(int, "num_key_value_heads", default=32 if qwen else heads),
-        "head_dim": keys.get(int, "head_dim", default=128 if qwen else width // heads),
+        "num_kv_heads": keys.get(int, "num_key_value_heads", default=donor.kv_heads or heads),
+        "head_dim": keys.get(int, "head_dim", default=donor.head_dim or width // heads),
         **rope_options(keys, theta=10000.0),
-        **({"use_qk_norm": True} if qwen else {}),
-        **({"use_qkv_bias": True, "use_output_bias": True} if bias else {}),
+        **({"use_qk_norm": True} if donor.qk_norm else {}),
+        **_biases(keys, donor),
     }
-    kinds = ["full_attention"] * number
-    if qwen:
-        window = keys.get(int, "sliding_window", default=4096)
-        first_window = keys.get(int, "max_window_layers", default=28)
-        if keys.get(bool, "use_sliding_window", default=False):
-            kinds = ["sliding_attention" if index >= first_window else "full_attention" for index in range(number)]
-    else:
-        window = None
-    allowed = ("full_attention", "sliding_attention") if qwen else ("full_attention",)
-    kinds = list(layer_kinds(keys, number, kinds, allowed))
-    specs = {
-        "full_attention": mixer("attention", **options),
-        "sliding_attention": mixer("attention", **options, window=window),
-    }
+    window, kinds = _windows(keys, donor, number)
+    specs = {FULL: mixer("attention", **options), SLIDING: mixer("attention", **options, window=window)}
     found = ModelConfig(
-        vocab_size=keys.get(int, "vocab_size", default=151936 if qwen else 32000),
+        vocab_size=keys.get(int, "vocab_size", default=donor.vocabulary),
         hidden_size=width,
         **stack([specs[kind] for kind in kinds]),
-        intermediate_size=keys.get(int, "intermediate_size", default=22016 if qwen else 11008),
+        intermediate_size=keys.get(int, "intermediate_size", default=donor.inner),
         tie_embeddings=keys.get(bool, "tie_word_embeddings", default=False),
         norm_eps=keys.get(float, "rms_norm_eps", default=1e-6),
     )
     keys.finish()
     return found
+
+
+def _biases(keys: Keys, donor: Donor) -> dict[str, bool]:
+    if donor.bias == "qkv":
+        keys.demand("attention_bias", True, default=True)
+        return {"use_qkv_bias": True}
+    if donor.bias == "none":
+        keys.demand("attention_bias", False, default=False)
+        return {}
+    bias = keys.get(bool, "attention_bias", default=False)
+    return {"use_qkv_bias": True, "use_output_bias": True} if bias else {}
+
+
+def _windows(keys: Keys, donor: Donor, number: int) -> tuple[int | None, tuple[str, ...]]:
+    """The window, and the kind of each layer."""
+    if donor.windows == "none":
+        return None, layer_kinds(keys, number, [FULL] * number, [FULL])
+    window = keys.get(int, "sliding_window", default=4096)
+    if donor.windows == "all":
+        everywhere = FULL if "sliding_window" in keys and keys.plain("sliding_window") is None else SLIDING
+        return window, layer_kinds(keys, number, [everywhere] * number, [everywhere])
+    whole = keys.get(int, "max_window_layers", default=28)
+    used = keys.get(bool, "use_sliding_window", default=False)
+    kinds = [SLIDING if used and index >= whole else FULL for index in range(number)]
+    return window, layer_kinds(keys, number, kinds, (FULL, SLIDING))
 
 
 def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
@@ -74,13 +112,14 @@ def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
     return Tensors(qwen3_next.outer(config), block)
 
 
-def table(config: ModelConfig, *, qwen: bool) -> dict[str, Any]:
+def table(config: ModelConfig, *, donor: Donor, model_type: str) -> dict[str, Any]:
+    kinds_of(config, {"attention": FULL})
     options = first(config, "attention")
-    if options["use_qk_norm"] != qwen:
-        raise Inexpressible("its queries and keys are " + ("not normalised" if qwen else "normalised"))
+    if options["use_qk_norm"] != donor.qk_norm:
+        raise Inexpressible("its queries and keys are " + ("not normalised" if donor.qk_norm else "normalised"))
     found = {
-        "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
-        "model_type": "qwen3" if qwen else "llama",
+        "architectures": [donor.architecture],
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.mlp_width,
@@ -91,25 +130,39 @@ def table(config: ModelConfig, *, qwen: bool) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope_keys(options),
-        "attention_bias": options["use_qkv_bias"],
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_std,
         "use_cache": True,
     }
-    if not qwen:
-        return found | {"mlp_bias": False}
+    if donor.bias == "key":
+        found["attention_bias"] = options["use_qkv_bias"]
+    if donor.architecture == "LlamaForCausalLM":
+        found["mlp_bias"] = False
     windows = [options_of(config, layer.mixer)["window"] for layer in config.layers]
     window = next((one for one in windows if one is not None), None)
-    kinds = ["full_attention" if one is None else "sliding_attention" for one in windows]
-    whole = kinds.index("sliding_attention") if window is not None else config.num_layers
-    return found | {
-        "layer_types": kinds,
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        "max_window_layers": whole,
-    }
+    if donor.windows == "all":
+        found["sliding_window"] = window
+    elif donor.windows == "some":
+        kinds = [FULL if one is None else SLIDING for one in windows]
+        found |= {
+            "layer_types": kinds,
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": kinds.index(SLIDING) if window is not None else config.num_layers,
+        }
+    return found
 
 
-LLAMA = Architecture("transformers", partial(config, qwen=False), tensors, partial(table, qwen=False))
-QWEN3 = Architecture("transformers", partial(config, qwen=True), tensors, partial(table, qwen=True))
+DONORS = {
+    "llama": Donor("LlamaForCausalLM", 32000, 11008, bias="key"),
+    "qwen3": Donor("Qwen3ForCausalLM", 151936, 22016, 32, 128, bias="key", windows="some", qk_norm=True),
+    "qwen2": Donor("Qwen2ForCausalLM", 151936, 22016, 32, bias="qkv", windows="some"),
+    "mistral": Donor("MistralForCausalLM", 32000, 14336, 8, windows="all"),
+}
+ARCHITECTURES = {
+    name: Architecture(
+        "transformers", partial(config, donor=donor), tensors, partial(table, donor=donor, model_type=name)
+    )
+    for name, donor in DONORS.items()
+}

@@ -93,29 +93,21 @@ def _rope(keys: Keys) -> dict[str, Any]:
 def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
     def block(index: int) -> tuple[str, Rows]:
         options = options_of(config, spec := config.layers[index].mixer)
+        rows: Rows
         if spec.mixer == "attention":
             # transformers renames what its linear layers have by the same name, and no other norm.
-            names = ("post_attention_layernorm", "feedforward_layer_norm")
-            norms = [OneOf(tuple((_norm(name, "mixer"),) for name in names)), _norm("post_feedforward_layernorm", "mlp")]
-            rows = qwen3_next.attention_rows(options)
+            after = [(_norm(name, "mixer"),) for name in ("post_attention_layernorm", "feedforward_layer_norm")]
+            rows = [OneOf(tuple(after)), _norm("post_feedforward_layernorm", "mlp")]
+            rows += qwen3_next.attention_rows(options)
         else:
-            norms = [
-                OneOf(
-                    (
-                        (_norm("input_layernorm", "mixer"), _norm("post_attention_layernorm", "mlp")),
-                        (_norm("attention_layer_norm", "mixer"), _norm("feedforward_layer_norm", "mlp")),
-                    )
-                )
-            ]
-            names = [f"{name}_proj" for name in "qkvgabo"]
-            rows = [
-                *(one(f"linear_attn.{name}.weight", f"mixer/{name}/kernel") for name in names),
-                *convolutions([f"linear_attn.{name}_conv1d" for name in "qkv"], uneven=True),
-                one("linear_attn.A_log", "mixer/A_log"),
-                one("linear_attn.dt_bias", "mixer/dt_bias"),
-                one("linear_attn.o_norm.weight", "mixer/o_norm/scale"),
-            ]
-        return f"model.layers.{index}.", [*norms, *rows, *mlp()]
+            published = (_norm("input_layernorm", "mixer"), _norm("post_attention_layernorm", "mlp"))
+            renamed = (_norm("attention_layer_norm", "mixer"), _norm("feedforward_layer_norm", "mlp"))
+            rows = [OneOf((published, renamed))]
+            rows += [one(f"linear_attn.{name}_proj.weight", f"mixer/{name}_proj/kernel") for name in "qkvgabo"]
+            rows += convolutions([f"linear_attn.{name}_conv1d" for name in "qkv"], uneven=True)
+            rows += [one(f"linear_attn.{name}", f"mixer/{name}") for name in ("A_log", "dt_bias")]
+            rows.append(one("linear_attn.o_norm.weight", "mixer/o_norm/scale"))
+        return f"model.layers.{index}.", [*rows, *mlp()]
 
     return Tensors(qwen3_next.outer(config), block)
 

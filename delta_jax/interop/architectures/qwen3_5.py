@@ -80,7 +80,9 @@ def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
         return f"{prefix}layers.{index}.", [*qwen3_next.norms(config), *rows]
 
     head = "language_model.lm_head.weight"
-    return Tensors(qwen3_next.outer(config, prefix, head if there and head in there else "lm_head.weight"), block, ASIDE)
+    return Tensors(
+        qwen3_next.outer(config, prefix, head if there and head in there else "lm_head.weight"), block, ASIDE
+    )
 
 
 def table(config: ModelConfig, *, sparse: bool) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def config(keys: Keys) -> ModelConfig:
 def dense_layers(keys: Keys) -> tuple[int, ...]:
     """The layers whose feed-forward part is no mixture of experts."""
     layers = keys.layers(48)
-    step, only = keys.get(int, "decoder_sparse_step", default=1), keys.get(tuple[int, ...], "mlp_only_layers", default=())
+    step, only = (
+        keys.get(int, "decoder_sparse_step", default=1),
+        keys.get(tuple[int, ...], "mlp_only_layers", default=()),
+    )
     if step < 1:
         raise keys.refuse("decoder_sparse_step", "wanted a positive integer")
     if keys.get(int, "num_experts", default=512) == 0:
@@ -142,19 +145,19 @@ def norms(config: ModelConfig) -> Rows:
     ]
 
 
-def attention_rows(options: dict[str, Any]) -> Rows:
+def attention_rows(options: dict[str, Any], prefix: str = "self_attn.") -> Rows:
     """Attention; a gate lies in the queries, head by head."""
     gate = options["use_output_gate"]
     queries = ["mixer/q_proj/kernel", "mixer/g_proj/kernel"] if gate else ["mixer/q_proj/kernel"]
-    rows: Rows = [parts("self_attn.q_proj.weight", *queries, groups=options["num_heads"] if gate else 1)]
-    rows += [one(f"self_attn.{name}_proj.weight", f"mixer/{name}_proj/kernel") for name in "kvo"]
+    rows: Rows = [parts(f"{prefix}q_proj.weight", *queries, groups=options["num_heads"] if gate else 1)]
+    rows += [one(f"{prefix}{name}_proj.weight", f"mixer/{name}_proj/kernel") for name in "kvo"]
     if options["use_qkv_bias"]:
-        rows += [one(f"self_attn.{name}_proj.bias", f"mixer/{name}_proj/bias") for name in "qkv"]
+        rows += [one(f"{prefix}{name}_proj.bias", f"mixer/{name}_proj/bias") for name in "qkv"]
     if options["use_output_bias"]:
-        rows.append(one("self_attn.o_proj.bias", "mixer/o_proj/bias"))
+        rows.append(one(f"{prefix}o_proj.bias", "mixer/o_proj/bias"))
     if options["use_qk_norm"]:
         norm = norm_name(options["zero_centered_norms"])
-        rows += [one(f"self_attn.{name}_norm.weight", f"mixer/{name}_norm/{norm}") for name in "qk"]
+        rows += [one(f"{prefix}{name}_norm.weight", f"mixer/{name}_norm/{norm}") for name in "qk"]
     return rows
 
 

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from delta_jax.config import to_dict
 from delta_jax.data import DataConfig, load_tokenizer
+from delta_jax.interop import load_pretrained, save_pretrained
 from delta_jax.interop.checkpoint import KEPT, Checkpoint, copy_companions, keep_description, open_checkpoint
-from delta_jax.interop.read import load_pretrained
-from delta_jax.interop.write import save_pretrained
 from delta_jax.models import LanguageModel
-from delta_jax.training import CheckpointConfig, TrainConfig, TrainState, restore_model
-from delta_jax.training.checkpoint import Checkpoints
+from delta_jax.training.checkpoint import Checkpoints, restore_model
+from delta_jax.training.config import CheckpointConfig, TrainConfig
 from delta_jax.training.folder import CONFIG, TOKENIZER, keep_tokenizer, open_folder
-from delta_jax.training.state import split_model
+from delta_jax.training.state import TrainState, split_model
 
 __all__ = ["export_run", "import_run"]
 
@@ -55,7 +53,9 @@ def import_run(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f'output: "{folder}" is there already and not empty')
     checkpoint = open_checkpoint(source, ignore_keys)
-    model = load_pretrained(checkpoint.folder if Path(source).is_dir() else source, dtype=dtype, ignore_keys=ignore_keys)
+    model = load_pretrained(
+        checkpoint.folder if Path(source).is_dir() else source, dtype=dtype, ignore_keys=ignore_keys
+    )
     tokenizer = str(checkpoint.folder / TOKENIZER) if (checkpoint.folder / TOKENIZER).is_file() else "bytes"
     ids = load_tokenizer(tokenizer).vocab_size
     if tokenizer != "bytes" and ids > model.config.vocab_size:
@@ -90,7 +90,9 @@ def _fill(folder: Path, checkpoint: Checkpoint, model: LanguageModel, *, has_tok
     digest = keep_tokenizer(folder, config.data.tokenizer)
     _, parameters = split_model(model)
     # No optimizer has seen these weights, and its moments would take twice their room.
-    state = TrainState(step=jnp.zeros((), jnp.int32), parameters=parameters, optimizer={"none": jnp.zeros((), jnp.int32)})
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32), parameters=parameters, optimizer={"none": jnp.zeros((), jnp.int32)}
+    )
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
         checkpoints.save(state, {}, config, tokenizer=digest)
 
@@ -120,8 +122,8 @@ def export_run(
         ValueError: see `save_pretrained` and `restore_model`.
 
     Examples:
-        >>> _ = import_run("qwen3_5", "imported")
-        >>> export_run("imported", "exported")
+        >>> _ = import_run("qwen3_5", "to_export")
+        >>> export_run("to_export", "exported")
         'qwen3_5_text'
     """
     config, model = restore_model(run, step)
