@@ -86,6 +86,9 @@ class Keys:
         for name in names:
             if self._table.get(name) is not None:
                 return convert(kind, self._table[name], f"{self._where}: {name}")
+        if kind is bool and default is True and any(name in self._table for name in names):
+            # Code in which null is false would not take the default.
+            raise self.refuse(next(name for name in names if name in self._table), "wanted true or false")
         if default is REQUIRED:
             raise ValueError(f"{self._where} lacks the key {names[0]}")
         return default

@@ -373,7 +373,16 @@ KEYS = [
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types is ['full_attention'], of 1 layers"),
     ("qwen3", {"layer_types": "full_attention"}, "layer_types: wanted an array"),
     ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "but the layers are full_attention or sliding_attention"),
-    ("qwen3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 0}, "window must be"),
+    (
+        "qwen3",
+        {"layer_types": ["sliding_attention"] * 4, "use_sliding_window": True, "sliding_window": 0},
+        "window must be",
+    ),
+    (
+        "qwen3",
+        {"layer_types": ["sliding_attention"] * 4},
+        "but by use_sliding_window and sliding_window there is no window",
+    ),
     ("qwen3_5_text", {"linear_num_value_heads": 3}, "num_v_heads must be a"),
     ("qwen3_5_text", {"linear_key_head_dim": 0}, "linear_key_head_dim is 0"),
     ("qwen3_5_text", {"linear_conv_kernel_dim": 5}, "conv1d.weight has the shape"),
@@ -388,6 +397,7 @@ KEYS = [
     ),
     ("qwen3_5_moe_text", {"num_experts_per_tok": 6}, "num_experts_per_token"),
     ("qwen3_5_moe_vlm", {"text_config": {}}, "has the shape"),
+    ("qwen3_next", {"norm_topk_prob": 1}, "norm_topk_prob: wanted true or false, got 1"),
     ("qwen3_next", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
     ("lara_mini", {"attention_bias": True}, "attention_bias is True"),
     ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope is False"),
@@ -417,6 +427,21 @@ KEYS = [
 @pytest.mark.parametrize(("name", "changes", "words"), KEYS)
 def test_a_key_that_cannot_be_is_refused(name, changes, words, checkpoint):
     assert words in refusal(checkpoint(name, **changes), call=open_checkpoint)
+
+
+def test_null_is_no_default_where_it_says_something(checkpoint):
+    """Where code asks whether a key is true, null says no; a window that is null is none."""
+    folder = checkpoint("qwen3_next")
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(table | {"norm_topk_prob": None}))
+    assert "norm_topk_prob is None, wanted true or false" in refusal(folder, call=open_checkpoint)
+    folder = checkpoint("qwen3", layer_types=None)
+    table = json.loads((folder / "config.json").read_text())
+    windows = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(table | windows))
+    assert all("window" not in dict(layer.mixer.options) for layer in open_checkpoint(folder).model.layers)
+    (folder / "config.json").write_text(json.dumps(table | windows | {"sliding_window": 3}))
+    assert all(dict(layer.mixer.options)["window"] == 3 for layer in open_checkpoint(folder).model.layers)
 
 
 def test_an_unknown_key_passes_where_the_caller_says_so(checkpoint):

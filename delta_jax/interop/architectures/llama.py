@@ -99,9 +99,13 @@ def _windows(keys: Keys, donor: Donor, number: int) -> tuple[int | None, tuple[s
         everywhere = FULL if "sliding_window" in keys and keys.plain("sliding_window") is None else SLIDING
         return window, layer_kinds(keys, number, [everywhere] * number, [everywhere])
     whole = keys.get(int, "max_window_layers", default=28)
-    used = keys.get(bool, "use_sliding_window", default=False)
+    null = "sliding_window" in keys and keys.plain("sliding_window") is None
+    used = keys.get(bool, "use_sliding_window", default=False) and not null
     kinds = [SLIDING if used and index >= whole else FULL for index in range(number)]
-    return window, layer_kinds(keys, number, kinds, (FULL, SLIDING))
+    found = layer_kinds(keys, number, kinds, (FULL, SLIDING))
+    if SLIDING in found and not used:
+        raise keys.refuse("layer_types", "but by use_sliding_window and sliding_window there is no window")
+    return window, found
 
 
 def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
