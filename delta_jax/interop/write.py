@@ -141,10 +141,10 @@ def published_table(config: ModelConfig, format: str | None = None) -> tuple[str
         ]
     which = "" if format is None else f" of {format}"
     if reasons:
-        said = list(dict.fromkeys(min(reasons.values(), key=lambda found: len(found))))[:3]
+        nearest = min(reasons.values(), key=len)
+        said = list(dict.fromkeys(nearest))[:3]
     else:
-        mixers = dict.fromkeys(layer.mixer.mixer for layer in config.layers)
-        said = [f"its mixers are {', '.join(mixers)}", *(f"{why} ({', '.join(names)})" for why, names in far.items())]
+        said = [f"{why} ({', '.join(names)})" for why, names in far.items()]
     raise ValueError(f"no published class{which} has such a model: {'; '.join(said)}")
 
 

@@ -14,7 +14,7 @@ from delta_jax.interop import load_pretrained, save_pretrained, write
 from delta_jax.interop.checkpoint import architecture_of, expected_layout, open_checkpoint
 from delta_jax.interop.keys import Keys
 from delta_jax.interop.safetensors import INDEX, raw_bytes, tensors_of_folder, write_file
-from delta_jax.models import MixerSpec, ModelConfig
+from delta_jax.models import ExpertsConfig, MixerSpec, ModelConfig
 from delta_jax.training import import_run
 from tests.interop.conftest import CHECKPOINTS
 
@@ -409,6 +409,8 @@ KEYS = [
         "kda_layers is [1, 2, 3]",
     ),
     ("kimi_linear", {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling is"),
+    ("kimi_linear", {"tie_word_embeddings": True}, "tie_word_embeddings is True, which this library does not have"),
+    ("bailing_hybrid", {"tie_word_embeddings": True}, "tie_word_embeddings is True, which this library does not have"),
     ("bailing_hybrid", {"use_qkv_bias": True}, "use_qkv_bias is True"),
     ("bailing_hybrid", {"n_group": None, "num_expert_group": 4}, "num_expert_groups"),
     ("bailing_hybrid", {"kda_lower_bound": 5.0}, "gate_lower_bound must be"),
@@ -524,12 +526,19 @@ def model_of(*mixers, **options):
     return ModelConfig(**sizes | {"pattern": pattern, "dtype": "float32"} | options)
 
 
+LATENT = {"num_heads": 2, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4}
+KIMI = [
+    ("kimi_delta_attention", {"num_heads": 2, "use_output_gate_bias": False}),
+    ("latent_attention", {**LATENT, "kv_norm_eps": 1e-6}),
+]
+EXPERTS = ExpertsConfig(expert_size=4, num_experts=3, num_experts_per_token=2, shared_expert_size=4)
 NO_CLASS = [
     (model_of(("gated_delta_net_2", {"num_heads": 2})), "gated_delta_net_2"),
     (
         model_of(("gated_delta_net", {"num_heads": 2}), ("kimi_delta_attention", {"num_heads": 2})),
         "kimi_delta_attention",
     ),
+    (model_of(*KIMI, experts=EXPERTS, tie_embeddings=True), "tie_word_embeddings is True"),
     (model_of(("delta_net", {"num_heads": 2}), zero_centered_norms=True), "zero_centered_norms"),
     (model_of(("delta_net", {"num_heads": 2, "conv_size": 3}), ("delta_net", {"num_heads": 2})), "conv_size"),
     (model_of(("attention", {"num_heads": 2, "use_output_gate": True})), "use_output_gate"),

@@ -5,6 +5,7 @@ Made by transformers and by flash-linear-attention's kernels; see make_checkpoin
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from flax import nnx
 from delta_jax.inference import generate
 from delta_jax.interop import load_pretrained, save_pretrained
 from delta_jax.interop.checkpoint import open_checkpoint
+from delta_jax.interop.safetensors import read_flat, write_file
 from delta_jax.testing import relative_error
 from delta_jax.training import export_run, import_run
 from tests.interop.conftest import CHECKPOINTS
@@ -90,3 +92,45 @@ def test_a_model_without_a_past_is_written_as_its_class_would(name, tmp_path):
     known = {**source, **source.get("text_config", {})}
     changed = {key for key in table if key in known and known[key] != table[key]}
     assert changed <= {"transformers_version", "eos_token_id", "bos_token_id", "pad_token_id", *FREE}
+
+
+def test_other_names_and_files_of_the_same_tensors(checkpoint):
+    """Prefixes as in files of serving engines, experts one by one, files by any name."""
+    for name, changes in {
+        "qwen3_5_vlm": {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"},
+        "qwen3_5_moe_vlm": {"model.language_model.": "model."},
+    }.items():
+        folder, old = checkpoint(name), open_checkpoint(CHECKPOINTS / name)
+        data = {}
+        for key, tensor in old.tensors.items():
+            new = key
+            for before, after in changes.items():
+                new = after + key.removeprefix(before) if key.startswith(before) else new
+            numbers = read_flat(tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape)
+            if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                data[new] = numbers
+                continue
+            stem = new.rsplit(".", 1)[0]
+            for expert, matrix in enumerate(numbers):
+                parts = (
+                    {"down": matrix}
+                    if new.endswith("down_proj")
+                    else dict(zip(("gate", "up"), np.split(matrix, 2), strict=True))
+                )
+                data |= {f"{stem}.{expert}.{part}_proj.weight": values for part, values in parts.items()}
+        tensors = {key: ("F32", values.shape) for key, values in data.items()}
+        files = {"one.safetensors": sorted(tensors)[::2], "Zwei 2.safetensors": sorted(tensors)[1::2]}
+        (folder / "model.safetensors").unlink()
+        for file, keys in files.items():
+            write_file(folder / file, {key: tensors[key] for key in keys}, lambda key, data=data: [data[key].tobytes()])
+        where = {key: file for file, keys in files.items() for key in keys}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        for one, other in zip(
+            jax.tree.leaves(nnx.state(load_pretrained(CHECKPOINTS / name))),
+            jax.tree.leaves(nnx.state(model := load_pretrained(folder))),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
+        save_pretrained(model, folder / "again", like=folder)
+        for file in files:
+            assert (folder / "again" / file).read_bytes() == (folder / file).read_bytes()

@@ -45,6 +45,7 @@ def config(keys: Keys) -> ModelConfig:
     kinds = layer_kinds(keys, number, default, ("linear_attention", "full_attention"))
     keys.demand("hidden_act", "silu", default="silu")
     keys.demand("attention_bias", False, default=False)
+    keys.demand("tie_word_embeddings", False, default=False)  # transformers has a head of its own, whatever it says
     keys.demand("use_qkv_bias", False, default=False)
     heads = keys.get(int, "num_attention_heads", default=32)
     if keys.get(int, "num_key_value_heads", default=heads) != heads:
@@ -73,7 +74,6 @@ def config(keys: Keys) -> ModelConfig:
         **kimi_linear.routed(
             keys, number, dense=2, experts=512, per_token=8, scale=2.5, expert_size=768, groups=(8, 4)
         ),
-        tie_embeddings=keys.get(bool, "tie_word_embeddings", default=False),
         norm_eps=keys.get(float, "rms_norm_eps", default=1e-6),
     )
     keys.finish(IDLE)

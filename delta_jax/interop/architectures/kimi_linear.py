@@ -38,6 +38,7 @@ def config(keys: Keys) -> ModelConfig:
     linear = keys.inner("linear_attn_config")
     keys.demand("hidden_act", "silu", default="silu")
     keys.demand("attention_bias", False, default=False)
+    keys.demand("tie_word_embeddings", False, default=False)  # transformers has a head of its own, whatever it says
     keys.demand("mla_use_nope", True, default=True)
     if keys.plain("rope_scaling") is not None:
         raise keys.refuse("rope_scaling", "but this model has no positions")
@@ -65,7 +66,6 @@ def config(keys: Keys) -> ModelConfig:
         **stack([specs[kind] for kind in kinds]),
         intermediate_size=keys.get(int, "intermediate_size", default=9216),
         **routed(keys, number, dense=1, experts=256, per_token=8, scale=2.446, expert_size=1024, groups=(1, 1)),
-        tie_embeddings=keys.get(bool, "tie_word_embeddings", default=False),
         norm_eps=keys.get(float, "rms_norm_eps", default=1e-5),
     )
     keys.finish(IDLE)

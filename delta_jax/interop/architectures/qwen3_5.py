@@ -10,7 +10,6 @@ from typing import Any
 from delta_jax.interop.architectures import qwen3_next
 from delta_jax.interop.architectures.common import (
     Architecture,
-    Inexpressible,
     Names,
     Rows,
     Tensors,
@@ -87,8 +86,6 @@ def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
 
 def table(config: ModelConfig, *, sparse: bool) -> dict[str, Any]:
     if sparse:
-        if config.experts is None:
-            raise Inexpressible("it has no experts")
         found = qwen3_next.decoder_table(config, "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM")
         return found | qwen3_next.routed_table(config)
     found = qwen3_next.decoder_table(config, "qwen3_5_text", "Qwen3_5ForCausalLM")

@@ -7,6 +7,7 @@ from typing import Any
 
 from delta_jax.interop.architectures.common import (
     Architecture,
+    Inexpressible,
     Names,
     Rows,
     Tensors,
@@ -206,12 +207,13 @@ def table(config: ModelConfig) -> dict[str, Any]:
     found = decoder_table(config, "qwen3_next", "Qwen3NextForCausalLM")
     found |= {"intermediate_size": config.mlp_width, "decoder_sparse_step": 1}
     found["mlp_only_layers"] = [index for index, layer in enumerate(config.layers) if not layer.experts]
-    return found | routed_table(config) | {"norm_topk_prob": config.experts is None or config.experts.normalize_weights}
+    found |= routed_table(config)
+    return found | {"norm_topk_prob": config.experts is not None and config.experts.normalize_weights}
 
 
 def routed_table(config: ModelConfig) -> dict[str, Any]:
-    if config.experts is None:
-        return {"num_experts": 0}
+    if config.experts is None:  # dense models are Qwen3.5's
+        raise Inexpressible("it has no experts")
     return {
         "moe_intermediate_size": config.experts.expert_size,
         "num_experts": config.experts.num_experts,
