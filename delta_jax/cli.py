@@ -229,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--format", choices=("transformers", "fla"), help="whose classes load it; default as imported")
     out.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default as imported, or as trained")
+    _takes_ema(out)
     out.set_defaults(run=_export)
 
     plan = commands.add_parser(
@@ -466,7 +467,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from delta_jax.training import export_run
 
     kind = export_run(
-        arguments.folder, arguments.output, format=arguments.format, step=arguments.step, dtype=arguments.dtype
+        arguments.folder,
+        arguments.output,
+        format=arguments.format,
+        step=arguments.step,
+        dtype=arguments.dtype,
+        ema=arguments.ema,
     )
     _print_rows([("model", kind), ("folder", arguments.output)])
     return 0
