@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -23,7 +24,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _OF_USERS = (ValueError, OSError, ArithmeticError, ModuleNotFoundError, MemoryError)
 # What `pip install "delta_jax[train]"` brings, under the names by which it is imported.
 _OF_TRAIN = (
-    *("array_record", "datasets", "flax", "grain", "matplotlib", "optax"),
+    *("array_record", "datasets", "flax", "grain", "jinja2", "matplotlib", "optax"),
     *("orbax", "pyarrow", "rich", "tensorboard", "tokenizers"),
 )
 
@@ -86,6 +87,12 @@ def _takes_a_run(command: argparse.ArgumentParser, example: str = "such as steps
     command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
 
 
+def _takes_ema(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights, of a run with ema_decay"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="delta-jax", description="Language models of the delta-rule family in JAX.")
     common = argparse.ArgumentParser(add_help=False)
@@ -108,7 +115,32 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a file whose whole text is a prompt, - is standard input; may be given several times",
     )
+    generate.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='a file of JSON lines, each an object with "prompt" or "messages"; the results are JSON lines too',
+    )
+    generate.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write JSON lines there, in the order of the prompts; the same command goes on where it was interrupted",
+    )
+    generate.add_argument(
+        "--batch-size", type=int, default=8, metavar="B", help="prompts at a time; default %(default)s"
+    )
+    generate.add_argument("--samples", type=int, default=1, metavar="N", help="of each prompt; default %(default)s")
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="a prompt is the message of a user: write it as the chat template in the run folder says",
+    )
+    generate.add_argument("--system", metavar="TEXT", help="the system's message before it")
+    generate.add_argument(
+        "--save-prefix", metavar="FILE", help="read the prompt, save what the model remembers, and end"
+    )
+    generate.add_argument("--prefix", metavar="FILE", help="go on from what was saved; prompts come right after it")
     generate.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
+    _takes_ema(generate)
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default %(default)s")
     generate.add_argument(
         "--temperature",
@@ -120,12 +152,27 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     generate.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of mass P")
     generate.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest"
+    )
+    generate.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="above 1, tokens of the text so far become less likely",
+    )
+    generate.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="a text before which a text ends; may be given several times",
+    )
+    generate.add_argument(
         "--stop-id",
         type=int,
         action="append",
         default=[],
         metavar="ID",
-        help="a token before which a text ends, besides the one that ends documents; may be given several times",
+        help="a token before which a text ends, besides those that end documents and turns; may be given several times",
     )
     generate.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the draws, in [0, 2^32); default %(default)s"
@@ -139,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("folder", metavar="RUN_FOLDER", help="the output folder of a training run")
     evaluate.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
+    _takes_ema(evaluate)
     evaluate.add_argument("--data", metavar="PATH", help="another corpus: stdlib, a file, a folder or a glob")
     evaluate.add_argument(
         "--split",
@@ -147,6 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--format", help="format of that corpus; default: told from its files")
     evaluate.add_argument("--text-field", metavar="NAME", help="field of that corpus that holds the text")
+    evaluate.add_argument(
+        "--records",
+        choices=("text", "completion", "messages"),
+        help="what its records hold; of completions and messages the answers alone count; default: as in training",
+    )
     evaluate.add_argument(
         "--validation-fraction",
         type=float,
@@ -210,45 +263,126 @@ def _show_config(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    texts = (arguments.prompt or []) + [_read_prompt(name) for name in arguments.prompt_file or []]
-    if not texts:
-        raise ValueError("give a text to continue with --prompt or --prompt-file")
+    records = _records(arguments)
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed must lie in [0, 2^32), got {arguments.seed}")
+    if arguments.save_prefix is not None and (len(records) > 1 or arguments.output is not None):
+        raise ValueError(
+            "--save-prefix saves what one prompt leaves behind, and makes no text: give one, and no --output"
+        )
     import jax
 
     from delta_jax.data import load_tokenizer
-    from delta_jax.inference import generate
+    from delta_jax.inference import load_prefix, read_prompts, save_prefix
+    from delta_jax.inference.prompts import Writer
     from delta_jax.training import restore_model
 
-    config, model = restore_model(arguments.folder, arguments.step)
+    config, model = restore_model(arguments.folder, arguments.step, ema=arguments.ema)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    prompts = [[tokenizer.document_id, *tokenizer.encode(text).tolist()] for text in texts]
-    continuations = generate(
-        model,
-        prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        stop_id=[tokenizer.document_id, *arguments.stop_id],
-        key=jax.random.key(arguments.seed),
-    )
-    for number, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
-        if len(prompts) > 1:
-            print(f"--- {number + 1} ---")
-        print(tokenizer.decode([*prompt, *ids]))
+    writer = Writer(Path(arguments.folder), tokenizer, chat=arguments.chat, system=arguments.system)
+    prefix = None if arguments.prefix is None else load_prefix(arguments.prefix, model)
+    prompts = []
+    for number, record in enumerate(records, 1):
+        try:
+            prompts.append(writer.tokens(record, continues=prefix is not None))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}" if len(records) > 1 else str(error)) from None
+    if arguments.save_prefix is not None:
+        reading = read_prompts(model, prompts, after=prefix)
+        save_prefix(arguments.save_prefix, model, reading)
+        print(f"{arguments.save_prefix}: {_count(int(reading.lengths[0]), 'token')}")
+        return 0
+    ids, texts = writer.stops()
+    options: dict[str, Any] = {
+        **{name: getattr(arguments, name) for name in _GENERATION},
+        "stop_id": sorted({*ids, *arguments.stop_id}),
+        "stop": [*texts, *(arguments.stop or [])],
+    }
+    more = {"key": jax.random.key(arguments.seed), "tokenizer": tokenizer, "prefix": prefix}
+    if arguments.prompts is None and arguments.output is None:
+        return _print_texts(arguments, model, records, prompts, **options, **more)
+    return _write_records(arguments, model, records, prompts, options, more)
+
+
+_GENERATION = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def _records(arguments: argparse.Namespace) -> list[Any]:
+    """What is to be continued: objects with "prompt" or "messages"."""
+    files = (_read_text("--prompt-file", name) for name in arguments.prompt_file or [])
+    records: list[Any] = [{"prompt": text} for text in (*(arguments.prompt or []), *files)]
+    if arguments.prompts is not None:
+        from delta_jax.inference.records import read_records
+
+        name = "standard input" if arguments.prompts == "-" else arguments.prompts
+        records += read_records(_read_text("--prompts", arguments.prompts), name)
+    if not records:
+        raise ValueError("give a text to continue with --prompt, --prompt-file or --prompts")
+    same = arguments.output is not None and Path(arguments.output).exists()
+    if same and arguments.prompts not in (None, "-") and Path(arguments.output).samefile(arguments.prompts):
+        raise ValueError("--output must be another file than --prompts")
+    return records
+
+
+def _print_texts(
+    arguments: argparse.Namespace, model: Any, records: list[Any], prompts: list[list[int]], **options: Any
+) -> int:
+    """Every prompt with what follows it, or only the answer to a message."""
+    from delta_jax.inference import complete, stream
+
+    tokenizer = options["tokenizer"]
+    begins = ["" if arguments.chat else tokenizer.decode(prompt) for prompt in prompts]
+    if len(prompts) == arguments.samples == 1:
+        pieces = stream(model, prompts, **options)
+        print(begins[0], end="", flush=True)
+        for (piece,) in pieces:
+            print(piece.text, end="", flush=True)
+        print()
+        return 0
+    found = complete(model, prompts, batch_size=arguments.batch_size, samples=arguments.samples, **options)
+    for number, (begin, completions) in enumerate(zip(begins, found, strict=True), 1):
+        for sample, completion in enumerate(completions, 1):
+            print(f"--- {number}.{sample} ---" if arguments.samples > 1 else f"--- {number} ---")
+            print(begin + completion.text, flush=True)
     return 0
 
 
-def _read_prompt(name: str) -> str:
+def _write_records(
+    arguments: argparse.Namespace,
+    model: Any,
+    records: list[Any],
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    more: dict[str, Any],
+) -> int:
+    """JSON lines, to a file that an interrupted run goes on from, or to standard output."""
+    from delta_jax.inference import complete
+    from delta_jax.inference.prefix import model_fingerprint
+    from delta_jax.inference.records import Results, line_of
+
+    sizes = {"batch_size": arguments.batch_size, "samples": arguments.samples}
+    if arguments.output is None:
+        for record, completions in zip(records, complete(model, prompts, **sizes, **options, **more), strict=True):
+            print(line_of(record, completions), end="", flush=True)
+        return 0
+    prefix = None if arguments.prefix is None else hashlib.sha256(Path(arguments.prefix).read_bytes()).hexdigest()
+    decides = {**options, "samples": arguments.samples, "seed": arguments.seed, "prefix": prefix}
+    results = Results(arguments.output, records, prompts, {**decides, "model": model_fingerprint(model)})
+    found = complete(model, prompts, first=results.done, **sizes, **options, **more)
+    with results:
+        for completions in found:
+            results.write(completions)
+    return 0
+
+
+def _read_text(option: str, name: str) -> str:
     source = "standard input" if name == "-" else f"the file {name!r}"
     try:
         return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
     except OSError as error:
-        raise ValueError(f"--prompt-file: {source} cannot be read ({error.strerror})") from error
+        raise ValueError(f"{option}: {source} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file: {source} is not text in UTF-8") from error
+        raise ValueError(f"{option}: {source} is not text in UTF-8") from error
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -257,16 +391,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from delta_jax.training import restore_model
 
     fraction = arguments.validation_fraction
-    if arguments.data is None and (arguments.format or arguments.text_field or fraction is not None):
+    if arguments.data is None and (
+        arguments.format or arguments.text_field or arguments.records or fraction is not None
+    ):
         raise ValueError(
-            "--format, --text-field and --validation-fraction describe another corpus: give --data as well."
+            "--format, --text-field, --records and --validation-fraction describe another corpus: give --data as well."
         )
-    config, model = restore_model(arguments.folder, arguments.step)
+    config, model = restore_model(arguments.folder, arguments.step, ema=arguments.ema)
     data = config.data
     part: Any = arguments.split or ("validation" if arguments.data is None else "all")
     if arguments.data is not None:
         data = dataclasses.replace(data, path=arguments.data, format=arguments.format or "auto")
         data = dataclasses.replace(data, text_field=arguments.text_field or data.text_field)
+        data = dataclasses.replace(data, records=arguments.records or data.records)
         data = dataclasses.replace(data, validation_fraction=data.validation_fraction if fraction is None else fraction)
     batches = validation_batches(
         data,
@@ -284,7 +421,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         ("tokens", f"{result.tokens:,}"),
         ("bytes", f"{result.bytes:,}"),
     ]
-    if part == "validation":  # the bigram counts the other documents
+    if part == "validation" and data.records == "text":  # the bigram counts the other documents
         rows.insert(4, ("byte bigram", f"{bigram_bits_per_byte(data):.4f} bits per byte, for comparison"))
     _print_rows(rows)
     return 0

@@ -182,9 +182,18 @@ def _type_hints(cls: type) -> dict[str, Any]:
 def _build(cls: type, table: Any, key: str) -> Any:
     if not isinstance(table, Mapping):
         raise _wrong_type(key, "a table", table)
-    prefix = f"{key}." if key else ""
     if hasattr(cls, "from_dict"):
         return _construct(cls.from_dict, key, table)
+    return from_fields(cls, table, key)
+
+
+def from_fields(cls: type, table: Mapping[str, Any], key: str = "") -> Any:
+    """A dataclass whose table has its fields as keys; what a ``from_dict`` that only completes the table ends with.
+
+    Raises:
+        ValueError: see ``load_config``; keys are called by their place below ``key``.
+    """
+    prefix = f"{key}." if key else ""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in table:
         if name not in fields:

@@ -9,6 +9,7 @@ from jaxtyping import Float64, Int64
 
 from delta_jax.config import convert
 from delta_jax.data.config import DataConfig
+from delta_jax.data.examples import require_text
 from delta_jax.data.splitting import Side, SplitCorpus
 
 _SYMBOLS = 257  # byte values and the document boundary
@@ -33,7 +34,8 @@ def bigram_bits_per_byte(config: DataConfig, *, training_bytes: int = 100_000_00
         Bits per byte on the validation split.
 
     Raises:
-        ValueError: the corpus cannot be read, there is no document on a side, or training_bytes is no positive integer.
+        ValueError: the corpus cannot be read or holds no text, there is no document on a side, or training_bytes is no
+            positive integer.
 
     Examples:
         >>> import json
@@ -42,6 +44,7 @@ def bigram_bits_per_byte(config: DataConfig, *, training_bytes: int = 100_000_00
     """
     if convert(int, training_bytes, "training_bytes") < 1:
         raise ValueError(f"training_bytes must be at least 1; got {training_bytes}.")
+    require_text(config, "a bigram has no prompt to go by")
     corpus = SplitCorpus(config)
     corpus.require("training")
     corpus.require("validation")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from delta_jax.config import check_fields
 
 ON_ERROR = ("stop", "skip")
+RECORDS = ("text", "completion", "messages")
 FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", "huggingface")
 
 
@@ -20,6 +21,12 @@ class DataConfig:
             "./stdlib".
         format: one of `FORMATS`; "auto" tells it from the suffixes or from the folder's contents.
         text_field: the field or column that holds the text (JSONL, Parquet, Hugging Face, JSON ArrayRecords).
+        records: what a record holds. "text", a document in `text_field`, all of which is learnt; "completion", a text in
+            "prompt" and one in "completion"; "messages", a conversation: a list of objects with "role" and "content", which
+            the chat template beside the tokenizer.json writes. Of these two the completion and the turns of the assistant
+            alone are learnt, with the token that ends them, and each stands in one row: what is longer than a row is cut
+            off at its end, and left out and counted where no token to learn is left. A template that asks for the day is
+            told 2025-01-01.
         tokenizer: "bytes", or the path of a tokenizer.json.
         validation_fraction: share of the documents (not of the bytes) held out for validation, in (0, 1). A hash of
             the seed and the document's text decides, so that a document never changes sides however the corpus
@@ -40,6 +47,7 @@ class DataConfig:
     path: str = "stdlib"
     format: str = "auto"
     text_field: str = "text"
+    records: str = "text"
     tokenizer: str = "bytes"
     validation_fraction: float = 0.05
     seed: int = 0
@@ -52,6 +60,8 @@ class DataConfig:
             raise ValueError('path must name a corpus; got "".')
         if self.on_error not in ON_ERROR:
             raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}; got {self.on_error!r}.")
+        if self.records not in RECORDS:
+            raise ValueError(f"records must be one of {', '.join(RECORDS)}; got {self.records!r}.")
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}.")
         if not 0.0 < self.validation_fraction < 1.0:

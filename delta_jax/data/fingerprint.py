@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from delta_jax.data.config import DataConfig
+from delta_jax.data.examples import template_of
 from delta_jax.data.sources import load_documents
 
 _WHOLE = 1 << 26  # bytes of a corpus that is read as a whole
@@ -24,6 +25,7 @@ _WORDS = {
     "sizes": "files of the corpus have other sizes than before",
     "content": "the text of the corpus is not what it was",
     "tokenizer": "the tokenizer is another than before",
+    "chat_template": "the chat template is another than before",
 }
 
 
@@ -39,11 +41,11 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
 
     Returns:
         JSON-able: "documents", "files" and "bytes", integers; "names", "sizes", "content" and "tokenizer", digests
-        ("bytes" for the byte tokenizer).
+        ("bytes" for the byte tokenizer), and where records are messages "chat_template", one of how they are written.
 
     Raises:
         DataError: as `load_documents`.
-        ValueError: there is no such tokenizer.
+        ValueError: there is no such tokenizer, or no chat template beside it where there has to be one.
 
     Examples:
         >>> import json
@@ -66,6 +68,7 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
         "sizes": _digest(sizes),
         "content": _content(files, sizes),
         "tokenizer": _tokenizer(config.tokenizer),
+        **({"chat_template": _template(config)} if config.records == "messages" else {}),
     }
 
 
@@ -85,6 +88,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     found = []
     for key, words in _WORDS.items():
+        if key == "chat_template" and key not in old and key not in new:
+            continue
         if key not in old or key not in new:
             found.append(f"one of the fingerprints says nothing of the corpus's {key}")
         elif old[key] != new[key]:
@@ -133,6 +138,11 @@ def _read(file: Path, start: int, length: int) -> bytes:
             return stream.read(length)
     except OSError:
         return b""
+
+
+def _template(config: DataConfig) -> str:
+    template = template_of(config)
+    return _digest([template.source, *(f"{name} {token}" for name, token in sorted(template.tokens.items()))])
 
 
 def _tokenizer(name: str) -> str:

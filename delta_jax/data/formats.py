@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import numpy as np
 
 from delta_jax.data.records import (
     DataError,
+    Wanted,
     decode,
     first_line,
     is_json_object,
-    require_field,
     text_of_json,
-    text_of_value,
 )
 
 _PROBE = 8  # records that are looked at to tell whether they are JSON
@@ -90,10 +89,10 @@ class TextFiles(_Files):
 
 
 class JsonLines(_Files):
-    """Each non-blank line is a JSON object with the text in a field; an index of the lines is built once."""
+    """Each non-blank line is a JSON object with what is wanted in it; an index of the lines is built once."""
 
-    def __init__(self, files: Sequence[Path], field: str) -> None:
-        self._field = field
+    def __init__(self, files: Sequence[Path], wanted: Wanted) -> None:
+        self._wanted = wanted
         self._lines: list[np.ndarray] = []
         super().__init__(files)
 
@@ -107,7 +106,7 @@ class JsonLines(_Files):
         with self.files[number].open("rb") as stream:
             stream.seek(int(self._lines[number][place, 0]))
             line = stream.readline().rstrip(b"\r\n")
-        return text_of_json(line, self._field, self._where(number, place))
+        return text_of_json(line, self._wanted, self._where(number, place))
 
     def _where(self, number: int, place: int) -> str:
         return f"{self.files[number]}, line {self._lines[number][place, 1]}"
@@ -116,11 +115,11 @@ class JsonLines(_Files):
 class ParquetRows(_Files):
     """Each row is a document; its row group is decoded when it is read, and the last few groups are kept."""
 
-    def __init__(self, files: Sequence[Path], field: str) -> None:
-        self._field = field
+    def __init__(self, files: Sequence[Path], wanted: Wanted) -> None:
+        self._wanted = wanted
         self._metadata: list[Any] = []
         self._groups: list[np.ndarray] = []  # the first row of every row group
-        self._column = functools.lru_cache(maxsize=8)(self._read_column)
+        self._columns = functools.lru_cache(maxsize=8)(self._read_columns)
         super().__init__(files)
 
     def _count(self, number: int) -> int:
@@ -135,13 +134,13 @@ class ParquetRows(_Files):
                 metadata, columns = table.metadata, table.schema_arrow.names
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"data.path: {file} is not a readable Parquet file: {first_line(error)}.") from None
-        require_field(self._field, columns, str(file))
+        self._wanted.require(columns, str(file))
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._metadata[number], self._groups[number] = metadata, np.cumsum([0, *rows])
         return int(metadata.num_rows)
 
-    def _read_column(self, number: int, group: int) -> Any:
-        """The text column of a row group, or in a string what is wrong with it."""
+    def _read_columns(self, number: int, group: int) -> Any:
+        """The columns wanted of a row group, or in a string what is wrong with it."""
         import pyarrow
         import pyarrow.parquet
 
@@ -149,29 +148,32 @@ class ParquetRows(_Files):
             with pyarrow.parquet.ParquetFile(
                 self.files[number], metadata=self._metadata[number], page_checksum_verification=True
             ) as table:
-                return table.read_row_group(group, columns=[self._field]).column(0)
+                return table.read_row_group(group, columns=list(self._wanted.fields))
         except (pyarrow.ArrowException, OSError) as error:
             return first_line(error)
 
     def _read(self, number: int, place: int) -> str:
         group = int(np.searchsorted(self._groups[number], place, side="right")) - 1
-        column, where = self._column(number, group), self._where(number, place)
-        if isinstance(column, str):
-            raise DataError(f"data.path: {where}: its row group cannot be read: {column}.")
-        return _text_of_arrow(lambda: column[place - self._groups[number][group]].as_py(), self._field, where)
+        columns, where = self._columns(number, group), self._where(number, place)
+        if isinstance(columns, str):
+            raise DataError(f"data.path: {where}: its row group cannot be read: {columns}.")
+        row = int(place - self._groups[number][group])
+        return _text_of_arrow(
+            lambda: {name: columns.column(name)[row].as_py() for name in self._wanted.fields}, self._wanted, where
+        )
 
     def _where(self, number: int, place: int) -> str:
         return f"{self.files[number]}, row {place}"
 
 
 class ArrayRecords(_Files):
-    """Each record is a document: a JSON object with the text field if one of the first few is, else UTF-8 text."""
+    """Each record is a document: a JSON object if one of the first few is, or more than text is wanted, else UTF-8 text."""
 
-    def __init__(self, files: Sequence[Path], field: str) -> None:
-        self._field = field
+    def __init__(self, files: Sequence[Path], wanted: Wanted) -> None:
+        self._wanted = wanted
         self._records: list[Any] = []
         super().__init__(files)
-        self._json = any(self._is_json(index) for index in range(min(len(self), _PROBE)))
+        self._json = wanted.records != "text" or any(self._is_json(index) for index in range(min(len(self), _PROBE)))
 
     def _is_json(self, index: int) -> bool:
         number, place = self._place(index)
@@ -198,7 +200,7 @@ class ArrayRecords(_Files):
             record = self._records[number][place]
         except (RuntimeError, ValueError) as error:
             raise DataError(f"data.path: {where} cannot be read: {first_line(error)}.") from None
-        return text_of_json(record, self._field, where) if self._json else decode(record, where)
+        return text_of_json(record, self._wanted, where) if self._json else decode(record, where)
 
     def _where(self, number: int, place: int) -> str:
         return f"{self.files[number]}, record {place}"
@@ -207,7 +209,7 @@ class ArrayRecords(_Files):
 class HuggingFaceRows:
     """Each row of a dataset written by `save_to_disk` is a document."""
 
-    def __init__(self, folder: Path, field: str) -> None:
+    def __init__(self, folder: Path, wanted: Wanted) -> None:
         import datasets
 
         if (folder / "dataset_dict.json").exists():
@@ -216,21 +218,21 @@ class HuggingFaceRows:
                 f"data.path: {folder} holds several splits ({', '.join(splits)}); name one, as in "
                 f"{str(folder / splits[0])!r}."
             )
-        self._field, self._folder = field, folder
+        self._wanted, self._folder = wanted, folder
         self.files = tuple(file for file in sorted(folder.glob("*.arrow")) if not file.name.startswith("cache-"))
         self.faults: dict[int, DataError] = {}
         try:
             rows = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _broken_dataset(folder, self.files, error) from None
-        require_field(field, rows.column_names, str(folder))
-        self._rows: Any = rows.select_columns([field])
+        wanted.require(rows.column_names, str(folder))
+        self._rows: Any = rows.select_columns(list(wanted.fields))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> str:
-        return _text_of_arrow(lambda: self._rows[int(index)][self._field], self._field, self.where(index))
+        return _text_of_arrow(lambda: self._rows[int(index)], self._wanted, self.where(index))
 
     def where(self, index: int) -> str:
         return f"{self._folder}, row {index}"
@@ -240,17 +242,17 @@ def _unreadable(where: object, error: OSError) -> DataError:
     return DataError(f"data.path: {where} cannot be read: {error.strerror or first_line(error)}.")
 
 
-def _text_of_arrow(read: Callable[[], Any], field: str, where: str) -> str:
-    """The text of a cell; Arrow does not check that a string is UTF-8 until it is made one of Python."""
+def _text_of_arrow(read: Callable[[], Mapping[str, Any]], wanted: Wanted, where: str) -> str:
+    """The text of a row; Arrow does not check that a string is UTF-8 until it is made one of Python."""
     import pyarrow
 
     try:
-        value = read()
+        row = read()
     except UnicodeDecodeError:
         raise DataError(f"data.path: {where}: not UTF-8 text.", "not UTF-8") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"data.path: {where} cannot be read: {first_line(error)}.") from None
-    return text_of_value(value, field, where)
+    return wanted.text(row, where)
 
 
 def _broken_dataset(folder: Path, files: Sequence[Path], error: Exception) -> DataError:

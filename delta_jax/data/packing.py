@@ -10,8 +10,8 @@ import numpy as np
 from delta_jax.data.records import DataError
 
 Piece = np.ndarray | str
-"""A document, int32 [2, tokens]: ids, and bytes of text each stands for; or in its place what kind of fault left it out,
-"" for one that is not of this stream."""
+"""A document, int32 [2, tokens]: ids, and bytes of text each stands for, or [3, tokens] with 1 below what is learnt and 0
+below what is only read; or in its place what kind of fault left it out, "" for one that is not of this stream."""
 
 
 class PackRows(grain.IterDataset[dict[str, np.ndarray]]):
@@ -29,6 +29,8 @@ class PackRows(grain.IterDataset[dict[str, np.ndarray]]):
     Args:
         parent: yields pieces, documents of at least 2 tokens.
         length: pairs in a row.
+        whole: each document, of at most length + 1 tokens, stands in one row; the rest of a row into which the next one does
+            not fit is padded.
         skipped: kind of fault -> documents left out; kept up to what the rows so far have passed, and part of the
             iterator's state.
         patience: pieces without a document among them after which the stream is given up; None waits for ever.
@@ -39,31 +41,40 @@ class PackRows(grain.IterDataset[dict[str, np.ndarray]]):
         parent: grain.IterDataset[Piece],
         *,
         length: int,
+        whole: bool = False,
         skipped: dict[str, int] | None = None,
         patience: int | None = None,
     ) -> None:
         super().__init__(parent)
-        self._length, self._skipped, self._patience = length, skipped, patience
+        self._length, self._whole, self._skipped, self._patience = length, whole, skipped, patience
 
     def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         skipped = {} if self._skipped is None else self._skipped
-        return _PackRowsIterator(self._parent.__iter__(), length=self._length, skipped=skipped, patience=self._patience)
+        return _PackRowsIterator(
+            self._parent.__iter__(), length=self._length, whole=self._whole, skipped=skipped, patience=self._patience
+        )
 
 
 class _PackRowsIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
     """After a row at most one document is partly used: its place in the stream and an offset are state."""
 
     def __init__(
-        self, parent: grain.DatasetIterator[Piece], *, length: int, skipped: dict[str, int], patience: int | None
+        self,
+        parent: grain.DatasetIterator[Piece],
+        *,
+        length: int,
+        whole: bool,
+        skipped: dict[str, int],
+        patience: int | None,
     ) -> None:
         super().__init__(parent)
-        self._length, self._skipped, self._patience = length, skipped, patience
+        self._length, self._whole, self._skipped, self._patience = length, whole, skipped, patience
         self._document: np.ndarray | None = None
         self._before_document: dict[str, Any] = {}  # state of the parent that yields this document next
         self._offset = 0
 
     def __next__(self) -> dict[str, np.ndarray]:
-        inputs, targets, segment_ids, sizes = np.zeros((4, self._length), np.int32)
+        inputs, targets, segment_ids, sizes, learnt = np.zeros((5, self._length), np.int32)
         filled = segment = 0
         while filled < self._length:
             if self._document is None:
@@ -71,19 +82,22 @@ class _PackRowsIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
                     self._document, self._offset = self._next_document(), 0
                 except StopIteration:
                     break
+            if self._whole and self._document.shape[1] - 1 > self._length - filled:
+                break
             segment += 1
             count = min(self._length - filled, self._document.shape[1] - 1 - self._offset)
             piece = self._document[:, self._offset : self._offset + count + 1]
             place = slice(filled, filled + count)
             inputs[place], targets[place], segment_ids[place] = piece[0, :-1], piece[0, 1:], segment
             sizes[place] = piece[1, 1:]
+            learnt[place] = piece[2, 1:] if len(piece) > 2 else 1
             filled += count
             self._offset += count
             if self._offset == self._document.shape[1] - 1:
                 self._document = None
         if filled == 0:
             raise StopIteration
-        mask = (segment_ids > 0).astype(np.float32)
+        mask = learnt.astype(np.float32)
         return {"inputs": inputs, "targets": targets, "segment_ids": segment_ids, "mask": mask, "bytes": sizes}
 
     def _next_document(self) -> np.ndarray:

@@ -14,10 +14,11 @@ import numpy as np
 
 from delta_jax.config import convert
 from delta_jax.data.config import DataConfig
+from delta_jax.data.examples import Encoder, content, encode_text, encoder, require_text
 from delta_jax.data.packing import PackRows, Piece
 from delta_jax.data.records import DataError
 from delta_jax.data.splitting import Side, SplitCorpus
-from delta_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from delta_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -48,8 +49,9 @@ def train_batches(
 
     Returns:
         An iterator over {"inputs": int32 [B, T], "targets": int32 [B, T], "segment_ids": int32 [B, T] from 1,
-        "mask": float32 [B, T], all 1 here, "bytes": int32 [B, T], bytes of text that each target stands for
-        (`Tokenizer.encode_with_bytes`)}. Its `skipped` are the documents left out so far.
+        "mask": float32 [B, T], 1 for targets to learn, which of text are all, "bytes": int32 [B, T], bytes of text that
+        each of those stands for (`Tokenizer.encode_with_bytes`)}. Where `records` are no text, rows may end with padding,
+        segment id 0 and mask 0. Its `skipped` are the documents left out so far.
 
     Raises:
         ValueError: an impossible size, a corpus or tokenizer that cannot be read, no document to train on. A fault of
@@ -65,7 +67,7 @@ def train_batches(
         >>> batches.close()
     """
     _check_sizes(batch_size, sequence_length)
-    tokenizer = load_tokenizer(config.tokenizer)
+    encode = encoder(config, sequence_length)
     corpus = SplitCorpus(config)
     for name, number in (("process_index", process_index), ("process_count", process_count)):
         convert(int, number, name)
@@ -79,10 +81,14 @@ def train_batches(
     _warn_of_lost_bytes(config)
     indices = grain.MapDataset.range(mine.start, mine.stop, mine.step)
     order = indices.shuffle(seed=(config.seed + 1) % 2**32).repeat()
-    pieces = order.map_with_index(functools.partial(_piece, corpus, tokenizer, "training", len(mine)))
+    pieces = order.map_with_index(functools.partial(_piece, corpus, encode, "training", len(mine)))
     skipped: dict[str, int] = {}
     rows: grain.IterDataset[Batch] = PackRows(
-        pieces.to_iter_dataset(_READ), length=sequence_length, skipped=skipped, patience=2 * len(mine)
+        pieces.to_iter_dataset(_READ),
+        length=sequence_length,
+        whole=config.records != "text",
+        skipped=skipped,
+        patience=2 * len(mine),
     )
     if config.shuffle_rows > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=config.shuffle_rows, seed=config.seed)
@@ -119,15 +125,15 @@ def validation_batches(
     """
     _check_sizes(batch_size, sequence_length)
     convert(Side, part, "part")
-    tokenizer = load_tokenizer(config.tokenizer)
+    encode = encoder(config, sequence_length)
     corpus = SplitCorpus(config, divided=part != "all")
     corpus.require(part)
     _warn_of_lost_bytes(config)
     pieces = grain.MapDataset.source(corpus.candidates(part)).map_with_index(
-        functools.partial(_piece, corpus, tokenizer, part, len(corpus))
+        functools.partial(_piece, corpus, encode, part, len(corpus))
     )
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    rows = PackRows(pieces.to_iter_dataset(_READ), length=sequence_length)
+    rows = PackRows(pieces.to_iter_dataset(_READ), length=sequence_length, whole=config.records != "text")
     return rows.batch(batch_size, drop_remainder=False, batch_fn=pad)
 
 
@@ -137,6 +143,9 @@ def validation_bytes(config: DataConfig) -> int:
     The document id that closes each document is among the targets and adds to the nats, and it stands for no byte
     but those at the end of the document that no token stands for.
 
+    Raises:
+        ValueError: as `train_batches`; or `records` are no text, of which it depends on the rows what is learnt.
+
     Examples:
         >>> import json
         >>> config = DataConfig(path=json.__path__[0] + "/*.py")
@@ -144,6 +153,7 @@ def validation_bytes(config: DataConfig) -> int:
         >>> validation_bytes(config) == sum(len(text.encode()) for text in validation)
         True
     """
+    require_text(config, "the bytes that are predicted depend on the length of rows")
     return sum(len(text.encode()) for _, text in SplitCorpus(config).texts("validation"))
 
 
@@ -189,34 +199,19 @@ class _Part:
         return text
 
 
-def _piece(corpus: SplitCorpus, tokenizer: Tokenizer, side: Side, first_epoch: int, number: int, index: Any) -> Piece:
+def _piece(corpus: SplitCorpus, encode: Encoder, side: Side, first_epoch: int, number: int, index: Any) -> Piece:
     """What a document is in a stream for one side; each that is left out is counted in the first epoch alone."""
     skip, again = corpus.config.on_error == "skip", number >= first_epoch
     if skip and again and corpus.is_bad(index):
         return ""
     try:
         text = corpus.text(int(index), side)
-        return "" if text is None else _tokenise(tokenizer, text, corpus.where(int(index)))
+        piece = "" if text is None else encode(text, corpus.where(int(index)))
+        return "" if again and isinstance(piece, str) else piece
     except DataError as error:
         if not skip:
             raise
         return "" if again else error.kind
-
-
-def _tokenise(tokenizer: Tokenizer, text: str, where: str) -> np.ndarray:
-    ids, sizes = _encode(tokenizer, text, where)
-    tokens = np.zeros((2, len(ids) + 2), np.int32)
-    tokens[0, 0] = tokens[0, -1] = tokenizer.document_id
-    tokens[0, 1:-1], tokens[1, 1:-1] = ids, sizes
-    tokens[1, -1] = len(text.encode()) - sizes.sum()
-    return tokens
-
-
-def _encode(tokenizer: Tokenizer, text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        return tokenizer.encode_with_bytes(text)
-    except ValueError as error:
-        raise DataError(f"{str(error).rstrip('.')} (in {where}).", "not encodable") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -227,9 +222,9 @@ def _warn_of_lost_bytes(config: DataConfig) -> None:
         return
     corpus, read, lost, characters = SplitCorpus(config), 0, 0, 0
     for index, whole in corpus.texts("training"):
-        text = whole[: _SAMPLE - characters]
+        text = content(config, whole)[: _SAMPLE - characters]
         try:
-            ids, _ = _encode(tokenizer, text, corpus.where(index))
+            ids, _ = encode_text(tokenizer, text, corpus.where(index))
         except DataError:
             if config.on_error == "stop":
                 raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 BOM = b"\xef\xbb\xbf"
 
@@ -55,11 +55,73 @@ def decode(data: bytes, where: str, *, count_lines: bool = False) -> str:
         raise DataError(f"data.path: {where}{line}: not UTF-8 text{looks}.", "not UTF-8") from None
 
 
-def text_of_json(data: bytes, field: str, where: str) -> str:
-    """The text in a field of a JSON object.
+class Wanted(NamedTuple):
+    """What is taken of a record, as one text.
+
+    Attributes:
+        records: "text", "completion" or "messages", see `DataConfig`.
+        fields: the fields that hold it.
+    """
+
+    records: str
+    fields: tuple[str, ...]
+
+    def require(self, fields: Sequence[str], where: str) -> None:
+        """Raises a DataError if one of its fields is not among the fields."""
+        key = "text_field" if self.records == "text" else "records"
+        for field in self.fields:
+            if field not in fields:
+                raise DataError(
+                    f"data.{key}: {where} has no field {field!r}; it has {', '.join(fields) or 'none'}.",
+                    "no text field" if self.records == "text" else f"no {field}",
+                )
+
+    def text(self, record: Mapping[str, Any], where: str) -> str:
+        """The text; of other records than "text" a JSON object of the fields, always the same for the same contents.
+
+        Raises:
+            DataError: a field is missing or holds something else.
+        """
+        self.require(list(record), where)
+        if self.records == "text":
+            return text_of_value(record[self.fields[0]], self.fields[0], where)
+        if self.records == "messages":
+            taken: dict[str, Any] = {"messages": _messages(record["messages"], where)}
+        else:
+            taken = {field: text_of_value(record[field], field, where, "records") for field in self.fields}
+        try:
+            return clean(json.dumps(taken, ensure_ascii=False, sort_keys=True), where)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"data.records: {where}: {first_line(error)}.", "not JSON") from None
+
+
+def wanted_of(records: str, text_field: str) -> Wanted:
+    """What a configuration takes of a record."""
+    fields = {"text": (text_field,), "completion": ("prompt", "completion"), "messages": ("messages",)}
+    return Wanted(records, fields[records])
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """The turns; keys that are null are left out, as tables have them where a turn has no such key, but for "content"."""
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(f"data.records: {where}: field 'messages' holds no list of turns.", "no messages")
+    for number, message in enumerate(value):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(
+                f"data.records: {where}: turn {number} is no object with a role that is text.", "not a conversation"
+            )
+    if not any(message["role"] == "assistant" for message in value):
+        raise DataError(f"data.records: {where}: no turn is the assistant's.", "no turn of the assistant")
+    return [{key: item for key, item in turn.items() if item is not None or key == "content"} for turn in value]
+
+
+def text_of_json(data: bytes, wanted: Wanted, where: str) -> str:
+    """The text that is wanted of a JSON object.
 
     Raises:
-        DataError: no UTF-8, no JSON, no object, no such field, or no text in it.
+        DataError: no UTF-8, no JSON, no object, or not what is wanted in it.
     """
     text = decode(data, where)
     try:
@@ -73,8 +135,7 @@ def text_of_json(data: bytes, field: str, where: str) -> str:
         raise DataError(f"data.path: {where}: not a JSON object that can be read.", "not JSON") from None
     if not isinstance(value, dict):
         raise DataError(f"data.path: {where}: not a JSON object but {_kind(value)}.", "not an object")
-    require_field(field, list(value), where)
-    return text_of_value(value[field], field, where)
+    return wanted.text(value, where)
 
 
 def is_json_object(data: bytes) -> bool:
@@ -85,24 +146,16 @@ def is_json_object(data: bytes) -> bool:
         return False
 
 
-def require_field(field: str, fields: Sequence[str], where: str) -> None:
-    """Raises a DataError if the text's field is not among the fields."""
-    if field not in fields:
-        raise DataError(
-            f"data.text_field: {where} has no field {field!r}; it has {', '.join(fields) or 'none'}.", "no text field"
-        )
-
-
-def text_of_value(value: Any, field: str, where: str) -> str:
-    """The text that a field holds, without a byte order mark.
+def text_of_value(value: Any, field: str, where: str, key: str = "text_field") -> str:
+    """The text that a field holds, without a byte order mark; `key` is what chose the field.
 
     Raises:
         DataError: it holds something else, or half of a surrogate pair, which UTF-8 cannot express.
     """
     if value is None:
-        raise DataError(f"data.text_field: {where}: field {field!r} holds null, not text.", "null")
+        raise DataError(f"data.{key}: {where}: field {field!r} holds null, not text.", "null")
     if not isinstance(value, str):
-        raise DataError(f"data.text_field: {where}: field {field!r} holds {_kind(value)}, not text.", "not text")
+        raise DataError(f"data.{key}: {where}: field {field!r} holds {_kind(value)}, not text.", "not text")
     return clean(value, where)
 
 

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from delta_jax.data.config import DataConfig
 from delta_jax.data.formats import ArrayRecords, HuggingFaceRows, JsonLines, ParquetRows, TextFiles
-from delta_jax.data.records import DataError
+from delta_jax.data.records import DataError, wanted_of
 
 EMBEDDED = "stdlib"
 
@@ -53,10 +53,11 @@ def load_documents(config: DataConfig) -> Documents:
 
     One text file is one document; JSONL has one a line, Parquet and Hugging Face datasets one a row,
     ArrayRecord one a record. Files are taken in sorted order; hidden files, empty files and blank lines are
-    left out. Text is UTF-8 and kept as it is, line ends too, but for a byte order mark at its start.
+    left out. Text is UTF-8 and kept as it is, line ends too, but for a byte order mark at its start. Where records hold more
+    than text, a document is a JSON object of what they hold.
 
     Args:
-        config: the corpus (`path`, `format`, `text_field`, `on_error`).
+        config: the corpus (`path`, `format`, `text_field`, `records`, `on_error`).
 
     Returns:
         The documents; text is read on access, so that a corpus may be larger than the memory.
@@ -73,20 +74,26 @@ def load_documents(config: DataConfig) -> Documents:
         True
     """
     documents: Documents
+    wanted = wanted_of(config.records, config.text_field)
     if config.path == EMBEDDED:
-        documents = TextFiles(_embedded_files())
+        kind, files = "text", list(_embedded_files())
     else:
         kind, files = _find(config.path, config.format)
-        if kind == "huggingface":
-            documents = HuggingFaceRows(files[0], config.text_field)
-        elif kind == "text":
-            documents = TextFiles(files)
-        elif kind == "jsonl":
-            documents = JsonLines(files, config.text_field)
-        elif kind == "parquet":
-            documents = ParquetRows(files, config.text_field)
-        else:
-            documents = ArrayRecords(files, config.text_field)
+    if kind == "text" and config.records != "text":
+        raise DataError(
+            f"data.records: {config.path!r} is plain text, which holds no {config.records}; wanted records of a format that "
+            "has fields, such as jsonl."
+        )
+    if kind == "huggingface":
+        documents = HuggingFaceRows(files[0], wanted)
+    elif kind == "text":
+        documents = TextFiles(files)
+    elif kind == "jsonl":
+        documents = JsonLines(files, wanted)
+    elif kind == "parquet":
+        documents = ParquetRows(files, wanted)
+    else:
+        documents = ArrayRecords(files, wanted)
     if len(documents) == 0:
         raise DataError(f"data.path: the corpus at {config.path!r} is empty: it holds no document.")
     if config.on_error == "stop":

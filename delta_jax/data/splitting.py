@@ -57,7 +57,13 @@ class SplitCorpus:
                 "training and validation takes two."
             )
         stamps = tuple(_stamp(file) for file in self._documents.files)
-        what = (type(self._documents).__name__, config.text_field, config.seed, config.validation_fraction)
+        what = (
+            type(self._documents).__name__,
+            config.records,
+            config.text_field,
+            config.seed,
+            config.validation_fraction,
+        )
         self._known = _known(stamps, what, len(self))
         self._sides = self._known.sides
         if self._known.share is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
@@ -116,7 +117,8 @@ class JsonTokenizer:
             raise ValueError(f"data.tokenizer: no such file: {str(path)!r} (want 'bytes' or a tokenizer.json).")
         stat = Path(path).stat()
         try:
-            self._tokenizer, special, unknown = _read(str(path), stat.st_mtime_ns, stat.st_size)
+            self._stamp = stat.st_mtime_ns, stat.st_size
+            self._tokenizer, special, unknown = _read(str(path), *self._stamp)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"data.tokenizer: {path} is not a tokenizer.json: {error}") from None
         found = [token for token in DOCUMENT_TOKENS if token in special]
@@ -126,6 +128,8 @@ class JsonTokenizer:
                 f"{', '.join(DOCUMENT_TOKENS)}; it has {', '.join(special) or 'none'}."
             )
         self._path = str(path)
+        longest_first = sorted(special, key=len, reverse=True)
+        self._written = re.compile(f"(?:{'|'.join(map(re.escape, longest_first))})(?!{_SHIELD})")
         self.document_id: int = special[found[0]]
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         # The unknown token is special and may stand for text; not where it also separates documents.
@@ -150,6 +154,30 @@ class JsonTokenizer:
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of the ids, special tokens left out."""
         return str(self._tokenizer.decode([int(value) for value in ids], skip_special_tokens=True))
+
+    def encode_special(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, " tokens"], Int32[np.ndarray, " tokens"], Int32[np.ndarray, " tokens"]]:
+        """Token ids of a text in which special tokens are written out, as a chat template writes them.
+
+        What reads like a special token is one, unless `shield` went over it: then it is text like any other.
+
+        Returns:
+            The ids; the bytes of text that each stands for, none for special tokens; the character each begins at.
+
+        Raises:
+            ValueError: a lone surrogate.
+        """
+        marked, origins, sizes = _marked(_checked(text), self._written)
+        encoding = _with_special(self._path, *self._stamp).encode(marked, add_special_tokens=False)
+        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        covered = sizes[np.maximum.accumulate(offsets[:, 1])]
+        bytes_of = np.diff(covered, prepend=0).astype(np.int32)
+        return np.asarray(encoding.ids, np.int32), bytes_of, origins[offsets[:, 0]].astype(np.int32)
+
+    def shield(self, text: str) -> str:
+        """The text, marked so that `encode_special` takes nothing in it for a special token."""
+        return self._written.sub(lambda found: "".join(character + _SHIELD for character in found[0]), text)
 
     def _ids(self, encoding: Any) -> Int32[np.ndarray, " tokens"]:
         ids = np.asarray(encoding.ids, np.int32)
@@ -176,6 +204,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 _MARK = "\ufdd0"  # not a character, so that no text has a reason to hold it
+_SHIELD = "\ufdd1"  # likewise
 
 
 @functools.lru_cache(maxsize=2)
@@ -214,6 +243,43 @@ def _read(path: str, modified: int, size: int) -> tuple[Any, dict[str, int], str
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, {token["content"].removeprefix(_MARK): token["id"] for token in added}, unknown
+
+
+@functools.lru_cache(maxsize=2)
+def _with_special(path: str, modified: int, size: int) -> Any:
+    """The library's tokenizer as `_read` has it, but that marked special tokens are cut out of a text."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(_read(path, modified, size)[0].to_str())
+    tokenizer.encode_special_tokens = False
+    return tokenizer
+
+
+def _marked(text: str, written: re.Pattern[str]) -> tuple[str, np.ndarray, np.ndarray]:
+    """The text with its special tokens marked and without shields; of each character there, and the end, where it was and
+    the bytes of text before it."""
+    parts: list[str] = []
+    origins: list[np.ndarray] = []
+    counted: list[np.ndarray] = [np.zeros(0, bool)]
+
+    def add(part: str, start: int, counts: bool) -> None:
+        places = np.asarray([place for place, character in enumerate(part) if character != _SHIELD], np.int64)
+        parts.append(part.replace(_SHIELD, ""))
+        origins.append(places + start)
+        counted.append(np.full(len(places), counts))
+
+    end = 0
+    for found in written.finditer(text):
+        add(text[end : found.start()], end, True)
+        parts.append(_MARK)
+        origins.append(np.asarray([found.start()]))
+        counted.append(np.zeros(1, bool))
+        add(found[0], found.start(), False)
+        end = found.end()
+    add(text[end:], end, True)
+    marked = "".join(parts)
+    widths = np.diff(_bytes_before(marked)) * np.concatenate(counted)
+    return marked, np.concatenate([*origins, [len(text)]]), np.concatenate([[0], np.cumsum(widths)])
 
 
 def _checked(text: str) -> str:

@@ -1,62 +1,82 @@
 """Text generation: one pass over the prompts, then one token at a time in memory that is fixed beforehand."""
 
-import itertools
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from delta_jax.data.tokenizer import Tokenizer
+from delta_jax.inference.reading import (
+    BLOCK,
+    Prompt,
+    Reading,
+    check_prompts,
+    check_reading,
+    is_id,
+    is_sequence,
+    read_prompts,
+    rows_after,
+    take_rows,
+    with_room,
+)
 from delta_jax.inference.sampling import Sampling, SamplingNumbers, draw
+from delta_jax.inference.text import Detokenizer, Piece, Row, stop_strings
 from delta_jax.layers.checks import require_positive_integers
 from delta_jax.models import LanguageModel, ModelCache
 
-__all__ = ["generate"]
-
-type Prompt = Sequence[int] | Int[np.ndarray, " _"]
-
-_PAD, _PROMPT = 0, 1
-_BLOCK = 64  # tokens that one call of the compiled loop adds at most
+__all__ = ["Options", "generate", "stream"]
 
 
+class Options(TypedDict, total=False):
+    """How prompts are continued; what each means is said at `stream`, whose defaults they have.
+
+    Examples:
+        >>> Options(max_new_tokens=20, temperature=0.8, top_p=0.95)
+        {'max_new_tokens': 20, 'temperature': 0.8, 'top_p': 0.95}
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop_id: int | Sequence[int] | None
+    stop: str | Sequence[str] | None
+    tokenizer: Tokenizer | None
+    prefix: Reading | None
+    key: PRNGKeyArray | None
+
+
+@overload
 def generate(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_id: int | Sequence[int] | None = None,
-    key: PRNGKeyArray | None = None,
-) -> list[list[int]]:
+    model: LanguageModel, prompts: Sequence[Prompt], *, samples: None = None, **options: Unpack[Options]
+) -> list[list[int]]: ...
+@overload
+def generate(
+    model: LanguageModel, prompts: Sequence[Prompt], *, samples: int, **options: Unpack[Options]
+) -> list[list[list[int]]]: ...
+def generate(
+    model: LanguageModel, prompts: Sequence[Prompt], *, samples: int | None = None, **options: Unpack[Options]
+) -> list[list[int]] | list[list[list[int]]]:
     """Continues every prompt.
-
-    Prompts of different lengths share a batch: the shorter ones are padded on the left with a segment of
-    their own, from which nothing passes into the prompt, so the result is that of each prompt alone.
-
-    What is compiled depends on the model, on how many prompts there are and, for the pass over the prompts, on the next
-    power of two of the longest one's length (at least 8). Where attention keeps every token, its cache grows by powers of
-    two, and the loop is compiled for each. No other argument is static, and none changes the tokens before the place
-    where it first matters: a larger max_new_tokens gives the same tokens bit for bit and then more.
 
     Args:
         model: a language model.
         prompts: token ids, at least one a prompt.
-        max_new_tokens: how many tokens to add at most.
-        temperature: 0 takes the likeliest token; above 0 tokens are drawn, which needs a key.
-        top_k, top_p: see `Sampling`.
-        stop_id: a sequence ends before this token, or before the first of several; None never ends early.
-        key: a PRNG key. Each prompt draws from its own stream, chosen by its place in the batch.
+        samples: how many continuations of each prompt; None is one.
+        **options: as `stream` has them: max_new_tokens, and, if wanted, temperature, top_k, top_p, min_p,
+            repetition_penalty, stop_id, stop, tokenizer, prefix, key.
 
     Returns:
-        the new tokens of each prompt, without the stop token.
+        the new tokens of each prompt, without what stops; if samples are given, of each of its samples.
 
     Raises:
-        ValueError: a prompt is empty or holds an id outside the vocabulary, or an option is impossible.
+        ValueError: as `stream`.
 
     Examples:
         >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
@@ -66,30 +86,151 @@ def generate(
         >>> [len(tokens) for tokens in new]
         [2, 2]
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    rows: list[list[int]] = []
+    # Where text decides when a row ends, a row that has ended should not keep the others waiting.
+    block = BLOCK if options.get("stop") is None else _FLOWS
+    for pieces in stream(model, prompts, samples=1 if samples is None else samples, block=block, **options):
+        rows = [row + piece.tokens for row, piece in zip(rows or [[] for _ in pieces], pieces, strict=True)]
+    return rows if samples is None else [rows[start : start + samples] for start in range(0, len(rows), samples)]
+
+
+_FLOWS = 8  # tokens a block where somebody waits for the text
+
+
+def stream(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop_id: int | Sequence[int] | None = None,
+    stop: str | Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    prefix: Reading | None = None,
+    key: PRNGKeyArray | None = None,
+    streams: Sequence[int] | None = None,
+    samples: int = 1,
+    block: int = _FLOWS,
+) -> Iterator[list[Piece]]:
+    """Continues every prompt, and yields what is new as it comes.
+
+    Prompts of different lengths share a batch (`read_prompts`), and the result of each is that of the prompt alone. They
+    are read once, whatever the number of samples.
+
+    What is compiled depends on the model, on how many prompts and samples there are and, for the pass over the prompts, on
+    the next power of two of the longest one's length (at least 8). Where attention keeps every token, its cache grows by
+    powers of two, and the loop is compiled for each. No other argument is static, and none changes the tokens before the
+    place where it first matters: a larger max_new_tokens gives the same tokens bit for bit and then more.
+
+    Args:
+        model: a language model.
+        prompts: token ids, at least one a prompt; after a prefix there may be none.
+        max_new_tokens: how many tokens to add at most.
+        temperature: 0 takes the likeliest token; above 0 tokens are drawn, which needs a key.
+        top_k, top_p, min_p: see `Sampling`.
+        repetition_penalty: see `Sampling`; for the tokens of prefix, prompt and continuation.
+        stop_id: a row ends before this token, or before the first of several; None never ends early.
+        stop: a row's text ends before this text, or before the first of several, also where it begins and ends within
+            tokens; needs a tokenizer. Tokens end with the last that lies before it as a whole.
+        tokenizer: makes the pieces' text; None makes none.
+        prefix: what was read before the prompts, as `read_prompts` or `load_prefix` returns it: a row for all, or for each.
+            The result is that of prefix and prompt together within float32 rounding.
+        key: a PRNG key. Each sample of each prompt draws from its own stream.
+        streams: a number for each prompt that chooses its streams; default its place in the batch.
+        samples: how many continuations of each prompt. The first of them is what samples=1 gives.
+        block: how many tokens are made before they are yielded, at most 64.
+
+    Yields:
+        A piece for each row after every block, until all have ended. Rows are the samples of the first prompt, then those
+        of the second, and so on. A row that has ended is computed no further from the next block on; it yields empty pieces.
+
+    Raises:
+        ValueError: at once, if a prompt is empty or holds an id outside the vocabulary, or an option is impossible.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=257, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
+        >>> model, tokenizer = LanguageModel(config, rngs=nnx.Rngs(0)), ByteTokenizer()
+        >>> for (piece,) in stream(model, [tokenizer.encode("a")], max_new_tokens=3, block=2, tokenizer=tokenizer):
+        ...     print(len(piece.tokens), piece.finish)  # and piece.text, which this model has not learnt to write
+        1 None
+        2 length
+    """
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     vocab_size = model.config.vocab_size
-    require_positive_integers(max_new_tokens=max_new_tokens)
+    require_positive_integers(max_new_tokens=max_new_tokens, samples=samples, block=block)
+    if block > BLOCK:
+        raise ValueError(f"block must be at most {BLOCK}, got {block}")
     if temperature > 0 and key is None:
         raise ValueError("key must be given when temperature is above 0")
-    stops = _stops(stop_id, vocab_size)
-    tokens, segment_ids = _left_pad(prompts, vocab_size)
-    numbers, stop = sampling.numbers(), jnp.asarray(stops)
-    key = jax.random.key(0) if key is None else key  # not used, but it spares a second program
-    longest, room = max(map(len, prompts)), _room(tokens.shape[1] + _BLOCK)
-    logits, cache = _prefill(model, tokens, segment_ids, room)
-    stopped = jnp.zeros((len(prompts),), bool)
-    blocks = []
-    for start in itertools.count(0, _BLOCK):
-        count = min(_BLOCK, max_new_tokens - start)
-        if count <= 0 or bool(stopped.all()):
-            break
-        if longest + start + _BLOCK > room:
-            room = _room(longest + start + _BLOCK)
-            cache = model.extend_cache(cache, room)
+    if key is not None and not _is_key(key):
+        raise ValueError(f"key must be one PRNG key, as jax.random.key makes it, got {key!r}")
+    stops, texts = _stops(stop_id, vocab_size), stop_strings(stop, tokenizer)
+    check_prompts(prompts, vocab_size, "prompt", empty=prefix is not None)
+    if prefix is not None:
+        check_reading(model, prefix, "prefix")
+        rows_after(prefix, len(prompts))
+    if streams is None:
+        streams = range(len(prompts))
+    if (
+        not is_sequence(streams)
+        or len(streams) != len(prompts)
+        or not all(is_id(n) and 0 <= n < 2**31 for n in streams)
+    ):
+        raise ValueError(
+            f"streams must be integers in [0, 2^31), one for each of {len(prompts)} prompts, got {streams!r}"
+        )
+    place = np.repeat(np.arange(len(prompts)), samples)
+    rows = [
+        Row(stops, texts, max_new_tokens, None if tokenizer is None else _writer(tokenizer, prompts[number], prefix))
+        for number in place.tolist()
+    ]
+    # A key that is not used spares a second program.
+    key = jax.random.key(0) if key is None else key
+    keys = _keys(key, np.asarray(streams, np.uint32)[place], np.tile(np.arange(samples, dtype=np.uint32), len(prompts)))
+
+    def read() -> Reading:
+        reading = read_prompts(model, prompts, after=prefix)
+        return reading if samples == 1 else take_rows(reading, place)
+
+    return _blocks(model, read, rows, keys, sampling.numbers(), jnp.asarray(stops), max_new_tokens, block)
+
+
+def _blocks(
+    model: LanguageModel,
+    read: Callable[[], Reading],
+    rows: list[Row],
+    keys: Key[Array, " batch"],
+    numbers: SamplingNumbers,
+    stops: Bool[Array, " vocab"],
+    max_new_tokens: int,
+    block: int,
+) -> Iterator[list[Piece]]:
+    reading = read()
+    for start in range(0, max_new_tokens, block):
+        count = min(block, max_new_tokens - start)
+        reading = with_room(model, reading, count)
+        stopped = jnp.asarray([row.finish is not None for row in rows])
         where = jnp.asarray((start, count), jnp.int32)
-        logits, cache, stopped, block = _decode(model, logits, cache, stopped, key, numbers, stop, where)
-        blocks.append(np.asarray(block)[:, :count])
-    return [_before(row, stops) for row in np.concatenate(blocks, axis=1)]
+        logits, cache, seen, new = _decode(
+            model, reading.logits, reading.cache, reading.seen, stopped, keys, numbers, stops, where
+        )
+        reading = Reading(logits, cache, seen, reading.lengths + count, reading.room)
+        yield [row.add(tokens) for row, tokens in zip(rows, np.asarray(new)[:, :count].tolist(), strict=True)]
+        if all(row.finish is not None for row in rows):
+            return
+
+
+def _writer(tokenizer: Tokenizer, prompt: Prompt, prefix: Reading | None) -> Detokenizer:
+    # What a prefix says is not known any more; any text stands for it.
+    after_text = prefix is not None and len(prompt) == 0
+    return Detokenizer(tokenizer, tokenizer.encode("a") if after_text else prompt)
 
 
 def _stops(stop_id: int | Sequence[int] | None, vocab_size: int) -> Bool[np.ndarray, " vocab"]:
@@ -97,109 +238,71 @@ def _stops(stop_id: int | Sequence[int] | None, vocab_size: int) -> Bool[np.ndar
     ids = () if stop_id is None else np.atleast_1d(np.asarray(stop_id, object))
     stops = np.zeros((vocab_size,), bool)
     for token in ids:
-        if not _is_id(token) or not 0 <= token < vocab_size:
+        if not is_id(token) or not 0 <= token < vocab_size:
             raise ValueError(f"stop_id must lie in [0, {vocab_size}), got {token!r}")
         stops[token] = True
     return stops
 
 
-def _left_pad(prompts: Sequence[Prompt], vocab_size: int) -> tuple[Int[Array, "batch time"], Int[Array, "batch time"]]:
-    """Tokens and segment ids; the length is a power of two, so that few shapes are ever compiled."""
-    if not _is_sequence(prompts) or len(prompts) == 0:
-        raise ValueError(f"prompts must hold at least one prompt, got {prompts!r}")
-    for index, prompt in enumerate(prompts):
-        if not _is_sequence(prompt) or not all(map(_is_id, prompt)):
-            raise ValueError(f"prompt {index} must be a sequence of token ids, which are integers, got {prompt!r}")
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token")
-        if not all(0 <= token < vocab_size for token in prompt):
-            raise ValueError(f"prompt {index} holds a token outside [0, {vocab_size})")
-    length = max(8, _power_of_two(max(map(len, prompts))))
-    tokens = np.zeros((len(prompts), length), np.int32)
-    segment_ids = np.full((len(prompts), length), _PAD, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        segment_ids[row, length - len(prompt) :] = _PROMPT
-    return jnp.asarray(tokens), jnp.asarray(segment_ids)
-
-
-def _is_sequence(x: object) -> bool:
-    return (isinstance(x, Sequence) and not isinstance(x, str | bytes)) or bool(getattr(x, "ndim", 0))
-
-
-def _is_id(x: object) -> bool:
-    """Whether it is an integer, of Python, NumPy or JAX; True is none."""
-    try:
-        operator.index(x)  # type: ignore[arg-type]
-    except TypeError:
+def _is_key(key: object) -> bool:
+    if not isinstance(key, jax.Array):
         return False
-    return not isinstance(x, bool)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.ndim == 1 and key.dtype == jnp.uint32
 
 
-def _power_of_two(number: int) -> int:
-    """The next one that is not less."""
-    return 1 << (number - 1).bit_length()
+@jax.jit
+def _keys(key: PRNGKeyArray, streams: Array, samples: Array) -> Key[Array, " batch"]:
+    """The key of every row. Those of further samples are counted from the other end, so that none is a prompt's."""
+
+    def one(stream: Array, sample: Array) -> Array:
+        further = jax.random.fold_in(key, jnp.zeros((), jnp.uint32) - sample)
+        return jax.random.fold_in(jax.lax.cond(sample == 0, lambda: key, lambda: further), stream)
+
+    keys: Array = jax.vmap(one)(streams, samples)
+    return keys
 
 
-def _room(tokens: int) -> int:
-    """For how many tokens caches that keep them all are made, so that few sizes are ever compiled."""
-    return max(256, _power_of_two(tokens))
-
-
-@partial(jax.jit, static_argnames="room")
-def _prefill(
-    model: LanguageModel, tokens: Int[Array, "batch time"], segment_ids: Int[Array, "batch time"], room: int
-) -> tuple[Float[Array, "batch vocab"], ModelCache]:
-    """The logits after the last token of every prompt, and the cache there; `room` follows from the tokens' shape."""
-    features, cache = model.features(tokens, segment_ids=segment_ids, return_cache=True)
-    assert cache is not None
-    return model.head(features[:, -1]), model.extend_cache(cache, room)
-
-
-@partial(jax.jit, donate_argnames=("logits", "cache", "stopped"))
+@partial(jax.jit, donate_argnames=("logits", "cache", "seen"))
 def _decode(
     model: LanguageModel,
     logits: Float[Array, "batch vocab"],
     cache: ModelCache,
+    seen: Bool[Array, "batch vocab"],
     stopped: Bool[Array, " batch"],
-    key: PRNGKeyArray,
+    keys: Key[Array, " batch"],
     numbers: SamplingNumbers,
     stops: Bool[Array, " vocab"],
     where: Int[Array, "2"],
-) -> tuple[Float[Array, "batch vocab"], ModelCache, Bool[Array, " batch"], Int[Array, "batch block"]]:
+) -> tuple[Float[Array, "batch vocab"], ModelCache, Bool[Array, "batch vocab"], Int[Array, "batch block"]]:
     """Draws tokens until every row has stopped or the block has as many as it should.
 
     Args:
-        logits, cache, stopped: where every row stands.
-        key, numbers, stops: as `generate` has them.
+        logits, cache, seen, stopped: where every row stands.
+        keys, numbers, stops: how it goes on.
         where: how many tokens there are already, and how many this block should have.
 
     Returns:
-        logits, cache and stopped afterwards, and the block's tokens.
+        logits, cache and seen afterwards, and the block's tokens.
     """
     batch, (start, count) = logits.shape[0], where
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
+    rows = jnp.arange(batch, dtype=jnp.int32)
 
     def unfinished(carry: tuple) -> Array:
-        index, _, _, stopped, _ = carry
+        index, _, _, _, stopped, _ = carry
         return (index < count) & ~jnp.all(stopped)
 
     def add(carry: tuple) -> tuple:
-        index, logits, cache, stopped, new = carry
-        token = draw(logits, numbers, jax.vmap(jax.random.fold_in, (0, None))(keys, start + index))
+        index, logits, cache, seen, stopped, new = carry
+        token = draw(logits, numbers, jax.vmap(jax.random.fold_in, (0, None))(keys, start + index), seen)
         new = jax.lax.dynamic_update_slice(new, token[:, None], (jnp.zeros((), index.dtype), index))
         features, cache = model.features(token[:, None], cache=cache)
-        return index + 1, model.head(features[:, 0]), cache, stopped | stops[token], new
+        seen = seen.at[rows, token].set(True)
+        return index + 1, model.head(features[:, 0]), cache, seen, stopped | stops[token], new
 
-    new = jnp.zeros((batch, _BLOCK), jnp.int32)
-    _, logits, cache, stopped, new = jax.lax.while_loop(
-        unfinished, add, (jnp.zeros((), jnp.int32), logits, cache, stopped, new)
+    new = jnp.zeros((batch, BLOCK), jnp.int32)
+    _, logits, cache, seen, _, new = jax.lax.while_loop(
+        unfinished, add, (jnp.zeros((), jnp.int32), logits, cache, seen, stopped, new)
     )
-    return logits, cache, stopped, new
-
-
-def _before(tokens: Int[np.ndarray, " new"], stops: Bool[np.ndarray, " vocab"]) -> list[int]:
-    """The tokens before the first that ends a sequence."""
-    (ends,) = np.nonzero(stops[tokens])
-    kept: list[int] = tokens[: ends[0] if len(ends) else None].tolist()
-    return kept
+    return logits, cache, seen, new

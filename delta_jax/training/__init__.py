@@ -1,7 +1,7 @@
 """Training: configuration, state, step, loop, checkpoints and metrics."""
 
 from delta_jax.training.checkpoint import Checkpoints, restore_model
-from delta_jax.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from delta_jax.training.config import CheckpointConfig, OptimizerConfig, ParameterGroup, TrainConfig
 from delta_jax.training.loop import NonFiniteLossError, TrainResult, train
 from delta_jax.training.optimizer import (
     learning_rate_schedule,
@@ -17,6 +17,7 @@ __all__ = [
     "Checkpoints",
     "NonFiniteLossError",
     "OptimizerConfig",
+    "ParameterGroup",
     "Setup",
     "TrainConfig",
     "TrainResult",

@@ -23,6 +23,8 @@ from delta_jax.training.state import TrainState, abstract_model, merge_model
 CHECKPOINTS = "checkpoints"
 DIGESTS = "digests.json"
 ITEMS = ("parameters", "optimizer", "data", "about")
+EMA = "ema"
+"""An item that only checkpoints with a moving average of the weights have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._saving = int(state.step)
         table = {"config": to_dict(config), "arrays": _describe(state), **about}
+        items: dict[str, Any] = {} if state.ema is None else {EMA: ocp.args.StandardSave(state.ema)}
         self._manager.save(
             self._saving,
             args=ocp.args.Composite(
@@ -101,6 +104,7 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave(state.optimizer),
                 data=ocp.args.JsonSave(data),
                 about=ocp.args.JsonSave(table),
+                **items,
             ),
             force=True,
         )
@@ -136,16 +140,19 @@ class Checkpoints:
                 f"checkpoint {self.latest} in {self._folder} holds other arrays than this model and optimizer have, set "
                 f"another output folder: {listing(unequal)}"
             )
+        average: dict[str, Any] = {} if template.ema is None else {EMA: ocp.args.StandardRestore(template.ema)}
         items: Any = self._manager.restore(
             self.latest,
             args=ocp.args.Composite(
                 parameters=ocp.args.StandardRestore(template.parameters),
                 optimizer=ocp.args.StandardRestore(template.optimizer),
                 data=ocp.args.JsonRestore(),
+                **average,
             ),
         )
         step = jax.device_put(jax.numpy.asarray(self.latest, template.step.dtype), template.step.sharding)
-        state = TrainState(step=step, parameters=items.parameters, optimizer=items.optimizer)
+        ema = items[EMA] if average else None
+        state = TrainState(step=step, parameters=items.parameters, optimizer=items.optimizer, ema=ema)
         return Restored(state=state, data=items.data)
 
     def wait(self) -> None:
@@ -160,42 +167,29 @@ class Checkpoints:
                 (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
 
 
-def restore_model(folder: str | Path, step: int | None = None) -> tuple[TrainConfig, LanguageModel]:
+def restore_model(
+    folder: str | Path, step: int | None = None, *, ema: bool = False
+) -> tuple[TrainConfig, LanguageModel]:
     """Read the model of a checkpoint of a run, on the default device.
 
     Args:
         folder: the run's output folder.
         step: after how many optimizer steps; None is the newest intact checkpoint.
+        ema: take the moving average of the weights (``TrainConfig.ema_decay``) in their place.
 
     Returns:
         The run's configuration, in which data.tokenizer is the run's own copy, and its model.
 
     Raises:
-        ValueError: there is no checkpoint, or all are damaged; or there is none of that step, or it is; or the tokenizer
-            is lost.
+        ValueError: there is no checkpoint, or all are damaged; or there is none of that step, or it is; or it has no moving
+            average; or the tokenizer is lost.
 
     Examples:
         >>> config, model = restore_model("run")  # made by the example of `train`
         >>> config.steps, model(jnp.array([[1, 2, 3]])).shape
         (2, (1, 3, 257))
     """
-    checkpoints = Path(folder).absolute() / CHECKPOINTS
-    if not checkpoints.is_dir():
-        raise ValueError(f'"{folder}" is not the output folder of a training run: it has no folder {CHECKPOINTS}')
-    if step is None:
-        step, damaged = _newest_intact(checkpoints)
-        if step is None:
-            raise ValueError(f'there is no checkpoint in "{checkpoints}"' + _reasons(damaged))
-        if damaged:
-            warnings.warn(f"using checkpoint {step} in {checkpoints}" + _reasons(damaged), stacklevel=2)
-    else:
-        there = _steps(checkpoints)
-        if step not in there:
-            kept = ", ".join(map(str, there)) or "none"
-            raise ValueError(f'step: there is no checkpoint {step} in "{checkpoints}", only {kept}')
-        if (damage := _damage(checkpoints / str(step))) is not None:
-            raise ValueError(f'step: checkpoint {step} in "{checkpoints}" is damaged ({damage})')
-    table = _about(checkpoints / str(step))
+    checkpoint, table = find_checkpoint(folder, step)
     config = load_config(TrainConfig, table["config"])
     tokenizer = kept_tokenizer(Path(folder), config.data.tokenizer, table.get("tokenizer"))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
@@ -205,12 +199,50 @@ def restore_model(folder: str | Path, step: int | None = None) -> tuple[TrainCon
         _describe({"parameters": parameters}),
     )
     if unequal:
-        raise ValueError(f"checkpoint {step} in {checkpoints} does not fit this version: {listing(unequal)}")
+        raise ValueError(f"{checkpoint} does not fit this version: {listing(unequal)}")
+    if ema and not (checkpoint / EMA).is_dir():
+        raise ValueError(f"ema: {checkpoint} has no moving average of the weights: its run had no ema_decay")
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), parameters)
+    return config, merge_model(structure, read_arrays(checkpoint / (EMA if ema else "parameters"), target))
+
+
+def find_checkpoint(folder: str | Path, step: int | None = None) -> tuple[Path, Mapping[str, Any]]:
+    """The folder of an intact checkpoint of a run, and what it says of itself, see ``Checkpoints.about``.
+
+    Raises:
+        ValueError: there is none, or none of that step, or it is damaged.
+    """
+    checkpoints = Path(folder).absolute() / CHECKPOINTS
+    if not checkpoints.is_dir():
+        raise ValueError(f'"{folder}" is not the output folder of a training run: it has no folder {CHECKPOINTS}')
+    if step is None:
+        step, damaged = _newest_intact(checkpoints)
+        if step is None:
+            raise ValueError(f'there is no checkpoint in "{checkpoints}"' + _reasons(damaged))
+        if damaged:
+            warnings.warn(f"using checkpoint {step} in {checkpoints}" + _reasons(damaged), stacklevel=3)
+    else:
+        there = _steps(checkpoints)
+        if step not in there:
+            kept = ", ".join(map(str, there)) or "none"
+            raise ValueError(f'step: there is no checkpoint {step} in "{checkpoints}", only {kept}')
+        if (damage := _damage(checkpoints / str(step))) is not None:
+            raise ValueError(f'step: checkpoint {step} in "{checkpoints}" is damaged ({damage})')
+    return checkpoints / str(step), _about(checkpoints / str(step))
+
+
+def newest_about(folder: Path) -> Mapping[str, Any] | None:
+    """What the newest intact checkpoint of a run says of itself; None where there is none."""
+    checkpoints = folder.absolute() / CHECKPOINTS
+    step = _newest_intact(checkpoints)[0] if checkpoints.is_dir() else None
+    return None if step is None else _about(checkpoints / str(step))
+
+
+def read_arrays(item: Path, target: Any) -> Any:
+    """An item of a checkpoint, read onto the dtypes and shardings of a tree of ShapeDtypeStructs."""
     with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(checkpoints / str(step) / "parameters", target)
-    return config, merge_model(structure, restored)
+        return checkpointer.restore(item, target)
 
 
 def _describe(tree: Any) -> dict[str, str]:
@@ -265,7 +297,7 @@ def _damage(checkpoint: Path) -> str | None:
         return f"{DIGESTS} is missing"
     except (ValueError, RecursionError, OSError):
         return f"{DIGESTS} is unreadable"
-    if not isinstance(digests, dict) or {name.partition("/")[0] for name in digests} != set(ITEMS):
+    if not isinstance(digests, dict) or {name.partition("/")[0] for name in digests} - {EMA} != set(ITEMS):
         return f"{DIGESTS} does not list the files of {', '.join(ITEMS)}"
     for name, written in digests.items():
         if not (checkpoint / name).is_file():

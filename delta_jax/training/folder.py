@@ -13,6 +13,7 @@ CONFIG = "config.json"
 CURVE = "curve.png"
 DAMAGED = "damaged"
 TOKENIZER = "tokenizer.json"
+BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja")
 
 
 def open_folder(path: str) -> Path:
@@ -80,6 +81,8 @@ def digest(path: Path) -> str:
 def keep_tokenizer(output: Path, tokenizer: str) -> str | None:
     """Copy a tokenizer.json into the run, so that what was trained can be read wherever the run is moved.
 
+    Its chat template and the names of its special tokens, which lie beside it, come along.
+
     Args:
         output: the run's folder.
         tokenizer: "bytes", or the path of a tokenizer.json.
@@ -89,13 +92,21 @@ def keep_tokenizer(output: Path, tokenizer: str) -> str | None:
     """
     if tokenizer == "bytes":
         return None
-    wanted, copy = digest(Path(tokenizer)), make_way(output / TOKENIZER)
+    for name in BESIDE_TOKENIZER:
+        if (beside := Path(tokenizer).parent / name).is_file():
+            _keep(beside, output / name)
+    return _keep(Path(tokenizer), output / TOKENIZER)
+
+
+def _keep(original: Path, copy: Path) -> str:
+    """Copy a file into the run, unless it is there; its digest."""
+    wanted, copy = digest(original), make_way(copy)
     if jax.process_index() == 0 and not (copy.is_file() and digest(copy) == wanted):
         if copy.is_file():
-            aside = set_aside(copy, output)
-            warnings.warn(f"{copy} is not {tokenizer}: it was moved to {aside} and copied anew", stacklevel=3)
+            aside = set_aside(copy, copy.parent)
+            warnings.warn(f"{copy} is not {original}: it was moved to {aside} and copied anew", stacklevel=4)
         draft = make_way(copy.with_suffix(".tmp"))
-        shutil.copyfile(tokenizer, draft)
+        shutil.copyfile(original, draft)
         draft.replace(copy)
     return wanted
 

@@ -21,6 +21,7 @@ from delta_jax.parallel import shard_batch
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.folder import CONFIG, CURVE, keep_tokenizer, make_way, open_folder
+from delta_jax.training.initial import initial_parameters
 from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
 from delta_jax.training.plots import plot_curve
 from delta_jax.training.progress import ProgressDisplay
@@ -120,7 +121,7 @@ def train(
                 display.say("; ".join([f"continuing from checkpoint {start} in {output}", *changed]))
             else:
                 display.working("compiling and making the first parameters", begins=True)
-                state = setup.initial_state()
+                state = _first_state(setup, display)
             make_way(output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
             about["tokenizer"] = keep_tokenizer(output, config.data.tokenizer)
             with MetricsWriter(output, start) as writer:
@@ -327,6 +328,15 @@ class _Run:
     def _save(self, state: TrainState, position: Any) -> None:
         self._checkpoints.save(state, position, self._config, **self._about)
         self._clock = None
+
+
+def _first_state(setup: Setup, display: ProgressDisplay) -> TrainState:
+    """The state before the first step, with the weights that the run begins with."""
+    if setup.config.initial is None:
+        return setup.initial_state()
+    parameters, changed = initial_parameters(setup.config, setup.state.parameters)
+    display.say("; ".join([f"beginning with the weights of {setup.config.initial}", *changed]))
+    return setup.initial_state(parameters)
 
 
 def _introduction(setup: Setup, documents: int) -> str:

@@ -1,6 +1,6 @@
-"""AdamW with its weight-decay mask, learning-rate schedules and clipping."""
+"""Optimizers with their weight-decay mask, learning-rate schedules and clipping."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ from jaxtyping import Array, ArrayLike, Float
 from delta_jax.config import convert
 from delta_jax.parallel import ParameterRule, path_string
 from delta_jax.parallel.sharding import STACKED
-from delta_jax.training.config import OptimizerConfig
+from delta_jax.training.config import OptimizerConfig, ParameterGroup
+from delta_jax.training.groups import group_of
 
 DECAYED = ("kernel", "embedding", "offset", "gate_proj", "up_proj", "down_proj")
+MUON_RMS = 0.2  # of an update, which is about that of AdamW's (Liu et al. 2025, Muon is scalable for LLM training)
 NOT_DECAYED = ("scale", "bias", "A_log", "D", "dt_bias", "expert_bias")
 
 
@@ -151,34 +153,94 @@ def check_matrices(optimizer_state: Any, rules: Mapping[str, ParameterRule] | No
 def make_optimizer(
     config: OptimizerConfig, steps: int, rules: Mapping[str, ParameterRule] | None = None
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019) with the schedule and the mask.
+    """Clipping, then the optimizer of the configuration with the schedule, the mask and the groups.
+
+    Whether a pattern of a group matches anything ``frozen_mask`` tells, which ``set_up`` calls.
 
     Args:
-        config: the numbers.
+        config: the optimizer's name and numbers.
         steps: optimizer steps of the whole run.
         rules: see ``weight_decay_mask``.
 
     Returns:
-        The optax transformation.
+        The optax transformation. It has no state for frozen parameters, whose updates are zeros.
 
     Examples:
         >>> optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), steps=100)
         >>> isinstance(optimizer, optax.GradientTransformation)
         True
     """
-    adamw = optax.adamw(
-        learning_rate_schedule(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=partial(weight_decay_mask, rules=rules),
-    )
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    optimizer = optax.chain(clip, adamw)  # one structure of the state, so that a resumed run may clip otherwise
+    rate = optax.scale_by_learning_rate(learning_rate_schedule(config, steps))
+    # One structure of the state whatever is clipped and decays, so that a resumed run may change it.
+    optimizer = optax.chain(_clip(config), optax.chain(_direction(config, rules), _grouped(config, rules), rate))
+    if any(group.frozen for group in config.groups):
+        optimizer = optax.partition(
+            {"trained": optimizer, "frozen": optax.set_to_zero()}, partial(_labels, config.groups)
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it: 1 - decay**count
             return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def _clip(config: OptimizerConfig) -> optax.GradientTransformation:
+    clips = [optax.clip(config.clip_value)] if config.clip_value is not None else []
+    clips += [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+
+    def clip(updates: Any, _: Any) -> Any:
+        for one in clips:
+            updates, _ = one.update(updates, one.init(updates))
+        return updates
+
+    return optax.stateless(clip)
+
+
+def _direction(config: OptimizerConfig, rules: Mapping[str, ParameterRule] | None) -> optax.GradientTransformation:
+    """From gradients to updates, before decay and learning rate."""
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    if config.name == "lion":
+        return optax.scale_by_lion(b1=config.beta1, b2=config.beta2)
+    if config.name == "sgd":
+        return optax.trace(decay=config.momentum)
+    if config.name == "adamw":
+        return adam
+    numbers = partial(muon_dimension_numbers, rules=rules)
+    muon = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers)
+
+    def scale(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda update: MUON_RMS * max(update.shape[-2:]) ** 0.5 * update, updates)
+
+    def labels(tree: Any) -> Any:
+        return jax.tree.map(lambda _, number: "adamw" if number is None else "muon", tree, numbers(tree))
+
+    return optax.partition({"muon": optax.chain(muon, optax.stateless(scale)), "adamw": adam}, labels)
+
+
+def _grouped(config: OptimizerConfig, rules: Mapping[str, ParameterRule] | None) -> optax.GradientTransformation:
+    """Weight decay, and the factors on the learning rate."""
+
+    def change(path: tuple[Any, ...], update: Array, parameter: Array, decays: bool) -> Array:
+        group = group_of(config.groups, path_string(path))
+        weight_decay, factor = config.weight_decay, 1.0
+        if group is not None:
+            weight_decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+            factor = group.learning_rate_factor
+        if decays:
+            update = update + weight_decay * parameter
+        return update if factor == 1 else factor * update
+
+    def grouped(updates: Any, parameters: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(change, updates, parameters, weight_decay_mask(updates, rules))
+
+    # Masked, as optax's weight decay is: its state has the structure that checkpoints have.
+    return optax.masked(optax.stateless(grouped), partial(jax.tree.map, lambda _: True))
+
+
+def _labels(groups: Sequence[ParameterGroup], tree: Any) -> Any:
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        group = group_of(groups, path_string(path))
+        return "frozen" if group is not None and group.frozen else "trained"
+
+    return jax.tree_util.tree_map_with_path(label, tree)

@@ -17,7 +17,7 @@ FAULT = "data_fault.json"
 # Keys that a resumed run may change; every other is bound to the checkpoint. Which text lies at the corpus's path, and what
 # the tokenizer is, the fingerprint of the data tells.
 FREE = re.compile(
-    r"(steps|gradient_accumulation|output|log_every|evaluate_every|evaluation_batches|changed_data"
+    r"(steps|gradient_accumulation|output|log_every|evaluate_every|evaluation_batches|changed_data|ema_decay"
     r"|(mesh|checkpoint|optimizer)\..*"
     r"|data\.(path|tokenizer|on_error)"
     r"|model\.(remat(_save|_offload)?|dtype|experts\.balance_rate|(pattern|layer_overrides)\.\d+\.(implementation|chunk_size)))"

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from delta_jax.models import LanguageModel
 from delta_jax.parallel import batch_parts, batch_sharding, make_mesh
 from delta_jax.training.config import TrainConfig
+from delta_jax.training.groups import frozen_mask
 from delta_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from delta_jax.training.state import TrainState, abstract_model, abstract_state, split_model
+from delta_jax.training.state import TrainState, abstract_model, abstract_state, average_of, split_model
 from delta_jax.training.step import make_evaluation_step, make_train_step
 
 
@@ -52,15 +53,24 @@ class Setup:
     train_step: jax.stages.Wrapped
     evaluation_step: jax.stages.Wrapped
 
-    def initial_state(self) -> TrainState:
-        """The state at step 0, made in place on the mesh; the same numbers on any mesh."""
+    def initial_state(self, parameters: Any = None) -> TrainState:
+        """The state at step 0, made in place on the mesh; the same numbers on any mesh.
 
-        def make() -> TrainState:
-            _, parameters = split_model(LanguageModel(self.config.model, rngs=nnx.Rngs(self.config.seed)))
-            optimizer = self.optimizer.init(parameters)
-            return TrainState(step=jnp.zeros((), jnp.int32), parameters=parameters, optimizer=optimizer)
+        Args:
+            parameters: arrays as ``state.parameters`` says, which are used up; None draws them.
+        """
 
-        state: TrainState = jax.jit(make, out_shardings=_layout(self.state))()
+        def make(parameters: Any) -> TrainState:
+            if parameters is None:
+                _, parameters = split_model(LanguageModel(self.config.model, rngs=nnx.Rngs(self.config.seed)))
+            return TrainState(
+                step=jnp.zeros((), jnp.int32),
+                parameters=parameters,
+                optimizer=self.optimizer.init(parameters),
+                ema=None if self.config.ema_decay is None else average_of(parameters),
+            )
+
+        state: TrainState = jax.jit(make, out_shardings=_layout(self.state), donate_argnums=0)(parameters)
         return state
 
 
@@ -77,7 +87,7 @@ def set_up(
         config: the run.
         devices: the devices of the mesh, all of them; default ``jax.devices()``.
         optimizer: an optax transformation in place of the one that ``config.optimizer`` describes; see
-            ``abstract_state`` for what it meets.
+            ``abstract_state`` for what it meets. What ``config.optimizer.groups`` freeze stays frozen.
         schedule: the learning rate of that optimizer, which the train step reports.
 
     Returns:
@@ -85,7 +95,7 @@ def set_up(
 
     Raises:
         ValueError: the mesh does not fit the devices, the sequences of a micro-batch do not divide over the mesh, the model
-            refuses them, or a parameter cannot be cut; see ``abstract_state``.
+            refuses them, a parameter cannot be cut, see ``abstract_state``, or a group of ``config.optimizer`` has none.
 
     Examples:
         >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
@@ -109,7 +119,8 @@ def set_up(
     optimizer = optimizer or make_optimizer(config.optimizer, config.steps, rules)
     schedule = schedule or learning_rate_schedule(config.optimizer, config.steps)
     structure, parameters = abstract_model(config.model)
-    state = abstract_state(parameters, optimizer, mesh, rules)
+    frozen = frozen_mask(config.optimizer.groups, parameters)
+    state = abstract_state(parameters, optimizer, mesh, rules, ema=config.ema_decay is not None)
     evaluation_step, evaluation_batch = make_evaluation_step(structure, mesh), _batch(1, micro, config, mesh)
     jax.eval_shape(evaluation_step, state.parameters, evaluation_batch)  # the first evaluation does not trace it again
     return Setup(
@@ -120,7 +131,16 @@ def set_up(
         state=state,
         batch=_batch(config.gradient_accumulation, micro, config, mesh),
         evaluation_batch=evaluation_batch,
-        train_step=make_train_step(config.model, structure, _layout(state), optimizer, schedule, mesh),
+        train_step=make_train_step(
+            config.model,
+            structure,
+            _layout(state),
+            optimizer,
+            schedule,
+            mesh,
+            frozen=frozen if any(jax.tree.leaves(frozen)) else None,
+            ema_decay=config.ema_decay,
+        ),
         evaluation_step=evaluation_step,
     )
 

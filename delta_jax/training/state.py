@@ -24,6 +24,7 @@ class TrainState:
         step: optimizer steps done.
         parameters: nested dictionary of float32 arrays.
         optimizer: the optax state.
+        ema: the moving average of the parameters, float32 arrays in a dictionary as theirs; None where none is kept.
 
     Examples:
         >>> state = TrainState(step=jnp.int32(0), parameters={"kernel": jnp.ones((2, 2))}, optimizer=())
@@ -34,6 +35,21 @@ class TrainState:
     step: Any
     parameters: Any
     optimizer: Any
+    ema: Any = None
+
+
+def average_of(parameters: Any) -> Any:
+    """The moving average before the first step: the parameters, in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parameters)
+
+
+def moved_average(average: Any, parameters: Any, decay: float) -> Any:
+    """decay * average + (1 - decay) * parameters, in a form that leaves what does not change as it is, bit for bit."""
+
+    def move(old: Any, new: Any) -> Any:
+        return old + (1 - decay) * (new.astype(jnp.float32) - old)
+
+    return jax.tree.map(move, average, parameters)
 
 
 def split_model(model: LanguageModel) -> tuple[Any, Any]:
@@ -58,8 +74,11 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     rules: Mapping[str, ParameterRule] | None = None,
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """The train state as ShapeDtypeStructs that carry their shardings; the optimizer's are its parameters'.
+    """The train state as ShapeDtypeStructs that carry their shardings; the optimizer's and the average's are their
+    parameters'.
 
     Args:
         parameters: what ``abstract_model`` gives.
@@ -68,6 +87,7 @@ def abstract_state(
             ``muon_dimension_numbers``.
         mesh: where the state lives.
         rules: what the layers say of their parameters; see ``ModelConfig.parameter_rules``.
+        ema: whether there is a moving average.
 
     Raises:
         ValueError: a parameter has no partition rule or does not divide over the mesh, or the optimizer is Muon without
@@ -95,4 +115,5 @@ def abstract_state(
         step=place(jax.eval_shape(lambda: jnp.zeros((), jnp.int32)), whole),
         parameters=jax.tree.map(place, parameters, shardings),
         optimizer=optimizer_state,
+        ema=jax.tree.map(place, jax.eval_shape(average_of, parameters), shardings) if ema else None,
     )

@@ -16,7 +16,7 @@ from delta_jax.models import ModelConfig
 from delta_jax.models.language_model import Loads
 from delta_jax.models.loss import counted_targets, token_nats
 from delta_jax.parallel import batch_sharding, replicated
-from delta_jax.training.state import TrainState, merge_model
+from delta_jax.training.state import TrainState, merge_model, moved_average
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -29,13 +29,17 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
+    *,
+    frozen: Any = None,
+    ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
     """Build ``(state, batch) -> (state, metrics)``, jitted on the mesh, the old state's memory reused.
 
     The loss and the gradient are means over all targets of the batch that count, those that are not negative and where the
     batch's mask is above zero: sums over the micro-batches, which are the leading axis of the batch's arrays
     [micro_batches, batch, time], divided by the number of such tokens at the end. After the optimizer, the biases of
-    experts move by what the whole batch's loads say, of the tokens that count in the loss.
+    experts move by what the whole batch's loads say, of the tokens that count in the loss. What is frozen has no gradient,
+    and stays bit for bit, those biases too. Last the moving average follows the parameters.
 
     Args:
         config: the model.
@@ -44,14 +48,23 @@ def make_train_step(
         optimizer: what turns gradients into updates.
         schedule: the optimizer's learning rate, for the metrics.
         mesh: where state and batch live.
+        frozen: True for each parameter that is frozen, in a tree of them; None freezes none.
+        ema_decay: of the moving average; None where the state has none.
 
     Returns:
-        The step. Its metrics are float32: loss (nats per token), gradient_norm (before clipping),
+        The step. Its metrics are float32: loss (nats per token), gradient_norm (of what is not frozen, before clipping),
         learning_rate and tokens (those in the batch that count).
     """
 
+    def kept(old: Any, new: Any) -> Any:
+        """What is frozen from the old tree, the rest from the new one."""
+        if frozen is None:
+            return new
+        return jax.tree.map(lambda is_frozen, one, other: one if is_frozen else other, frozen, old, new)
+
     @functools.partial(jax.value_and_grad, has_aux=True)
     def micro_gradient(parameters: Any, batch: Batch) -> tuple[Float[Array, ""], Loads]:
+        parameters = kept(jax.lax.stop_gradient(parameters), parameters)
         model, counted = merge_model(structure, parameters), counted_targets(batch["targets"], batch["mask"])
         features, _, loads = model.features_and_loads(
             batch["inputs"], segment_ids=batch["segment_ids"], counted=counted
@@ -82,7 +95,9 @@ def make_train_step(
             "tokens": tokens,
         }
         parameters = _balance(config, optax.apply_updates(state.parameters, updates), loads)
-        return TrainState(step=state.step + 1, parameters=parameters, optimizer=optimizer_state), metrics
+        parameters = kept(state.parameters, parameters)
+        ema = None if ema_decay is None else moved_average(state.ema, parameters, ema_decay)
+        return TrainState(step=state.step + 1, parameters=parameters, optimizer=optimizer_state, ema=ema), metrics
 
     return jax.jit(
         step,

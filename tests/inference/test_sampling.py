@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delta_jax.inference import Sampling, keep_top_k, keep_top_p, sample
+from delta_jax.inference import Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, sample
 
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
 
@@ -42,6 +42,39 @@ def test_top_p_keeps_the_smallest_set(p, wanted):
     np.testing.assert_array_equal(np.where(wanted, masked, 0), np.where(wanted, LOGITS, 0))
 
 
+@pytest.mark.parametrize(
+    ("p", "wanted"),
+    [
+        (0.8, [[False, True, False, False], [True] * 4]),
+        (0.74, [[False, True, False, True], [True] * 4]),
+        (0.3, [[False, True, True, True], [True] * 4]),
+        (1.0, [[False, True, False, False], [True] * 4]),
+        (0.0, [[True] * 4, [True] * 4]),
+    ],
+)
+def test_min_p_is_a_share_of_the_greatest(p, wanted):
+    masked = keep_min_p(LOGITS, p)
+    assert kept(masked) == wanted
+    np.testing.assert_array_equal(np.where(wanted, masked, 0), np.where(wanted, LOGITS, 0))
+
+
+def test_penalty():
+    """As transformers' RepetitionPenaltyLogitsProcessor: positive logits are divided, negative ones multiplied."""
+    logits = jnp.array([3.0, -3.0, 0.0, 3.0, -jnp.inf, jnp.inf])
+    seen = jnp.array([True, True, True, False, True, True])
+    np.testing.assert_allclose(penalize(logits, seen, 1.5), [2.0, -4.5, 0.0, 3.0, -np.inf, np.finfo(np.float32).max])
+    np.testing.assert_allclose(penalize(logits, seen, 0.5)[:4], [6.0, -1.5, 0.0, 3.0])
+    assert penalize(logits[:4], seen[:4], 1e-300)[0] < np.inf
+    both = jnp.stack([logits[:4], -logits[:4]])
+    assert sample(both, Sampling(repetition_penalty=100.0), seen=jnp.stack([seen[:4], ~seen[:4]])).tolist() == [3, 1]
+    with pytest.raises(ValueError, match="seen must be given for a repetition_penalty"):
+        sample(both, Sampling(repetition_penalty=2.0))
+    with pytest.raises(ValueError, match="penalty must be a positive number"):
+        penalize(logits, seen, 0)
+    with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]"):
+        keep_min_p(logits, 1.5)
+
+
 def test_top_p_of_large_vocabularies_matches_a_sort_in_float64():
     logits = 3.0 * jax.random.normal(jax.random.key(0), (5, 1000))
     wide = np.asarray(logits, np.float64)
@@ -66,6 +99,9 @@ def draw(logits, sampling, count=20000):
         (Sampling(temperature=1.0, top_k=2), [0, 4 / 7, 0, 3 / 7]),
         (Sampling(temperature=1.0, top_p=0.8), [0, 4 / 9, 2 / 9, 3 / 9]),
         (Sampling(temperature=1.0, top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(temperature=1.0, min_p=0.6), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(temperature=1.0, top_p=0.8, min_p=0.3), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (Sampling(temperature=0.5, min_p=0.6), [0, 1, 0, 0]),
         # The temperature comes first: the squared probabilities of the two likeliest sum to 0.83.
         (Sampling(temperature=0.5, top_p=0.8), [0, 16 / 25, 0, 9 / 25]),
     ],
@@ -132,6 +168,12 @@ def test_rows_draw_on_their_own():
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p"),
         ({"top_k": 4}, "temperature"),
+        ({"min_p": 0.5}, "temperature"),
+        ({"temperature": 1.0, "min_p": -0.1}, "min_p"),
+        ({"temperature": 1.0, "min_p": 10**400}, "min_p"),
+        ({"temperature": 1.0, "top_p": 10**400}, "top_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty"),
     ],
 )
 def test_impossible_options_are_named(options, word):
