@@ -31,7 +31,7 @@ def read_records(text: str, name: str) -> list[Record]:
         ValueError: a line is no such object, or there is none.
     """
     records: list[Record] = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -84,7 +84,7 @@ class Results:
         try:
             with self._path.open("rb") as file:
                 for line in file:
-                    if not line.endswith(b"\n"):
+                    if not line.endswith(b"\n") and self._is_cut_off(line):
                         break
                     self._check(line)
                     self.done, self._end = self.done + 1, self._end + len(line)
@@ -106,6 +106,14 @@ class Results:
                 if rest == wanted:
                     raise ValueError(f"output: {what} was made with other options or another model; name another file")
             raise ValueError(f"output: {what} is no completion of prompt {self.done + 1}; name another file")
+
+    def _is_cut_off(self, line: bytes) -> bool:
+        """Whether it may be the beginning of the next line, and not something else that would be lost."""
+        if self.done >= len(self._records):
+            return False
+        begin = line_of(self._records[self.done], []).encode()
+        begin = begin[: begin.rindex(b"[]") + 1]
+        return line[: len(begin)] == begin[: len(line)]
 
     def write(self, completions: Sequence[Completion]) -> None:
         """Adds the completions of the next record."""

@@ -201,7 +201,7 @@ def draw(
         scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / told.temperature
         some: Bool[Array, ""] = (told.top_k < vocabulary) | (told.top_p < 1)
         kept = jax.lax.cond(some, lambda: keep_top_p(keep_top_k(scores, told.top_k), told.top_p), lambda: scores)
-        kept = keep_min_p(kept, told.min_p)
+        kept = jax.lax.cond(told.min_p > 0, lambda: keep_min_p(kept, told.min_p), lambda: kept)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
     tokens: Int[Array, " batch"] = jax.lax.cond(told.temperature > 0, random, greedy)

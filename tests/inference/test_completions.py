@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from delta_jax.inference import Completion, complete, generate, read_prompts, stream
+from delta_jax.inference import Completion, complete, generate, stream
 from delta_jax.inference.generate import _decode
 from delta_jax.inference.reading import _read
 from delta_jax.inference.records import Results, read_records
@@ -38,13 +38,11 @@ def test_batches_by_length_give_what_one_batch_gives_in_order(model, syllables):
     assert list(complete(model, PROMPTS, batch_size=3, first=11, **options)) == []
 
 
-def test_samples_and_a_prefix(model):
-    prefix = read_prompts(model, [[5, 6]])
-    wanted = generate(model, [[5, 6, *prompt[:10]] for prompt in PROMPTS[:2]], samples=2, **OPTIONS)
-    found = list(
-        complete(model, [prompt[:10] for prompt in PROMPTS[:2]], batch_size=2, samples=2, prefix=prefix, **OPTIONS)
-    )
-    assert [[one.tokens for one in rows] for rows in found] == wanted
+def test_samples(model):
+    wanted = generate(model, PROMPTS[:2], samples=2, **OPTIONS)
+    found = list(complete(model, PROMPTS[:3], batch_size=2, samples=2, **OPTIONS))
+    assert [[one.tokens for one in rows] for rows in found][:2] == wanted
+    assert [len(rows) for rows in found] == [2] * 3
 
 
 def test_what_is_ready_comes_before_the_rest_is_begun(model):
@@ -68,7 +66,7 @@ def test_mistakes_are_named_at_once(model, options, words):
 
 
 def test_records():
-    text = '{"prompt": "a", "id": 3}\n\n{"messages": [{"role": "user", "content": "b"}]}\r\n'
+    text = '\ufeff{"prompt": "a", "id": 3}\n\n{"messages": [{"role": "user", "content": "b"}]}\r\n'
     assert read_records(text, "file") == [{"prompt": "a", "id": 3}, {"messages": [{"role": "user", "content": "b"}]}]
     for line, words in (
         ("{", "line 2 of file is not JSON"),
@@ -130,6 +128,10 @@ def test_results_of_something_else_are_left_alone(tmp_path):
     path.write_bytes(there + b"text\n")
     with pytest.raises(ValueError, match=r"line 2 of .* is no completion of prompt 2"):
         results(path)
+    for rest in (b"notes without a line's end", there[:-1]):
+        path.write_bytes(there + rest)
+        with pytest.raises(ValueError, match=r"line 2 of .* is no completion of prompt 2"):
+            results(path)
     path.write_bytes(there * 2)
     with pytest.raises(ValueError, match=r"line 2 of .* is no completion of prompt 2"):
         results(path, records=RECORDS[:1], tokens=TOKENS[:1])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from delta_jax.inference import Piece, generate, penalize, read_prompts, stream
+from delta_jax.inference import Piece, generate, penalize, stream
 from delta_jax.inference.generate import _decode
 from delta_jax.inference.reading import _read
 from tests.inference.conftest import VOCAB, make
@@ -222,11 +222,9 @@ def test_streams_choose_what_is_drawn(model):
     assert generate(model, PROMPTS, **options | {"key": raw}) == wanted
 
 
-@pytest.mark.parametrize("read_before", [0, 2])
-def test_a_repetition_penalty_counts_prefix_prompt_and_continuation(model, read_before):
+def test_a_repetition_penalty_counts_prompt_and_continuation(model):
     prompt, penalty = PROMPTS[2], 1.7
-    prefix = read_prompts(model, [prompt[:read_before]]) if read_before else None
-    (row,) = generate(model, [prompt[read_before:]], max_new_tokens=NEW, repetition_penalty=penalty, prefix=prefix)
+    (row,) = generate(model, [prompt], max_new_tokens=NEW, repetition_penalty=penalty)
     (free,) = generate(model, [prompt], max_new_tokens=NEW)
     assert row != free
     (logits,) = jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray([prompt + row], jnp.int32))
