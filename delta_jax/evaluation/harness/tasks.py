@@ -56,8 +56,9 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None) -> tuple[l
 
 
 def run_tasks(lm: Any, names: list[str], tasks: Tasks, **options: Any) -> dict[str, Any]:
-    """What `simple_evaluate` of the harness returns, without its log of every sample."""
-    results: dict[str, Any] = simple_evaluate(model=lm, tasks=names, task_manager=tasks, log_samples=False, **options)
+    """What `simple_evaluate` of the harness returns, without its log of every sample unless asked for."""
+    options = {"log_samples": False, **options}
+    results: dict[str, Any] = simple_evaluate(model=lm, tasks=names, task_manager=tasks, **options)
     return results
 
 
