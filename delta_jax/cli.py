@@ -465,7 +465,7 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         apply_chat_template=arguments.apply_chat_template,
     )
-    print(results_table(results))
+    print(results_table(results), end="")
     if output is not None:
         output.write_text(results_json(results), encoding="utf-8")
     return 0

@@ -7,4 +7,4 @@ from tests.inference.conftest import make
 
 @pytest.fixture(scope="session")
 def model():
-    return make("gated_delta_net")
+    return make("delta_net")

@@ -88,7 +88,7 @@ def results_table(results: dict[str, Any]) -> str:
     """The results of `evaluate_tasks` as a table."""
     from delta_jax.evaluation.harness.tasks import table
 
-    return table(results)
+    return "\n".join(table(results, column) for column in ("results", "groups") if results.get(column))
 
 
 def results_json(results: dict[str, Any]) -> str:
@@ -117,8 +117,12 @@ def register() -> None:
 def main() -> None:
     """The command line of lm-evaluation-harness, for which `--model delta_jax --model_args run=FOLDER` is this model."""
     register()
+    import lm_eval.utils
     from lm_eval.__main__ import cli_evaluate
 
+    from delta_jax.evaluation.harness.tasks import table
+
+    lm_eval.utils.make_table = table
     cli_evaluate()
 
 

@@ -45,12 +45,10 @@ class DeltaJaxLM(TemplateLM):
         prefix_token_id: int | None = None,
         shared_prefixes: bool = True,
         seed: int = 0,
-        max_batch_size: int | None = None,
-        device: str | None = None,
+        max_batch_size: int | None = None,  # this and the next are what the harness tells every model
+        device: str | None = None,  # "cuda:0" if nobody says otherwise; JAX decides
     ):
         super().__init__()
-        if device is not None or max_batch_size is not None:
-            raise ValueError("device and max_batch_size are not for this model: JAX_PLATFORMS chooses where it runs")
         self._folder: Path | None = None
         if run is not None:
             if model is not None or tokenizer is not None:

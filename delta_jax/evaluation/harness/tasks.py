@@ -7,7 +7,6 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
 
 __all__ = ["Tasks", "run_tasks", "table"]
 
@@ -62,6 +61,28 @@ def run_tasks(lm: Any, names: list[str], tasks: Tasks, **options: Any) -> dict[s
     return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results, and those of groups of tasks, as the harness prints them."""
-    return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))
+def table(results: dict[str, Any], column: str = "results", sort_results: bool = False) -> str:
+    """The results, or those of "groups" of tasks, as a table in Markdown, in place of the harness's `make_table`.
+
+    That one has its cells prepared by forked processes, which beside the threads of JAX may wait for ever.
+    """
+    rows = [("Tasks" if column == "results" else "Groups", "Version", "Filter", "n-shot", "Metric", "Value", "Stderr")]
+    measured = results[column]
+    for name in sorted(measured) if sort_results else measured:
+        first = (str(measured[name].get("alias", name)), str(results.get("versions", {}).get(name, "")))
+        shots = str(results.get("n-shot", {}).get(name, ""))
+        for key, value in sorted(measured[name].items()):
+            metric, _, kind = key.partition(",")
+            if kind and not metric.endswith("_stderr"):
+                error = measured[name].get(f"{metric}_stderr,{kind}")
+                rows.append((*first, kind, shots, metric, _cell(value), _cell(error)))
+                first = ("", "")
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        "|" + "|".join(f" {cell:<{width}} " for cell, width in zip(row, widths, strict=True)) + "|" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value in (None, "N/A") else str(value)
