@@ -5,6 +5,7 @@ Nothing here imports lm_eval before it is used: `pip install "delta_jax[eval]"`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,14 @@ def load_lm(run: str | Path | None = None, **options: Any) -> Any:
     Raises:
         ModuleNotFoundError: lm_eval is not installed.
         ValueError: there is no such run, or an option is impossible.
+
+    Examples:
+        >>> mixer = MixerSpec(mixer="delta_net", options=(("num_heads", 2),))
+        >>> config = ModelConfig(vocab_size=257, hidden_size=8, num_layers=1, pattern=(mixer,), intermediate_size=0)
+        >>> model = LanguageModel(config, rngs=nnx.Rngs(0))
+        >>> lm = load_lm(model=model, tokenizer=ByteTokenizer(), max_length=64)
+        >>> lm.tok_encode("ab"), lm.prefix_token_id  # a document begins with the document id
+        ([256, 97, 98], 256)
     """
     _require()
     from delta_jax.evaluation.harness.model import DeltaJaxLM
@@ -72,6 +81,11 @@ def evaluate_tasks(
     Raises:
         ModuleNotFoundError: lm_eval is not installed.
         ValueError: a task is unknown or cannot be loaded, or the model has no chat template.
+
+    Examples:
+        >>> evaluate_tasks(lambda: load_lm("run"), ["mine"], include_path="nowhere")
+        Traceback (most recent call last):
+        ValueError: include_path: there is no folder 'nowhere'
     """
     _require()
     from delta_jax.evaluation.harness.tasks import find_tasks, run_tasks
@@ -85,16 +99,27 @@ def evaluate_tasks(
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """The results of `evaluate_tasks` as a table."""
+    """The results of `evaluate_tasks` as a table in Markdown.
+
+    Examples:
+        >>> print(results_table({"results": {"mine": {"acc,none": 0.75, "acc_stderr,none": 0.25}}}), end="")
+        | Tasks | Version | Filter | n-shot | Metric | Value  | Stderr |
+        |-------|---------|--------|--------|--------|--------|--------|
+        | mine  |         | none   |        | acc    | 0.7500 | 0.2500 |
+    """
     from delta_jax.evaluation.harness.tasks import table
 
     return "\n".join(table(results, column) for column in ("results", "groups") if results.get(column))
 
 
 def results_json(results: dict[str, Any]) -> str:
-    """The results of `evaluate_tasks` as JSON."""
-    import json
+    """The results of `evaluate_tasks` as JSON.
 
+    Examples:
+        >>> import json
+        >>> json.loads(results_json({"results": {"mine": {"acc,none": np.float64(0.75)}}}))["results"]["mine"]
+        {'acc,none': 0.75}
+    """
     from lm_eval.utils import handle_non_serializable
 
     return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
@@ -105,6 +130,12 @@ def register() -> None:
 
     Raises:
         ModuleNotFoundError: lm_eval is not installed.
+
+    Examples:
+        >>> register()
+        >>> from lm_eval.api.registry import get_model
+        >>> get_model("delta_jax").__name__
+        'DeltaJaxLM'
     """
     _require()
     import lm_eval.models  # noqa: F401  # all others first: a registry that is not empty is not filled any more
