@@ -16,7 +16,6 @@ from delta_jax.cli import main
 from delta_jax.data import ByteTokenizer, JsonTokenizer
 from delta_jax.evaluation import harness
 from delta_jax.evaluation.harness.conventions import Conventions, conventions
-from delta_jax.models import LanguageModel
 from delta_jax.training import restore_model
 from tests.conftest import users_call
 from tests.evaluation.plain import next_logits, plain_score
@@ -189,7 +188,7 @@ def test_what_is_empty_and_spaces_between(lm, model):
 
 
 def test_a_uniform_model_through_the_harness(model):
-    uniform = LanguageModel(model.config, rngs=nnx.Rngs(0))
+    uniform = nnx.clone(model)
     uniform.lm_head.kernel[...] = 0 * uniform.lm_head.kernel[...]
     lm = harness.load_lm(model=uniform, tokenizer=ByteTokenizer(), batch_size=4, max_length=LENGTH)
     texts = ["fox jumps", "dog sleeps", "quick brown"]
@@ -223,7 +222,7 @@ def test_what_generation_cannot_do(lm):
 
 def test_the_command_writes_a_table_and_json(run, results, tmp_path, capsys):
     output = tmp_path / "results.json"
-    tasks = ["--tasks", "fox_choice,fox_generation", "--include-path", str(TASKS), "--output", str(output)]
+    tasks = ["--tasks", "fox_choice,fox_gen*", "--include-path", str(TASKS), "--output", str(output)]
     assert main(["evaluate", str(run), *tasks, "--batch-size", "4", "--max-length", str(LENGTH)]) == 0
     rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
     shown = {row[5]: row[6] for row in rows}
@@ -237,7 +236,7 @@ def test_the_command_writes_a_table_and_json(run, results, tmp_path, capsys):
 
 def test_examples_and_limits_and_nothing_shared(run, tmp_path):
     output = tmp_path / "results.json"
-    tasks = ["--tasks", "fox_choice", "--include-path", str(TASKS), "--output", str(output), "--no-shared-prefixes"]
+    tasks = ["--tasks", str(TASKS / "fox_choice.yaml"), "--output", str(output), "--no-shared-prefixes"]
     options = ["--num-fewshot", "1", "--limit", "4", "--batch-size", "4", "--max-length", str(LENGTH)]
     assert main(["evaluate", str(run), *tasks, *options]) == 0
     written = json.loads(output.read_text())
