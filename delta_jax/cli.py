@@ -61,8 +61,9 @@ def _sentence(error: Exception) -> str:
     """What went wrong, in one line; of a module that is missing, how to install it."""
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]
-        if name in _OF_TRAIN:
-            return f"this needs {name}, which is not installed: pip install 'delta_jax[train]'"
+        if name in _OF_TRAIN or name == "lm_eval":
+            extra = "eval" if name == "lm_eval" else "train"
+            return f"this needs {name}, which is not installed: pip install 'delta_jax[{extra}]'"
         return f"this needs {name or error}, which is not installed"
     said = " ".join(str(error).split()) or type(error).__name__
     out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said
@@ -182,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         parents=[common],
-        help="loss, bits per byte and perplexity on a corpus",
+        help="loss, bits per byte and perplexity on a corpus; with --tasks, tasks of lm-evaluation-harness",
     )
     evaluate.add_argument("folder", metavar="RUN_FOLDER", help="the output folder of a training run")
     evaluate.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
@@ -206,8 +207,41 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="share of that corpus's documents; default: as in training",
     )
-    evaluate.add_argument("--batch-size", type=int, metavar="B", help="rows at a time; default: as in training")
+    evaluate.add_argument(
+        "--batch-size", type=int, metavar="B", help="rows at a time; default: as in training, 8 for tasks"
+    )
     evaluate.add_argument("--sequence-length", type=int, metavar="T", help="tokens in a row; default: as in training")
+    tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness", "in place of a corpus")
+    tasks.add_argument(
+        "--tasks", metavar="NAME,...", help="such as lambada_openai,piqa; groups, patterns and YAML files as well"
+    )
+    tasks.add_argument("--include-path", metavar="DIR", help="a folder of more tasks, as YAML files")
+    tasks.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
+    tasks.add_argument(
+        "--max-length",
+        type=int,
+        metavar="T",
+        help="tokens that the model reads at most, of longer texts the last; default: sequence_length of the run",
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=int, metavar="K", help="examples before each document; default: as the task says"
+    )
+    tasks.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="write prompts as messages, by the template in the run folder",
+    )
+    tasks.add_argument(
+        "--add-bos-token",
+        action=argparse.BooleanOptionalAction,
+        help="whether contexts begin with the prefix token; default: as the tokenizer's files say, without them yes",
+    )
+    tasks.add_argument(
+        "--shared-prefixes",
+        action=argparse.BooleanOptionalAction,
+        help="whether contexts that several requests share are read once, which changes rounding alone; default: yes",
+    )
+    tasks.add_argument("--output", metavar="FILE", help="write the results there, as JSON")
     evaluate.set_defaults(run=_evaluate)
 
     into = commands.add_parser(
@@ -229,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--format", choices=("transformers", "fla"), help="whose classes load it; default as imported")
     out.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default the newest")
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default as imported, or as trained")
+    _takes_ema(out)
     out.set_defaults(run=_export)
 
     plan = commands.add_parser(
@@ -406,7 +441,59 @@ def _read_text(option: str, name: str) -> str:
         raise ValueError(f"{option}: {source} is not text in UTF-8") from error
 
 
+_OF_TASKS = {
+    **dict.fromkeys(
+        ("include_path", "limit", "max_length", "num_fewshot", "add_bos_token", "shared_prefixes", "output")
+    ),
+    "apply_chat_template": False,
+}
+_OF_CORPORA = ("data", "split", "format", "text_field", "records", "validation_fraction", "sequence_length")
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
+    given = [name for name, default in _OF_TASKS.items() if getattr(arguments, name) != default]
+    if arguments.tasks is None and given:
+        raise ValueError(f"{_flags(given)} belong to tasks: give --tasks as well")
+    return _evaluate_corpus(arguments) if arguments.tasks is None else _evaluate_tasks(arguments)
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    """Tasks of lm-evaluation-harness: a table, and JSON if wanted."""
+    given = [name for name in _OF_CORPORA if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(f"{_flags(given)} describe a corpus, and --tasks has its own")
+    from delta_jax.evaluation.harness import evaluate_tasks, load_lm, results_json, results_table
+
+    output = None if arguments.output is None else Path(arguments.output)
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output: there is no folder {str(output.parent)!r}")
+    options = {
+        "step": arguments.step,
+        "ema": arguments.ema,
+        "batch_size": 8 if arguments.batch_size is None else arguments.batch_size,
+        "max_length": arguments.max_length,
+        "add_bos_token": arguments.add_bos_token,
+        "shared_prefixes": arguments.shared_prefixes is not False,
+    }
+    results = evaluate_tasks(
+        lambda: load_lm(arguments.folder, **options),
+        [name for name in arguments.tasks.split(",") if name],
+        include_path=arguments.include_path,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        apply_chat_template=arguments.apply_chat_template,
+    )
+    print(results_table(results), end="")
+    if output is not None:
+        output.write_text(results_json(results), encoding="utf-8")
+    return 0
+
+
+def _evaluate_corpus(arguments: argparse.Namespace) -> int:
     from delta_jax.data import bigram_bits_per_byte, validation_batches
     from delta_jax.evaluation import evaluate
     from delta_jax.training import restore_model
@@ -466,7 +553,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from delta_jax.training import export_run
 
     kind = export_run(
-        arguments.folder, arguments.output, format=arguments.format, step=arguments.step, dtype=arguments.dtype
+        arguments.folder,
+        arguments.output,
+        format=arguments.format,
+        step=arguments.step,
+        dtype=arguments.dtype,
+        ema=arguments.ema,
     )
     _print_rows([("model", kind), ("folder", arguments.output)])
     return 0

@@ -25,6 +25,7 @@ PACKAGES = [
     "delta_jax.data",
     "delta_jax.data.tasks",
     "delta_jax.evaluation",
+    "delta_jax.evaluation.harness",
     "delta_jax.inference",
     "delta_jax.interop",
     "delta_jax.layers",

@@ -18,6 +18,7 @@ ROOMS = (
     ("delta_jax.inference", "delta_jax.interop"),
     ("delta_jax.evaluation",),
     ("delta_jax.training",),
+    ("delta_jax.evaluation.harness",),
     ("delta_jax.cli",),
     ("experiments",),
     ("benchmarks",),
@@ -29,7 +30,8 @@ FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 def room_of(module):
     """The room a module is in; None where it is not ours, or the top of the package, which imports the ops alone."""
-    return next((room for room in FLOORS if module == room or module.startswith(f"{room}.")), None)
+    rooms = (room for room in FLOORS if module == room or module.startswith(f"{room}."))
+    return max(rooms, key=len, default=None)
 
 
 def imported(path):

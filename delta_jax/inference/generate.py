@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from delta_jax.data.tokenizer import Tokenizer
 from delta_jax.inference.reading import (
     BLOCK,
     Prompt,
@@ -24,7 +23,7 @@ from delta_jax.inference.reading import (
     with_room,
 )
 from delta_jax.inference.sampling import Sampling, SamplingNumbers, draw
-from delta_jax.inference.text import Detokenizer, Piece, Row, stop_strings
+from delta_jax.inference.text import Decoder, Detokenizer, Piece, Row, stop_strings
 from delta_jax.layers.checks import require_positive_integers
 from delta_jax.models import LanguageModel, ModelCache
 
@@ -47,7 +46,7 @@ class Options(TypedDict, total=False):
     repetition_penalty: float | None
     stop_id: int | Sequence[int] | None
     stop: str | Sequence[str] | None
-    tokenizer: Tokenizer | None
+    tokenizer: Decoder | None
     prefix: Reading | None
     key: PRNGKeyArray | None
 
@@ -109,7 +108,7 @@ def stream(
     repetition_penalty: float | None = None,
     stop_id: int | Sequence[int] | None = None,
     stop: str | Sequence[str] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Decoder | None = None,
     prefix: Reading | None = None,
     key: PRNGKeyArray | None = None,
     streams: Sequence[int] | None = None,
@@ -227,7 +226,7 @@ def _blocks(
             return
 
 
-def _writer(tokenizer: Tokenizer, prompt: Prompt, prefix: Reading | None) -> Detokenizer:
+def _writer(tokenizer: Decoder, prompt: Prompt, prefix: Reading | None) -> Detokenizer:
     # What a prefix says is not known any more; any text stands for it.
     after_text = prefix is not None and len(prompt) == 0
     return Detokenizer(tokenizer, tokenizer.encode("a") if after_text else prompt)

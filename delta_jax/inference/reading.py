@@ -20,6 +20,7 @@ type Prompt = Sequence[int] | Int[np.ndarray, " _"]
 
 BLOCK = 64  # tokens for which there is room after a reading, and that the loop of decoding adds at most in one call
 _SHORTEST = 8  # prompts are padded to this many tokens at least
+_AT_ONCE = 1 << 25  # logits that scoring makes at once: 128 MiB
 
 
 class Reading(NamedTuple):
@@ -124,7 +125,7 @@ def log_probabilities(model: LanguageModel, reading: Reading, continuations: Seq
 
     Several continuations of one text are rows of their own (`take_rows`), so the text is read once. What is compiled
     depends on the model, the number of rows, the room of the reading and the next power of two of the longest
-    continuation's length. Logits of all its tokens exist at once, float32 [B, that power of two, V].
+    continuation's length. At most 128 MiB of logits exist at once, or those of one token a row.
 
     Args:
         model: a language model.
@@ -264,8 +265,31 @@ def _score(
     lengths: Int[Array, " batch"],
 ) -> tuple[Float[Array, "batch time"], Bool[Array, "batch time"]]:
     """Nats of each token, and whether it is the likeliest; the last token need not be read."""
-    mask, there = first_tokens(lengths, tokens.shape[1]), logits[:, None]
-    if tokens.shape[1] > 1:
-        features, _ = model.features(tokens[:, :-1], mask=mask[:, :-1], cache=cache)
-        there = jnp.concatenate([there, model.head(features)], axis=1)
-    return token_nats(there, tokens, mask), jnp.argmax(there, axis=-1) == tokens
+    (rows, time), vocab = tokens.shape, logits.shape[-1]
+    mask = first_tokens(lengths, time)
+    first = _compared(logits[:, None], tokens[:, :1], mask[:, :1])
+    if time == 1:
+        return first
+    features, _ = model.features(tokens[:, :-1], mask=mask[:, :-1], cache=cache)
+    most = max(_AT_ONCE // (rows * vocab), 1)
+    size = min(time, 1 << (most.bit_length() - 1))
+
+    def chunks(x: Array) -> Array:
+        """[B, T - 1, ...] as [chunks, B, size, ...], with one token more at the end."""
+        x = jnp.concatenate([x, x[:, -1:]], axis=1)
+        return jnp.moveaxis(x.reshape(rows, time // size, size, *x.shape[2:]), 1, 0)
+
+    def compare(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        return _compared(model.head(chunk[0]), *chunk[1:])
+
+    others = jax.lax.map(compare, (chunks(features), chunks(tokens[:, 1:]), chunks(mask[:, 1:])))
+    nats, greedy = (
+        jnp.concatenate([one, jnp.moveaxis(more, 0, 1).reshape(rows, time)[:, :-1]], axis=1)
+        for one, more in zip(first, others, strict=True)
+    )
+    return nats, greedy
+
+
+def _compared(logits: Array, tokens: Array, mask: Array) -> tuple[Array, Array]:
+    """Nats of the tokens [B, T], and whether each is the likeliest, by logits [B, T, V]."""
+    return token_nats(logits, tokens, mask), jnp.argmax(logits, axis=-1) == tokens

@@ -2,21 +2,33 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from delta_jax.data.tokenizer import Tokenizer
 from delta_jax.inference.reading import is_sequence
 
-__all__ = ["Detokenizer", "Finish", "Piece", "Row", "stop_strings"]
+__all__ = ["Decoder", "Detokenizer", "Finish", "Piece", "Row", "stop_strings"]
 
 type Finish = Literal["stop", "length"]
 
 _UNKNOWN = "\ufffd"  # what bytes that are not UTF-8, or not yet, are decoded as
 _CHARACTER = 4  # tokens that one character takes at most: bytes of UTF-8
 _CONTEXT = 8  # tokens before a text that say how its first one is written
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What generation needs of a tokenizer; those of `delta_jax.data` need packages that generation does not."""
+
+    def encode(self, text: str) -> Sequence[int] | Int[np.ndarray, " tokens"]:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Text of the ids."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Detokenizer:
         ['n', '', 'é']
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] | Int[np.ndarray, " _"] = ()):
+    def __init__(self, tokenizer: Decoder, before: Sequence[int] | Int[np.ndarray, " _"] = ()):
         self._decode = tokenizer.decode
         count = _CONTEXT
         # Enough to have text, and not to begin inside a character.
@@ -154,9 +166,9 @@ class Row:
         return Piece(self._tokens[tokens:known], self._text[characters:certain], self.finish)
 
 
-def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) -> tuple[str, ...]:
+def stop_strings(stop: str | Sequence[str] | None, tokenizer: Decoder | None) -> tuple[str, ...]:
     """The texts that end a row, or a ValueError that says what is wrong."""
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+    if tokenizer is not None and not isinstance(tokenizer, Decoder):
         raise ValueError(f"tokenizer must be one, as load_tokenizer makes it, got {tokenizer!r}")
     stops: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not is_sequence(stops) or not all(isinstance(text, str) and text for text in stops):

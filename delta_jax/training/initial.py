@@ -1,6 +1,7 @@
 """What a run begins with: the weights, the model and the tokenizer of another run, or of a Hugging Face folder."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 
 from delta_jax.config import differences, to_dict
 from delta_jax.interop import load_pretrained, open_checkpoint
+from delta_jax.interop.checkpoint import KEPT, keep_description
 from delta_jax.models import ModelConfig
 from delta_jax.parallel import path_string
 from delta_jax.training.checkpoint import CHECKPOINTS, find_checkpoint, newest_about, read_arrays
@@ -96,6 +98,18 @@ def initial_parameters(config: TrainConfig, target: Any) -> tuple[Any, list[str]
     dtypes = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     _, parameters = split_model(load_pretrained(published, mesh=mesh, **dtypes))
     return jax.tree.map(lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), parameters, target), changed
+
+
+def keep_origin(initial: str, output: Path) -> None:
+    """Keep what an export needs to write the weights' published form again, if they have one, in the run's folder."""
+    kept = output / KEPT
+    if jax.process_index() != 0 or kept.exists():
+        return
+    folder, _ = _run_of(initial)
+    if folder is None:
+        keep_description(open_checkpoint(_hugging_face(initial)), kept)
+    elif (folder / KEPT).is_dir():
+        shutil.copytree(folder / KEPT, kept)
 
 
 def _check(config: TrainConfig, model: Mapping[str, Any], there: Mapping[str, str], target: Any) -> list[str]:

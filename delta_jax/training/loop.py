@@ -21,7 +21,7 @@ from delta_jax.parallel import shard_batch
 from delta_jax.training.checkpoint import Checkpoints
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.folder import CONFIG, CURVE, keep_tokenizer, make_way, open_folder
-from delta_jax.training.initial import initial_parameters
+from delta_jax.training.initial import initial_parameters, keep_origin
 from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
 from delta_jax.training.plots import plot_curve
 from delta_jax.training.progress import ProgressDisplay
@@ -340,6 +340,7 @@ def _first_state(setup: Setup, display: ProgressDisplay) -> TrainState:
     if setup.config.initial is None:
         return setup.initial_state()
     parameters, changed = initial_parameters(setup.config, setup.state.parameters)
+    keep_origin(setup.config.initial, Path(setup.config.output))
     display.say("; ".join([f"beginning with the weights of {setup.config.initial}", *changed]))
     return setup.initial_state(parameters)
 

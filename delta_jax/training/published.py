@@ -104,6 +104,7 @@ def export_run(
     format: Literal["transformers", "fla"] | None = None,
     step: int | None = None,
     dtype: str | None = None,
+    ema: bool = False,
 ) -> str:
     """Writes the model of a run as a published checkpoint.
 
@@ -114,6 +115,7 @@ def export_run(
             else that of the checkpoint which the run was imported from.
         step: the checkpoint; None is the newest.
         dtype: as in `save_pretrained`.
+        ema: the moving average of the weights in place of the weights.
 
     Returns:
         The model_type that was written.
@@ -126,7 +128,7 @@ def export_run(
         >>> export_run("to_export", "exported")
         'qwen3_5_text'
     """
-    config, model = restore_model(run, step)
+    config, model = restore_model(run, step, ema=ema)
     kept = Path(run) / KEPT
     if kept.is_dir() and format is None:
         save_pretrained(model, output, like=kept, dtype=dtype)
