@@ -31,10 +31,16 @@ def over_levels[T](body: Callable[[Array, T], T], carry: T) -> T:
     return lax.fori_loop(0, CHUNK.bit_length() - 1, step, (jnp.int32(1), carry))[1]
 
 
-def meets(size: int | Array) -> Array:
-    """Which pairs of tokens meet in a block of two times `size`, the row right of its middle and the column left."""
+def meets(size: int | Array, *, both_ways: bool = False) -> Array:
+    """Which pairs of tokens meet in a block of two times `size`: the row right of its middle, the column left.
+
+    With `both_ways` also the row left and the column right.
+    """
     row, column = indices(CHUNK, CHUNK)
-    return ((row ^ column) < 2 * size) & ((row & size) > (column & size))
+    other = (row & -size) ^ size
+    if not both_ways:
+        other = jnp.where((row & size) > 0, other, -1)
+    return (column & -size) == other
 
 
 def takes(level: Level) -> Array:
@@ -43,13 +49,11 @@ def takes(level: Level) -> Array:
     From the start of the chunk, or to its end, likewise.
     """
     token, gate = indices(CHUNK, CHUNK)
-    up_to = jnp.where(gate <= token, 1.0, 0.0)
-    if isinstance(level, str) and level == "start":
-        return up_to
     if isinstance(level, str):
-        return 1.0 - up_to
-    of_side = jnp.where((token & level) > 0, up_to, 1.0 - up_to)
-    return jnp.where((token ^ gate) < level, of_side, 0.0)
+        return jnp.where(gate <= token if level == "start" else gate > token, 1.0, 0.0)
+    right = (token & level) > 0
+    first, last = jnp.where(right, token & -level, token + 1), jnp.where(right, token, token | (level - 1))
+    return jnp.where((gate >= first) & (gate <= last), 1.0, 0.0)
 
 
 def factors(level: Level, gates: Ref, matrix: Ref) -> Array:
