@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA
 from pallas_kernels.gpu.cotangents import WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
-from pallas_kernels.gpu.levels import factors, meets, over_levels
+from pallas_kernels.gpu.levels import Level, factors, meets, over_levels, takes
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.scores import DIAGONAL
 from pallas_kernels.gpu.warpgroup import Ref
@@ -41,6 +41,10 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
     def keys(here: Program, known: Products, scratch: GradientsChannelScratch) -> Cotangents:
         q, k, erase = here.q, here.k, here.erase_key
 
+        def taken(level: Level) -> Array:
+            wg.put(scratch.takes, takes(level))
+            return factors(here.gates, scratch.takes)
+
         def gives(terms: Array, d_gates: Array | None = None) -> Array:
             """Adds what the gates get from the factors whose gates are in `scratch.takes`."""
             wg.put_split(scratch.terms, terms)
@@ -54,7 +58,7 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
 
             return wg.with_sums(run, (CHUNK, BLOCK))
 
-        factor = factors("start", here.gates, scratch.takes)
+        factor = taken("start")
         d_q = known.d_q * factor * plan.scale
         terms = wg.read(q) * d_q
         d_erase: Any = None
@@ -62,7 +66,7 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
             d_erase = known.d_erase * (0.0 - factor)
             terms = terms + wg.read(erase) * d_erase
         d_gates = gives(terms)
-        d_k = known.d_k * factors("end", here.gates, scratch.takes)
+        d_k = known.d_k * taken("end")
         here.sums[WRITES] = jnp.sum(wg.read(k) * d_k, axis=1)
         d_k = d_k * wg.each_row(wg.along_rows(here.scalars.at[BETA]), BLOCK)
         d_gates = gives(wg.read(k) * d_k, d_gates)
@@ -76,7 +80,7 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
         def level(size: Array, now: Any) -> Any:
             d_q, d_k, d_gates, d_erase = now
             right = (row & size) > 0
-            factor = factors(size, here.gates, scratch.takes)
+            factor = taken(size)
             wg.put(scratch.of_p, jnp.where(right, wg.read(q), wg.read(k)) * factor)
             if plan.erases:
                 wg.put(scratch.of_a, _erasing(plan, here, right) * factor)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.plan import CHUNK
-from pallas_kernels.gpu.warpgroup import Ref, indices, product, put
+from pallas_kernels.gpu.warpgroup import Ref, indices, product
 
 Level = int | Array | Literal["start", "end"]
 
@@ -56,8 +56,7 @@ def takes(level: Level) -> Array:
     return jnp.where((gate >= first) & (gate <= last), 1.0, 0.0)
 
 
-def factors(level: Level, gates: Ref, matrix: Ref) -> Array:
-    """The decays of a level, `[64, channels]`, from split gates `[2, 64, channels]`; leaves `takes` in `matrix`."""
-    put(matrix, takes(level))
+def factors(gates: Ref, taken: Ref) -> Array:
+    """The decays `[64, channels]` of the level whose `takes` were put in `taken`, of split gates `[2, 64, channels]`."""
     plgpu.commit_smem()
-    return jnp.exp2(product((matrix, gates.at[0]), (matrix, gates.at[1])))
+    return jnp.exp2(product((taken, gates.at[0]), (taken, gates.at[1])))
