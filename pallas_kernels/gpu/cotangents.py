@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import Tokens, keys_of, of_chunks, of_tokens
+from pallas_kernels.gpu.levels import put_gates
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.scores import STEP, Scores, cotangents_of_scores, over_values
 from pallas_kernels.gpu.warpgroup import Ref
@@ -128,7 +129,7 @@ def launch(
         of_scores=wg.vectors(*scores.sums.shape[-2:]) if channel else None,
         sums=wg.vectors(kinds, CHUNK),
         whole=wg.vectors(BLOCK),
-        full=plgpu.Barrier(num_arrivals=4 + plan.erases + (plan.erase_heads > 0) + 3 * channel),
+        full=plgpu.Barrier(num_arrivals=4 + plan.erases + (plan.erase_heads > 0) + channel),
     )
     results = Gradients(
         d_q=of_tokens(plan, plan.key),
@@ -158,9 +159,10 @@ def _fetch(plan: Plan, inputs: Inputs, scores: Scores, here: Program) -> None:
     if plan.erases:
         copies.append((scores.d_a.at[batch, head, chunk], here.d_a))
     if plan.gate == "channel":
-        copies += [(inputs.tokens.gates.at[part, batch, now, head, channels], here.gates.at[part]) for part in (0, 1)]
         copies.append((scores.sums.at[batch, head, chunk], here.of_scores))
     wg.load(here.full, *copies)
+    if plan.gate == "channel":
+        put_gates(here.gates, inputs.tokens.gates.at[batch, now, head, channels])
 
 
 def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:

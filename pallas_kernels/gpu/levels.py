@@ -16,7 +16,8 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.plan import CHUNK
-from pallas_kernels.gpu.warpgroup import Ref, indices, product
+from pallas_kernels.gpu.warpgroup import Ref, indices, product, put_split, read
+from pallas_kernels.inputs import base_two
 
 Level = int | Array | Literal["start", "end"]
 
@@ -54,6 +55,11 @@ def takes(level: Level) -> Array:
     right = (token & level) > 0
     first, last = jnp.where(right, token & -level, token + 1), jnp.where(right, token, token | (level - 1))
     return jnp.where((gate >= first) & (gate <= last), 1.0, 0.0)
+
+
+def put_gates(target: Ref, gates: Ref) -> None:
+    """Splits gates `[64, channels]` as they were given, in base two."""
+    put_split(target, base_two(read(gates)))
 
 
 def factors(gates: Ref, taken: Ref) -> Array:

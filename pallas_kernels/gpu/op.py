@@ -152,13 +152,11 @@ def _float32(state: Array | None) -> Array | None:
 
 
 def tokens_of(inputs: Inputs, plan: Plan) -> Tokens:
-    """The arrays as the kernels read them: a chunk's scalars side by side, gates per channel split in two."""
+    """The arrays as the kernels read them: a chunk's scalars side by side."""
     beta = jnp.ones(inputs.v.shape[:3], jnp.float32) if inputs.beta is None else inputs.beta
     scalars, gates = [_by_chunk(beta, plan)], None
     if plan.gate == "channel" and inputs.g is not None:
-        gate = base_two(inputs.g)
-        high = gate.astype(jnp.bfloat16)
-        gates = jnp.stack([high, (gate - high.astype(jnp.float32)).astype(jnp.bfloat16)])
+        gates = inputs.g.astype(jnp.float32)
     if plan.gate == "head" and inputs.g is not None:
         gate = base_two(_by_chunk(inputs.g, plan))
         after = jnp.pad(gate[..., 1:], ((0, 0),) * 3 + ((0, 1),))

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import Operands, Prepared, Tokens, keys_of, prepared_shapes
 from pallas_kernels.gpu.inverse import finish
-from pallas_kernels.gpu.levels import factors, meets, over_levels, takes
+from pallas_kernels.gpu.levels import factors, meets, over_levels, put_gates, takes
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.warpgroup import Ref
 
@@ -59,7 +59,7 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
                 tiles=tiles,
                 takes=tiles,
                 whole=wg.vectors(BLOCK),
-                full=plgpu.Barrier(num_arrivals=4 + own),
+                full=plgpu.Barrier(num_arrivals=2 + own),
             ),
             collective_axes="warpgroup",
         )
@@ -90,10 +90,11 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
 def _fetch(plan: Plan, tokens: Tokens, here: ScoresChannelScratch, batch: Array, head: Array, chunk: Array) -> None:
     given, now = keys_of(plan, tokens, batch, head), pl.ds(chunk * CHUNK, CHUNK)
     copies = [(given.q.at[now], here.keys.q), (given.k.at[now], here.keys.k)]
-    copies += [(tokens.gates.at[part, batch, now, head], here.gates.at[part]) for part in (0, 1)]
     if plan.erase_heads:
         copies.append((given.erase.at[now], here.keys.erase))
     wg.load(here.full, *copies)
+    for block in range(plan.key_blocks):
+        put_gates(_block(here, block)[1], tokens.gates.at[batch, now, head, pl.ds(block * BLOCK, BLOCK)])
     wg.loaded(here.full)
 
 

@@ -254,6 +254,9 @@ def store(*copies: tuple[Ref, Ref], when: Array | None = None) -> None:
     start() if when is None else pl.when(when)(start)
 
 
-def stored(*, and_written: bool = False) -> None:
-    """Waits until shared memory that is being copied from may be written again, or is no longer needed at all."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=not and_written)
+def stored(under_way: int = 0, *, and_written: bool = False) -> None:
+    """Waits until shared memory that is being copied from may be written again, or is no longer needed at all.
+
+    The last so many copies that were started may still be under way.
+    """
+    plgpu.wait_smem_to_gmem(under_way, wait_read_only=not and_written)
