@@ -94,10 +94,11 @@ class Values(NamedTuple):
 def launch(
     plan: Plan,
     inputs: Inputs,
-    keys: Callable[[Program, Products, Any], Cotangents],
+    keys: Callable[[Program, Products, Any, Any], Cotangents],
     scratch: Any,
+    constants: Any = None,
 ) -> tuple[Gradients, Array]:
-    """Runs `keys(program, products, scratch)`, which gives the cotangents of q, k, erase key and gates, everywhere.
+    """Runs `keys(program, products, scratch, constants)`, the cotangents of q, k, erase key and gates, everywhere.
 
     The second result is the sums of `pallas_kernels.gpu.scores`.
     """
@@ -105,14 +106,15 @@ def launch(
     kinds = 2 if plan.gate == "head" else 1
     scores = cotangents_of_scores(plan, inputs.done, inputs.tokens.scalars, inputs.y, inputs.d_b, inputs.d_o)
 
-    def body(inputs: tuple[Inputs, Scores], results: Gradients, here: Program) -> None:
+    def body(given: tuple[Inputs, Scores, Any], results: Gradients, here: Program) -> None:
+        inputs, scores, constants = given
         here = here._replace(at=wg.place("batch", "head", "chunk", "block"))
-        _fetch(plan, *inputs, here)
-        products = _of_values(plan, inputs[0], here)
+        _fetch(plan, inputs, scores, here)
+        products = _of_values(plan, inputs, here)
         wg.loaded(here.full)
 
         def rest(scratch: Any) -> None:
-            _leave(results, here, keys(here, products, scratch))
+            _leave(results, here, keys(here, products, scratch, constants))
 
         pl.run_scoped(rest, scratch, collective_axes="warpgroup")
 
@@ -141,7 +143,7 @@ def launch(
     )
     grid = {"block": plan.key_blocks, "chunk": plan.chunks, "head": plan.heads, "batch": plan.batch}
     inputs = inputs._replace(done=None, tokens=inputs.tokens._replace(v=None))
-    return wg.kernel(body, (inputs, scores), results, program, grid, "delta_rule_gradients"), scores.sums
+    return wg.kernel(body, (inputs, scores, constants), results, program, grid, "delta_rule_gradients"), scores.sums
 
 
 def _fetch(plan: Plan, inputs: Inputs, scores: Scores, here: Program) -> None:
@@ -163,6 +165,7 @@ def _fetch(plan: Plan, inputs: Inputs, scores: Scores, here: Program) -> None:
     wg.load(here.full, *copies)
     if plan.gate == "channel":
         put_gates(here.gates, inputs.tokens.gates.at[batch, now, head, channels])
+        plgpu.commit_smem()
 
 
 def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:

@@ -27,7 +27,7 @@ def gradients(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
     if plan.gate == "channel":
         return gradients_channel(plan, inputs)
 
-    def keys(here: Program, known: Products, _: tuple[()]) -> Cotangents:
+    def keys(here: Program, known: Products, *_: Any) -> Cotangents:
         def decayed(x: Array, kind: int) -> Array:
             return x * wg.each_row(wg.along_rows(here.scalars.at[kind]), BLOCK) if plan.gate == "head" else x
 

@@ -16,13 +16,14 @@ and what writes to the one at its end are two levels more.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA
 from pallas_kernels.gpu.cotangents import WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
-from pallas_kernels.gpu.levels import Level, factors, meets, over_levels, takes
+from pallas_kernels.gpu.levels import END, SIZES, START, Taken, factors, meets, over_levels, taken_scratch, takes
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.scores import DIAGONAL
 from pallas_kernels.gpu.warpgroup import Ref
@@ -33,43 +34,44 @@ class GradientsChannelScratch(NamedTuple):
 
     of_p: Ref  # decayed, on the right queries, on the left keys
     of_a: Ref  # on the right erase keys, on the left keys
-    takes: Ref  # which gates a factor takes
+    taken: Taken  # which gates a factor takes
     terms: Ref  # what the factors of a level have to give to the gates, split: [2, 64, 64]
 
 
 def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
-    def keys(here: Program, known: Products, scratch: GradientsChannelScratch) -> Cotangents:
+    def keys(here: Program, known: Products, scratch: GradientsChannelScratch, levels: Ref) -> Cotangents:
         q, k, erase = here.q, here.k, here.erase_key
 
-        def taken(level: Level) -> Array:
-            wg.put(scratch.takes, takes(level))
-            return factors(here.gates, scratch.takes)
-
-        def gives(terms: Array, d_gates: Array | None = None) -> Array:
-            """Adds what the gates get from the factors whose gates are in `scratch.takes`."""
+        def gives(taken: Ref, terms: Array, d_gates: Array | None = None) -> Array:
+            """Adds what the gates get from the factors whose gates are `taken`."""
             wg.put_split(scratch.terms, terms)
             plgpu.commit_smem()
 
             def run(total: wg.Sum) -> Array:
                 if d_gates is not None:
                     total.start(d_gates)
-                total.add(*((wg.turned(scratch.takes), part) for part in wg.parts(scratch.terms)))
+                total.add(*((wg.turned(taken), part) for part in wg.parts(scratch.terms)))
                 return total.value()
 
             return wg.with_sums(run, (CHUNK, BLOCK))
 
-        factor = taken("start")
+        scratch.taken.bring(levels, START)
+        scratch.taken.bring(levels, END)
+        taken = scratch.taken.arrived(START)
+        factor = factors(here.gates, taken)
         d_q = known.d_q * factor * plan.scale
         terms = wg.read(q) * d_q
         d_erase: Any = None
         if plan.erases:
             d_erase = known.d_erase * (0.0 - factor)
             terms = terms + wg.read(erase) * d_erase
-        d_gates = gives(terms)
-        d_k = known.d_k * taken("end")
+        d_gates = gives(taken, terms)
+        taken = scratch.taken.arrived(END)
+        d_k = known.d_k * factors(here.gates, taken)
         here.sums[WRITES] = jnp.sum(wg.read(k) * d_k, axis=1)
         d_k = d_k * wg.each_row(wg.along_rows(here.scalars.at[BETA]), BLOCK)
-        d_gates = gives(wg.read(k) * d_k, d_gates)
+        d_gates = gives(taken, wg.read(k) * d_k, d_gates)
+        scratch.taken.bring(levels, 0)
         if plan.erases and not plan.erase_heads:
             d_k, d_erase = d_k + d_erase, None
         diagonal = wg.each_row(wg.along_rows(here.of_scores.at[DIAGONAL]), BLOCK)
@@ -77,10 +79,12 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
         d_k = d_k + diagonal * wg.read(q)
         row, _ = wg.indices(CHUNK, BLOCK)
 
-        def level(size: Array, now: Any) -> Any:
+        def of_level(level: Array, now: Any) -> Any:
             d_q, d_k, d_gates, d_erase = now
+            taken, size = scratch.taken.arrived(level), lax.shift_left(1, level)
+            pl.when(level + 1 < SIZES)(lambda: scratch.taken.bring(levels, level + 1))
             right = (row & size) > 0
-            factor = taken(size)
+            factor = factors(here.gates, taken)
             wg.put(scratch.of_p, jnp.where(right, wg.read(q), wg.read(k)) * factor)
             if plan.erases:
                 wg.put(scratch.of_a, _erasing(plan, here, right) * factor)
@@ -104,19 +108,19 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
                 else:
                     d_erase = d_erase + jnp.where(right, y, 0.0)
                     d_k = d_k + jnp.where(right, 0.0, y)
-            return d_q, d_k, gives(terms, d_gates), d_erase
+            return d_q, d_k, gives(taken, terms, d_gates), d_erase
 
-        d_q, d_k, d_gates, d_erase = over_levels(level, (d_q, d_k, d_gates, d_erase))
+        d_q, d_k, d_gates, d_erase = over_levels(of_level, (d_q, d_k, d_gates, d_erase))
         return Cotangents(d_q, d_k, d_erase, d_gates)
 
     matrix = wg.shared(CHUNK, CHUNK)
     scratch = GradientsChannelScratch(
         of_p=matrix,
         of_a=matrix if plan.erases else None,
-        takes=matrix,
+        taken=taken_scratch(),
         terms=wg.shared(2, CHUNK, CHUNK),
     )
-    return launch(plan, inputs, keys, scratch)
+    return launch(plan, inputs, keys, scratch, takes())
 
 
 def _erasing(plan: Plan, here: Program, right: Array) -> Array:

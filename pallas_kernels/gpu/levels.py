@@ -9,27 +9,24 @@ belong to, never differences of sums, so a gate of any size leaves its neighbour
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.plan import CHUNK
-from pallas_kernels.gpu.warpgroup import Ref, indices, product, put_split, read
+from pallas_kernels.gpu.warpgroup import Ref, indices, load, loaded, product, put_split, read, shared
 from pallas_kernels.inputs import base_two
 
-Level = int | Array | Literal["start", "end"]
+SIZES = CHUNK.bit_length() - 1  # 1, 2, ..., 32
+END, START = SIZES, SIZES + 1
 
 
 def over_levels[T](body: Callable[[Array, T], T], carry: T) -> T:
-    """Runs `body(size, carry)` for the sizes 1, 2, ..., 32: a loop, since its body is long."""
-
-    def step(_: Array, now: tuple[Array, T]) -> tuple[Array, T]:
-        size, carry = now
-        return 2 * size, body(size, carry)
-
-    return lax.fori_loop(0, CHUNK.bit_length() - 1, step, (jnp.int32(1), carry))[1]
+    """Runs `body(level, carry)` for the sizes `1 << level`: a loop, since its body is long."""
+    return lax.fori_loop(0, SIZES, body, carry)
 
 
 def meets(size: int | Array, *, both_ways: bool = False) -> Array:
@@ -44,17 +41,37 @@ def meets(size: int | Array, *, both_ways: bool = False) -> Array:
     return (column & -size) == other
 
 
-def takes(level: Level) -> Array:
-    """Ones for the gates (columns) in a token's factor (rows): up to it from the middle of its block, or after it to there.
+def takes() -> Array:
+    """Ones for the gates (columns) in a token's factor (rows), bfloat16 [levels, 64, 64].
 
-    From the start of the chunk, or to its end, likewise.
+    Those up to it from the middle of its block, or after it to there; then those to the chunk's end, and from its start.
     """
-    token, gate = indices(CHUNK, CHUNK)
-    if isinstance(level, str):
-        return jnp.where(gate <= token if level == "start" else gate > token, 1.0, 0.0)
-    right = (token & level) > 0
-    first, last = jnp.where(right, token & -level, token + 1), jnp.where(right, token, token | (level - 1))
-    return jnp.where((gate >= first) & (gate <= last), 1.0, 0.0)
+    token, gate = np.indices((CHUNK, CHUNK))
+    up_to = gate <= token
+    of_sizes = [
+        np.where((token & size) > 0, up_to, ~up_to) & ((token ^ gate) < size) for size in (1 << n for n in range(SIZES))
+    ]
+    return jnp.asarray(np.stack([*of_sizes, ~up_to, up_to]), jnp.bfloat16)
+
+
+class Taken(NamedTuple):
+    """Shared memory for those of two levels in turn, odd and even: one is brought while the other is at work."""
+
+    matrices: Ref  # [2, 64, 64]
+    full: Ref
+
+    def bring(self, source: Ref, level: int | Array) -> None:
+        slot = level & 1
+        load(self.full.at[slot], (source.at[level], self.matrices.at[slot]))
+
+    def arrived(self, level: int | Array) -> Ref:
+        """The matrix of a level that was brought."""
+        loaded(self.full.at[level & 1])
+        return self.matrices.at[level & 1]
+
+
+def taken_scratch() -> Taken:
+    return Taken(shared(2, CHUNK, CHUNK), plgpu.Barrier(num_barriers=2))
 
 
 def put_gates(target: Ref, gates: Ref) -> None:
@@ -63,6 +80,5 @@ def put_gates(target: Ref, gates: Ref) -> None:
 
 
 def factors(gates: Ref, taken: Ref) -> Array:
-    """The decays `[64, channels]` of the level whose `takes` were put in `taken`, of split gates `[2, 64, channels]`."""
-    plgpu.commit_smem()
+    """The decays `[64, channels]` of the level of a matrix of `takes`, of split gates `[2, 64, channels]`."""
     return jnp.exp2(product((taken, gates.at[0]), (taken, gates.at[1])))

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import Operands, Prepared, Tokens, keys_of, prepared_shapes
 from pallas_kernels.gpu.inverse import finish
-from pallas_kernels.gpu.levels import factors, meets, over_levels, put_gates, takes
+from pallas_kernels.gpu.levels import END, START, Taken, factors, meets, over_levels, put_gates, taken_scratch, takes
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.warpgroup import Ref
 
@@ -31,33 +31,36 @@ class ScoresChannelScratch(NamedTuple):
     keys: Operands  # [64, key]
     gates: Ref  # [2, 64, key]
     tiles: Ref  # decayed keys of a block of channels, [2, 64, 64]
-    takes: Ref  # which gates a factor takes; two levels, [2, 64, 64]
+    taken: Taken
     whole: Ref  # exp(G_64), [64]
     full: Ref
 
 
 def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
-    def body(tokens: Tokens, done: Prepared, here: PrepareChannelScratch) -> None:
+    def body(inputs: tuple[Tokens, Ref], done: Prepared, here: PrepareChannelScratch) -> None:
+        tokens, levels = inputs
         batch, head, chunk = wg.place("batch", "head", "chunk")
         wg.load(here.scalars_full, (tokens.scalars.at[batch, head, chunk], here.scalars))
 
         def of_all(scratch: ScoresChannelScratch) -> list[Array]:
+            scratch.taken.bring(levels, 0)
             _fetch(plan, tokens, scratch, batch, head, chunk)
-            scores = _scores(plan, scratch)
+            scores = _scores(plan, scratch, levels)
+            scratch.taken.bring(levels, START)
             _decay_keys(plan, scratch, done, batch, head, chunk)
             return scores
 
         def wide(*shape: int) -> Any:
             return wg.shared(*shape, CHUNK, plan.key)
 
-        tiles, own = wg.shared(2, CHUNK, BLOCK), plan.erase_heads > 0
+        own = plan.erase_heads > 0
         scores = pl.run_scoped(
             of_all,
             ScoresChannelScratch(
                 keys=Operands(wide(), wide(), wide() if own else None),
                 gates=wide(2),
-                tiles=tiles,
-                takes=tiles,
+                tiles=wg.shared(2, CHUNK, BLOCK),
+                taken=taken_scratch(),
                 whole=wg.vectors(BLOCK),
                 full=plgpu.Barrier(num_arrivals=2 + own),
             ),
@@ -79,7 +82,7 @@ def prepare_channel(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepar
 
     return wg.kernel(
         body,
-        tokens._replace(v=None),
+        (tokens._replace(v=None), takes()),
         prepared_shapes(plan, for_backward=for_backward),
         PrepareChannelScratch(scalars=wg.vectors(*tokens.scalars.shape[-2:]), scalars_full=plgpu.Barrier()),
         {"chunk": plan.chunks, "head": plan.heads, "batch": plan.batch},
@@ -95,6 +98,7 @@ def _fetch(plan: Plan, tokens: Tokens, here: ScoresChannelScratch, batch: Array,
     wg.load(here.full, *copies)
     for block in range(plan.key_blocks):
         put_gates(_block(here, block)[1], tokens.gates.at[batch, now, head, pl.ds(block * BLOCK, BLOCK)])
+    plgpu.commit_smem()
     wg.loaded(here.full)
 
 
@@ -105,31 +109,31 @@ def _block(here: ScoresChannelScratch, block: int | Array) -> tuple[Operands, Re
     return keys, here.gates.at[:, :, channels]
 
 
-def _scores(plan: Plan, here: ScoresChannelScratch) -> list[Array]:
-    """P without its scale, and A if anything erases. Leaves in `takes[0]` that of the level "end"."""
+def _scores(plan: Plan, here: ScoresChannelScratch, levels: Ref) -> list[Array]:
+    """P without its scale, and A if anything erases."""
     row, column = wg.indices(CHUNK, CHUNK)
     p = jnp.where(row == column, wg.product((here.keys.q, wg.turned(here.keys.k))), 0.0)
-    wg.put(here.takes.at[0], takes(1))
 
-    def level(size: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        slot, now = carry
-        taken, following = here.takes.at[slot], here.takes.at[1 - slot]
-        plgpu.commit_smem()
+    def of_level(level: Array, now: list[Array]) -> list[Array]:
+        taken, size = here.taken.arrived(level), lax.shift_left(1, level)
+        here.taken.bring(levels, level + 1)
 
         def run(*sums: wg.Sum) -> list[Array]:
             """A block's exponents are summed while those of the one before it are at work."""
-            exponents, found = sums[: plan.key_blocks], sums[plan.key_blocks :]
+            exponents, found = sums[:2], sums[2:]
 
             def start(block: int) -> None:
                 _, gates = _block(here, block)
-                exponents[block].add(*((taken, part) for part in wg.parts(gates)))
+                if block > 1:
+                    exponents[block % 2].start(wg.zeros(CHUNK, BLOCK))
+                exponents[block % 2].add(*((taken, part) for part in wg.parts(gates)))
 
             start(0)
             for block in range(plan.key_blocks):
                 more = block + 1 < plan.key_blocks
                 if more:
                     start(block + 1)
-                factor, (keys, _) = jnp.exp2(exponents[block].value(under_way=2 * more)), _block(here, block)
+                factor, (keys, _) = jnp.exp2(exponents[block % 2].value(under_way=2 * more)), _block(here, block)
                 right = here.tiles.at[block % 2]
                 left = [wg.read(keys.q) * factor]
                 k = (wg.read(keys.k) * factor).astype(jnp.bfloat16)
@@ -139,14 +143,13 @@ def _scores(plan: Plan, here: ScoresChannelScratch) -> list[Array]:
                 plgpu.commit_smem()
                 for total, x in zip(found, left, strict=True):
                     total.add((x.astype(jnp.bfloat16), wg.turned(right)))
-            wg.put(following, takes(2 * size))  # at last, with no middle before any token, that of the level "end"
             return [total.value() for total in found]
 
-        found = wg.with_sums(run, *((CHUNK, BLOCK),) * plan.key_blocks, *((CHUNK, CHUNK),) * len(now))
-        return 1 - slot, [jnp.where(meets(size), new, old) for new, old in zip(found, now, strict=True)]
+        found = wg.with_sums(run, *((CHUNK, BLOCK),) * 2, *((CHUNK, CHUNK),) * len(now))
+        return [jnp.where(meets(size), new, old) for new, old in zip(found, now, strict=True)]
 
     nothing = [wg.zeros(CHUNK, CHUNK)] if plan.erases else []
-    return over_levels(level, (jnp.int32(0), [p, *nothing]))[1]
+    return over_levels(of_level, [p, *nothing])
 
 
 def _decay_keys(
@@ -154,8 +157,7 @@ def _decay_keys(
 ) -> None:
     """Writes the keys as the state meets them, and the decay of the whole chunk."""
     row, _ = wg.indices(CHUNK, BLOCK)
-    to_end, from_start = here.takes.at[0], here.takes.at[1]
-    wg.put(from_start, takes("start"))
+    to_end, from_start = here.taken.arrived(END), here.taken.arrived(START)
 
     def of_block(block: Array, _: None) -> None:
         channels = pl.ds(block * BLOCK, BLOCK)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -88,7 +89,7 @@ def cotangents_of_scores(plan: Plan, done: Prepared, scalars: Array, y: Any, d_b
         pl.run_scoped(rest, wg.shared(2, CHUNK, CHUNK), collective_axes="warpgroup")
 
     tile = wg.shared(CHUNK, CHUNK)
-    before = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16), -1)
+    before = np.tri(CHUNK, k=-1)
     return wg.kernel(
         body,
         ScoresInputs(
@@ -97,7 +98,7 @@ def cotangents_of_scores(plan: Plan, done: Prepared, scalars: Array, y: Any, d_b
             y=y,
             d_b=d_b,
             d_o=d_o,
-            masks=jnp.stack([before, 1 - before]) if gated else None,
+            masks=jnp.asarray(np.stack([before, 1 - before]), jnp.bfloat16) if gated else None,
         ),
         Scores(
             d_p=of_chunks(plan, CHUNK, CHUNK),
