@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
     k: Ref
     v: Ref  # [batch, time, heads, value]
     erase: Ref  # [batch, time, erase_heads, key]
-    gates: Ref  # a gate per channel in base 2, split: bfloat16 [2, batch, time, heads, key]
+    gates: Ref  # a gate per channel as it was given, float32 [batch, time, heads, key]
     scalars: Ref  # beta; a gate per head also g in base 2, exp(G), exp(Z): float32 [batch, heads, chunks, kinds, 64]
 
 

@@ -1,7 +1,7 @@
-"""What the cotangents of keys, scores and scalars share with and without a gate per channel.
+"""What the cotangents of keys and scalars share with and without a gate per channel.
 
 A program handles one chunk of one head and a block of the key's channels. First it takes from the values what it wants of
-them, five products of 64 x 64 summed over blocks of their channels, while the keys arrive; then the values leave shared
+them, three products of 64 x 64 summed over blocks of their channels, while the keys arrive; then the values leave shared
 memory and the scores have it.
 """
 
@@ -15,16 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import warpgroup as wg
-from pallas_kernels.gpu.arrays import Prepared, Tokens, keys_of, of_chunks, of_tokens
+from pallas_kernels.gpu.arrays import Tokens, keys_of, of_chunks, of_tokens
+from pallas_kernels.gpu.levels import put_gates
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
+from pallas_kernels.gpu.scores import STEP, Scores, cotangents_of_scores, over_values
 from pallas_kernels.gpu.warpgroup import Ref
 
-DIRECT, COLUMNS, WRITES, PAIRS, READS = range(5)  # the last two with a gate per head
+WRITES, READS = range(2)  # the last with a gate per head
 
 
 class Inputs(NamedTuple):
     tokens: Tokens
-    done: Prepared
+    done: Any  # `Prepared`; the keys have no use for it
     y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads, value] each
     d_b: Any  # dB, likewise
     d_o: Ref
@@ -39,26 +41,23 @@ class Gradients(NamedTuple):
     d_k: Ref
     d_erase: Ref  # None where k erases: its cotangent then holds both
     d_gates: Ref  # a gate per channel, but for the whole: float32 [batch, time, heads, key]
-    # READS and WRITES are to be summed over the blocks of the key
-    sums: Ref  # float32 [batch, heads, chunks, key blocks, kinds, 64]
+    sums: Ref  # READS and WRITES, to be summed over blocks: float32 [batch, heads, chunks, key blocks, kinds, 64]
     whole: Ref  # the row sums of S * dS', float32 [batch, heads, chunks, key]
 
 
 class Products(NamedTuple):
-    """What the values give, `[64, 64]`; None for what nothing erases."""
+    """What the values give, `[64, 64]`."""
 
-    d_p: Any  # dO Y^T
-    d_a: Any  # dB Y^T
-    d_q: Any  # dO S^T
-    d_erase: Any  # dB S^T
-    d_k: Any  # Y dS'^T
+    d_q: Array  # dO S^T
+    d_k: Array  # Y dS'^T
+    d_erase: Any = None  # dB S^T, if anything erases
 
 
 class Cotangents(NamedTuple):
     q: Array
-    k: Array
+    k: Array  # holds that of the erase key where k erases
     erase: Array | None
-    gates: Ref  # in shared memory
+    gates: Array | None
 
 
 class Program(NamedTuple):
@@ -68,10 +67,11 @@ class Program(NamedTuple):
     q: Ref  # [64, 64]
     k: Ref
     erase: Ref
-    p: Any  # in parts
-    a: Any
+    d_p: Ref  # [64, 64]
+    d_a: Ref
     gates: Ref  # [2, 64, 64]
     scalars: Ref  # [kinds, 64]
+    of_scores: Ref  # their sums with a gate per channel, [kinds, 64]
     sums: Ref  # [kinds, 64]
     whole: Ref  # [64]
     full: Ref
@@ -82,80 +82,90 @@ class Program(NamedTuple):
 
 
 class Values(NamedTuple):
-    """A block of channels, `[64, 64]`; the first two in parts."""
+    """So many channels, `[64, STEP]`; the first two in parts."""
 
     y: Any
     d_b: Any
     d_o: Ref
     state: Ref
     d_state: Ref
-    full: Ref
 
 
 def launch(
     plan: Plan,
     inputs: Inputs,
-    scores: Callable[[Program, Products, Any], Cotangents],
+    keys: Callable[[Program, Products, Any, Any], Cotangents],
     scratch: Any,
-) -> Gradients:
-    """Runs `scores(program, products, scratch)`, which gives the cotangents of q, k, erase key and gates, everywhere."""
-    kinds = 5 if plan.gate == "head" else 3
+    constants: Any = None,
+) -> tuple[Gradients, Array]:
+    """Runs `keys(program, products, scratch, constants)`, the cotangents of q, k, erase key and gates, everywhere.
 
-    def body(inputs: Inputs, results: Gradients, here: Program) -> None:
+    The second result is the sums of `pallas_kernels.gpu.scores`.
+    """
+    channel = plan.gate == "channel"
+    kinds = 2 if plan.gate == "head" else 1
+    scores = cotangents_of_scores(plan, inputs.done, inputs.tokens.scalars, inputs.y, inputs.d_b, inputs.d_o)
+
+    def body(given: tuple[Inputs, Scores, Any], results: Gradients, here: Program) -> None:
+        inputs, scores, constants = given
         here = here._replace(at=wg.place("batch", "head", "chunk", "block"))
-        _fetch(plan, inputs, here)
+        _fetch(plan, inputs, scores, here)
         products = _of_values(plan, inputs, here)
         wg.loaded(here.full)
 
         def rest(scratch: Any) -> None:
-            _leave(results, here, scores(here, products, scratch))
+            _leave(results, here, keys(here, products, scratch, constants))
 
         pl.run_scoped(rest, scratch, collective_axes="warpgroup")
 
     tile = wg.shared(CHUNK, BLOCK)
-    copies = 3 + plan.parts * (1 + plan.erases) + (plan.erase_heads > 0) + 2 * (plan.gate == "channel")
     program = Program(
         at=None,
         q=tile,
         k=tile,
         erase=tile if plan.erase_heads else None,
-        p=(tile,) * plan.parts,
-        a=(tile,) * plan.parts if plan.erases else None,
-        gates=wg.shared(2, CHUNK, BLOCK) if plan.gate == "channel" else None,
+        d_p=tile,
+        d_a=tile if plan.erases else None,
+        gates=wg.shared(2, CHUNK, BLOCK) if channel else None,
         scalars=wg.vectors(*inputs.tokens.scalars.shape[-2:]),
+        of_scores=wg.vectors(*scores.sums.shape[-2:]) if channel else None,
         sums=wg.vectors(kinds, CHUNK),
         whole=wg.vectors(BLOCK),
-        full=plgpu.Barrier(num_arrivals=copies),
+        full=plgpu.Barrier(num_arrivals=4 + plan.erases + (plan.erase_heads > 0) + channel),
     )
     results = Gradients(
         d_q=of_tokens(plan, plan.key),
         d_k=of_tokens(plan, plan.key),
         d_erase=of_tokens(plan, plan.key) if plan.erase_heads else None,
-        d_gates=of_tokens(plan, plan.key, jnp.float32) if plan.gate == "channel" else None,
+        d_gates=of_tokens(plan, plan.key, jnp.float32) if channel else None,
         sums=of_chunks(plan, plan.key_blocks, kinds, CHUNK, dtype=jnp.float32),
         whole=of_chunks(plan, plan.key, dtype=jnp.float32),
     )
     grid = {"block": plan.key_blocks, "chunk": plan.chunks, "head": plan.heads, "batch": plan.batch}
-    return wg.kernel(body, inputs, results, program, grid, "delta_rule_gradients")
+    inputs = inputs._replace(done=None, tokens=inputs.tokens._replace(v=None))
+    return wg.kernel(body, (inputs, scores, constants), results, program, grid, "delta_rule_gradients"), scores.sums
 
 
-def _fetch(plan: Plan, inputs: Inputs, here: Program) -> None:
+def _fetch(plan: Plan, inputs: Inputs, scores: Scores, here: Program) -> None:
     batch, head, chunk, block = here.at
     now, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(block * BLOCK, BLOCK)
     given = keys_of(plan, inputs.tokens, batch, head)
     copies = [
         (given.q.at[now, channels], here.q),
         (given.k.at[now, channels], here.k),
-        *((x.at[batch, head, chunk], y) for x, y in zip(inputs.done.p, here.p, strict=True)),
+        (scores.d_p.at[batch, head, chunk], here.d_p),
         (inputs.tokens.scalars.at[batch, head, chunk], here.scalars),
     ]
     if plan.erase_heads:
         copies.append((given.erase.at[now, channels], here.erase))
     if plan.erases:
-        copies += [(x.at[batch, head, chunk], y) for x, y in zip(inputs.done.a, here.a, strict=True)]
+        copies.append((scores.d_a.at[batch, head, chunk], here.d_a))
     if plan.gate == "channel":
-        copies += [(inputs.tokens.gates.at[part, batch, now, head, channels], here.gates.at[part]) for part in (0, 1)]
+        copies.append((scores.sums.at[batch, head, chunk], here.of_scores))
     wg.load(here.full, *copies)
+    if plan.gate == "channel":
+        put_gates(here.gates, inputs.tokens.gates.at[batch, now, head, channels])
+        plgpu.commit_smem()
 
 
 def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:
@@ -163,59 +173,43 @@ def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:
     batch, head, chunk, block = here.at
     rows = pl.ds(block * BLOCK, BLOCK)
 
-    def run(values: Values) -> Products:
-        def arrive(value_block: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            channels = pl.ds(value_block * BLOCK, BLOCK)
-            now, states = (batch, pl.ds(chunk * CHUNK, CHUNK), head, channels), (batch, head, chunk, rows, channels)
-            sources = [x.at[now] for x in (*inputs.y, *inputs.d_b, inputs.d_o)]
-            sources += [x.at[states] for x in (inputs.states, inputs.d_states)]
-            wg.load(values.full, *zip(sources, jax.tree.leaves(values[:5]), strict=True))
-            wg.loaded(values.full)
-            direct, whole = sums
-            direct = direct + jnp.sum(wg.read_split(values.y) * wg.read_split(values.d_b), axis=1)
-            return direct, whole + jnp.sum(wg.read(values.state) * wg.read(values.d_state), axis=1)
+    def sources(step: Array) -> Values:
+        channels = pl.ds(step * STEP, STEP)
+        now, states = (batch, pl.ds(chunk * CHUNK, CHUNK), head, channels), (batch, head, chunk, rows, channels)
+        y, d_b, d_o = jax.tree.map(lambda x: x.at[now], (inputs.y, inputs.d_b if plan.erases else None, inputs.d_o))
+        return Values(y, d_b, d_o, inputs.states.at[states], inputs.d_states.at[states])
 
-        d_o, state, d_state = (values.d_o,), (values.state,), (values.d_state,)
-        pairs = Products(
-            d_p=wg.split_pairs(d_o, values.y, turn_b=True),
-            d_a=wg.split_pairs(values.d_b, values.y, turn_b=True) if plan.erases else None,
-            d_q=wg.split_pairs(d_o, state, turn_b=True),
-            d_erase=wg.split_pairs(values.d_b, state, turn_b=True) if plan.erases else None,
-            d_k=wg.split_pairs(values.y, d_state, turn_b=True),
-        )
-        wanted = [n for n, sums in enumerate(pairs) if sums is not None]
-        blocks, nothing = plan.value // BLOCK, (wg.zero_rows(CHUNK), wg.zero_rows(BLOCK))
-        results, sums = wg.products_over(blocks, arrive, nothing, *(pairs[n] for n in wanted))
-        here.sums[DIRECT], here.whole[...] = sums
-        found = dict(zip(wanted, results, strict=True))
-        return Products(*(found.get(n) for n in range(len(pairs))))
+    def sums(here: Values) -> list[wg.Pairs]:
+        found: list[wg.Pairs] = [
+            wg.split_pairs((here.d_o,), (here.state,), turn_b=True),
+            wg.split_pairs(here.y, (here.d_state,), turn_b=True),
+        ]
+        return [*found, wg.split_pairs(here.d_b, (here.state,), turn_b=True)] if plan.erases else found
 
-    tile = wg.shared(CHUNK, BLOCK)
-    split, copies = (tile,) * plan.parts, 3 + 2 * plan.parts
-    values = Values(split, split, tile, tile, tile, full=plgpu.Barrier(num_arrivals=copies))
-    return pl.run_scoped(run, values, collective_axes="warpgroup")
+    def read(here: Values, whole: Array) -> Array:
+        return whole + jnp.sum(wg.read(here.state) * wg.read(here.d_state), axis=1)
+
+    (d_q, d_k, *d_erase), here.whole[...] = over_values(plan, sources, sums, 2 + plan.erases, read, wg.zero_rows(BLOCK))
+    return Products(d_q, d_k, *d_erase)
 
 
 def _leave(results: Gradients, here: Program, d_keys: Cotangents) -> None:
     """Writes the results, which take the places of what was fetched."""
-    d_k = d_keys.k
-    if d_keys.erase is not None and here.erase is None:
-        d_k = d_k + d_keys.erase
     batch, head, chunk, block = here.at
     channels = pl.ds(block * BLOCK, BLOCK)
     now = (batch, pl.ds(chunk * CHUNK, CHUNK), head, channels)
     wg.put(here.q, d_keys.q)
-    wg.put(here.k, d_k)
+    wg.put(here.k, d_keys.k)
     copies = [
         (here.q, results.d_q.at[now]),
         (here.k, results.d_k.at[now]),
         (here.sums, results.sums.at[batch, head, chunk, block]),
         (here.whole, results.whole.at[batch, head, chunk, channels]),
     ]
-    if d_keys.erase is not None and here.erase is not None:
+    if d_keys.erase is not None:
         wg.put(here.erase, d_keys.erase)
         copies.append((here.erase, results.d_erase.at[now]))
     if d_keys.gates is not None:
-        copies.append((d_keys.gates, results.d_gates.at[now]))
+        wg.put(results.d_gates.at[now], d_keys.gates)
     wg.store(*copies)
     wg.stored(and_written=True)

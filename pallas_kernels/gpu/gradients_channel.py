@@ -1,9 +1,12 @@
-"""Cotangents of queries, keys, scores and gates, for all chunks at once; a gate per channel.
+"""Cotangents of queries, keys and gates, for all chunks at once; a gate per channel.
 
 As `pallas_kernels.gpu.gradients`, level by level (`pallas_kernels.gpu.levels`): with f the factors of a level and dP, dA
 what it has of the cotangents of the scores,
 
     dQ += f (dP (f K))        dE += f (dA (f K))        dK += f (dP^T (f Q) + dA^T (f E))
+
+In a level a token is right of a middle, where its query and erase key are decayed, or left, where its key is. So one product
+of dP + dP^T, with rows of f Q and f K, has dQ in the rows on the right and dK in those on the left; of dA likewise.
 
 The cotangent of a gate is gathered from every factor that holds it, `factor * d_factor`: the matrix that summed the gates of
 a level, transposed, times what the level gives to the keys, times the keys. What reads the state at the start of the chunk
@@ -13,103 +16,112 @@ and what writes to the one at its end are two levels more.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA
-from pallas_kernels.gpu.cotangents import COLUMNS, WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
-from pallas_kernels.gpu.levels import factors, meets, over_levels
+from pallas_kernels.gpu.cotangents import WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
+from pallas_kernels.gpu.levels import END, SIZES, START, Taken, factors, meets, over_levels, taken_scratch, takes
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
+from pallas_kernels.gpu.scores import DIAGONAL
 from pallas_kernels.gpu.warpgroup import Ref
 
 
 class GradientsChannelScratch(NamedTuple):
     """Matrices `[64, 64]`."""
 
-    scores: Ref  # dP and dA, [2, 64, 64]
-    part: Ref  # those of a level, [2, 64, 64]
-    q: Ref  # decayed keys
-    k: Ref
-    erase: Ref
-    takes: Ref  # which gates a factor takes
+    of_p: Ref  # decayed, on the right queries, on the left keys
+    of_a: Ref  # on the right erase keys, on the left keys
+    taken: Taken  # which gates a factor takes
     terms: Ref  # what the factors of a level have to give to the gates, split: [2, 64, 64]
-    gates: Ref  # float32
 
 
-def gradients_channel(plan: Plan, inputs: Inputs) -> Gradients:
-    def scores(here: Program, known: Products, scratch: GradientsChannelScratch) -> Cotangents:
-        row, column = wg.indices(CHUNK, CHUNK)
-        beta = wg.each_column(wg.along_columns(here.scalars.at[BETA]), CHUNK)
-        terms = known.d_p * wg.read_split(here.p)
-        wg.put(scratch.scores.at[0], known.d_p * beta * plan.scale)
-        if plan.erases:
-            terms = terms - known.d_a * wg.read_split(here.a)
-            wg.put(scratch.scores.at[1], -known.d_a * beta)
-        here.sums[COLUMNS] = jnp.sum(terms, axis=0)
+def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
+    def keys(here: Program, known: Products, scratch: GradientsChannelScratch, levels: Ref) -> Cotangents:
+        q, k, erase = here.q, here.k, here.erase_key
 
-        def gives(terms: Array) -> Array:
-            """What the gates get from the factors whose gates are in `scratch.takes`."""
+        def gives(taken: Ref, terms: Array, d_gates: Array | None = None) -> Array:
+            """Adds what the gates get from the factors whose gates are `taken`."""
             wg.put_split(scratch.terms, terms)
             plgpu.commit_smem()
-            held = wg.turned(scratch.takes)
-            return wg.product((held, scratch.terms.at[0]), (held, scratch.terms.at[1]))
 
-        q, k, erase = here.q, here.k, here.erase_key
-        factor = factors("start", here.gates, scratch.takes)
+            def run(total: wg.Sum) -> Array:
+                if d_gates is not None:
+                    total.start(d_gates)
+                total.add(*((wg.turned(taken), part) for part in wg.parts(scratch.terms)))
+                return total.value()
+
+            return wg.with_sums(run, (CHUNK, BLOCK))
+
+        scratch.taken.bring(levels, START)
+        scratch.taken.bring(levels, END)
+        taken = scratch.taken.arrived(START)
+        factor = factors(here.gates, taken)
         d_q = known.d_q * factor * plan.scale
-        terms, d_erase = wg.read(q) * d_q, None
+        terms = wg.read(q) * d_q
+        d_erase: Any = None
         if plan.erases:
-            d_erase = -known.d_erase * factor
+            d_erase = known.d_erase * (0.0 - factor)
             terms = terms + wg.read(erase) * d_erase
-        d_gates = gives(terms)
-        d_k = known.d_k * factors("end", here.gates, scratch.takes)
+        d_gates = gives(taken, terms)
+        taken = scratch.taken.arrived(END)
+        d_k = known.d_k * factors(here.gates, taken)
         here.sums[WRITES] = jnp.sum(wg.read(k) * d_k, axis=1)
         d_k = d_k * wg.each_row(wg.along_rows(here.scalars.at[BETA]), BLOCK)
-        d_gates = d_gates + gives(wg.read(k) * d_k)
+        d_gates = gives(taken, wg.read(k) * d_k, d_gates)
+        scratch.taken.bring(levels, 0)
+        if plan.erases and not plan.erase_heads:
+            d_k, d_erase = d_k + d_erase, None
+        diagonal = wg.each_row(wg.along_rows(here.of_scores.at[DIAGONAL]), BLOCK)
+        d_q = d_q + diagonal * wg.read(k)
+        d_k = d_k + diagonal * wg.read(q)
+        row, _ = wg.indices(CHUNK, BLOCK)
 
-        wg.put(scratch.part.at[0], jnp.where(row == column, wg.read(scratch.scores.at[0]), 0.0))
-        plgpu.commit_smem()
-        d_q = d_q + wg.product((scratch.part.at[0], k))
-        d_k = d_k + wg.product((scratch.part.at[0], q))
-
-        def level(size: Array, now: Any) -> Any:
+        def of_level(level: Array, now: Any) -> Any:
             d_q, d_k, d_gates, d_erase = now
-            factor = factors(size, here.gates, scratch.takes)
-            wg.put(scratch.q, wg.read(q) * factor)
-            wg.put(scratch.k, wg.read(k) * factor)
-            wg.put(scratch.part.at[0], jnp.where(meets(size), wg.read(scratch.scores.at[0]), 0.0))
-            pairs = [(wg.turned(scratch.part.at[0]), scratch.q)]
+            taken, size = scratch.taken.arrived(level), lax.shift_left(1, level)
+            pl.when(level + 1 < SIZES)(lambda: scratch.taken.bring(levels, level + 1))
+            right = (row & size) > 0
+            factor = factors(here.gates, taken)
+            wg.put(scratch.of_p, jnp.where(right, wg.read(q), wg.read(k)) * factor)
             if plan.erases:
-                decayed = scratch.k
-                if plan.erase_heads:
-                    decayed = scratch.erase
-                    wg.put(decayed, wg.read(erase) * factor)
-                wg.put(scratch.part.at[1], jnp.where(meets(size), wg.read(scratch.scores.at[1]), 0.0))
-                pairs.append((wg.turned(scratch.part.at[1]), decayed))
+                wg.put(scratch.of_a, _erasing(plan, here, right) * factor)
             plgpu.commit_smem()
-            d_read = wg.product((scratch.part.at[0], scratch.k)) * factor
-            d_q, terms = d_q + d_read, wg.read(q) * d_read
-            if plan.erases:
-                d_read = wg.product((scratch.part.at[1], scratch.k)) * factor
-                d_erase, terms = d_erase + d_read, terms + wg.read(erase) * d_read
-            d_write = wg.product(*pairs) * factor
-            d_k, terms = d_k + d_write, terms + wg.read(k) * d_write
-            return d_q, d_k, d_gates + gives(terms), d_erase
 
-        d_q, d_k, d_gates, d_erase = over_levels(level, (d_q, d_k, d_gates, d_erase))
-        wg.put(scratch.gates, d_gates)
-        return Cotangents(d_q, d_k, d_erase, scratch.gates)
+            def run(of_p: wg.Sum, of_a: wg.Sum | None = None) -> list[Array]:
+                for total, scores, keys in ((of_p, here.d_p, scratch.of_p), (of_a, here.d_a, scratch.of_a)):
+                    if total is not None:
+                        scores = jnp.where(meets(size, both_ways=True), wg.read(scores), 0.0)
+                        total.add((scores.astype(jnp.bfloat16), keys))
+                return [total.value() * factor for total in (of_p, of_a) if total is not None]
 
-    matrix, two = wg.shared(CHUNK, CHUNK), wg.shared(2, CHUNK, CHUNK)
+            x, *others = wg.with_sums(run, *((CHUNK, BLOCK),) * (1 + plan.erases))
+            terms = jnp.where(right, wg.read(q), wg.read(k)) * x
+            d_q = d_q + jnp.where(right, x, 0.0)
+            d_k = d_k + jnp.where(right, 0.0, x)
+            for y in others:
+                terms = terms + _erasing(plan, here, right) * y
+                if d_erase is None:
+                    d_k = d_k + y
+                else:
+                    d_erase = d_erase + jnp.where(right, y, 0.0)
+                    d_k = d_k + jnp.where(right, 0.0, y)
+            return d_q, d_k, gives(taken, terms, d_gates), d_erase
+
+        d_q, d_k, d_gates, d_erase = over_levels(of_level, (d_q, d_k, d_gates, d_erase))
+        return Cotangents(d_q, d_k, d_erase, d_gates)
+
+    matrix = wg.shared(CHUNK, CHUNK)
     scratch = GradientsChannelScratch(
-        scores=two,
-        part=two,
-        q=matrix,
-        k=matrix,
-        erase=matrix if plan.erase_heads else None,
-        takes=matrix,
-        terms=two,
-        gates=wg.shared(CHUNK, BLOCK, dtype=jnp.float32),
+        of_p=matrix,
+        of_a=matrix if plan.erases else None,
+        taken=taken_scratch(),
+        terms=wg.shared(2, CHUNK, CHUNK),
     )
-    return launch(plan, inputs, scores, scratch)
+    return launch(plan, inputs, keys, scratch, takes())
+
+
+def _erasing(plan: Plan, here: Program, right: Array) -> Array:
+    return jnp.where(right, wg.read(here.erase), wg.read(here.k)) if plan.erase_heads else wg.read(here.k)

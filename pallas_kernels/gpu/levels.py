@@ -9,51 +9,76 @@ belong to, never differences of sums, so a gate of any size leaves its neighbour
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.plan import CHUNK
-from pallas_kernels.gpu.warpgroup import Ref, indices, product, put
+from pallas_kernels.gpu.warpgroup import Ref, indices, load, loaded, product, put_split, read, shared
+from pallas_kernels.inputs import base_two
 
-Level = int | Array | Literal["start", "end"]
+SIZES = CHUNK.bit_length() - 1  # 1, 2, ..., 32
+END, START = SIZES, SIZES + 1
 
 
 def over_levels[T](body: Callable[[Array, T], T], carry: T) -> T:
-    """Runs `body(size, carry)` for the sizes 1, 2, ..., 32: a loop, since its body is long."""
-
-    def step(_: Array, now: tuple[Array, T]) -> tuple[Array, T]:
-        size, carry = now
-        return 2 * size, body(size, carry)
-
-    return lax.fori_loop(0, CHUNK.bit_length() - 1, step, (jnp.int32(1), carry))[1]
+    """Runs `body(level, carry)` for the sizes `1 << level`: a loop, since its body is long."""
+    return lax.fori_loop(0, SIZES, body, carry)
 
 
-def meets(size: int | Array) -> Array:
-    """Which pairs of tokens meet in a block of two times `size`, the row right of its middle and the column left."""
-    row, column = indices(CHUNK, CHUNK)
-    return ((row ^ column) < 2 * size) & ((row & size) > (column & size))
+def meets(size: int | Array, *, both_ways: bool = False) -> Array:
+    """Which pairs of tokens meet in a block of two times `size`: the row right of its middle, the column left.
 
-
-def takes(level: Level) -> Array:
-    """Ones for the gates (columns) in a token's factor (rows): up to it from the middle of its block, or after it to there.
-
-    From the start of the chunk, or to its end, likewise.
+    With `both_ways` also the row left and the column right.
     """
-    token, gate = indices(CHUNK, CHUNK)
-    up_to = jnp.where(gate <= token, 1.0, 0.0)
-    if isinstance(level, str) and level == "start":
-        return up_to
-    if isinstance(level, str):
-        return 1.0 - up_to
-    of_side = jnp.where((token & level) > 0, up_to, 1.0 - up_to)
-    return jnp.where((token ^ gate) < level, of_side, 0.0)
+    row, column = indices(CHUNK, CHUNK)
+    other = (row & -size) ^ size
+    if not both_ways:
+        other = jnp.where((row & size) > 0, other, -1)
+    return (column & -size) == other
 
 
-def factors(level: Level, gates: Ref, matrix: Ref) -> Array:
-    """The decays of a level, `[64, channels]`, from split gates `[2, 64, channels]`; leaves `takes` in `matrix`."""
-    put(matrix, takes(level))
-    plgpu.commit_smem()
-    return jnp.exp2(product((matrix, gates.at[0]), (matrix, gates.at[1])))
+def takes() -> Array:
+    """Ones for the gates (columns) in a token's factor (rows), bfloat16 [levels, 64, 64].
+
+    Those up to it from the middle of its block, or after it to there; then those to the chunk's end, and from its start.
+    """
+    token, gate = np.indices((CHUNK, CHUNK))
+    up_to = gate <= token
+    of_sizes = [
+        np.where((token & size) > 0, up_to, ~up_to) & ((token ^ gate) < size) for size in (1 << n for n in range(SIZES))
+    ]
+    return jnp.asarray(np.stack([*of_sizes, ~up_to, up_to]), jnp.bfloat16)
+
+
+class Taken(NamedTuple):
+    """Shared memory for those of two levels in turn, odd and even: one is brought while the other is at work."""
+
+    matrices: Ref  # [2, 64, 64]
+    full: Ref
+
+    def bring(self, source: Ref, level: int | Array) -> None:
+        slot = level & 1
+        load(self.full.at[slot], (source.at[level], self.matrices.at[slot]))
+
+    def arrived(self, level: int | Array) -> Ref:
+        """The matrix of a level that was brought."""
+        loaded(self.full.at[level & 1])
+        return self.matrices.at[level & 1]
+
+
+def taken_scratch() -> Taken:
+    return Taken(shared(2, CHUNK, CHUNK), plgpu.Barrier(num_barriers=2))
+
+
+def put_gates(target: Ref, gates: Ref) -> None:
+    """Splits gates `[64, channels]` as they were given, in base two."""
+    put_split(target, base_two(read(gates)))
+
+
+def factors(gates: Ref, taken: Ref) -> Array:
+    """The decays `[64, channels]` of the level of a matrix of `takes`, of split gates `[2, 64, channels]`."""
+    return jnp.exp2(product((taken, gates.at[0]), (taken, gates.at[1])))

@@ -9,7 +9,7 @@ from jax import Array
 
 from pallas_kernels.batching import joins_batch
 from pallas_kernels.gpu.arrays import BETA, START, Tokens
-from pallas_kernels.gpu.cotangents import COLUMNS, DIRECT, PAIRS, READS, WRITES
+from pallas_kernels.gpu.cotangents import READS, WRITES
 from pallas_kernels.gpu.cotangents import Inputs as Kept
 from pallas_kernels.gpu.gradients import gradients
 from pallas_kernels.gpu.pieces import ends_of_pieces, starts_of_pieces
@@ -17,6 +17,7 @@ from pallas_kernels.gpu.plan import CHUNK, Plan, pieces_of
 from pallas_kernels.gpu.prepare import prepare
 from pallas_kernels.gpu.reverse import reverse
 from pallas_kernels.gpu.scan import scan
+from pallas_kernels.gpu.scores import COLUMNS, DIRECT, PAIRS
 from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffix_sums, with_resets
 
 
@@ -112,14 +113,14 @@ def _cotangents(
     starts, transitions = starts_of_pieces(plan, tokens, done, _float32(initial_state))
     again = scan(plan, tokens, done, starts, want="states")
     back = reverse(plan, tokens, done, d_o, ends_of_pieces(plan, tokens, done, d_o, d_state, transitions))
-    found = gradients(plan, Kept(tokens, done, again.y, back.d_b, d_o, again.states, back.d_states))
+    found, one = gradients(plan, Kept(tokens, done, again.y, back.d_b, d_o, again.states, back.d_states))
 
     def of_heads(d: Array, heads: int) -> Array:
         """The sum over the value heads that share a head."""
         shape = (*d.shape[:2], heads, -1, d.shape[-1])
         return d if heads == plan.heads else jnp.sum(d.reshape(shape).astype(jnp.float32), 3).astype(d.dtype)
 
-    one, blocks = found.sums[:, :, :, 0], jnp.sum(found.sums, 3)
+    blocks = jnp.sum(found.sums, 3)
     d_inputs = Inputs(
         q=of_heads(found.d_q, plan.key_heads),
         k=of_heads(found.d_k, plan.key_heads),
@@ -151,13 +152,11 @@ def _float32(state: Array | None) -> Array | None:
 
 
 def tokens_of(inputs: Inputs, plan: Plan) -> Tokens:
-    """The arrays as the kernels read them: a chunk's scalars side by side, gates per channel split in two."""
+    """The arrays as the kernels read them: a chunk's scalars side by side."""
     beta = jnp.ones(inputs.v.shape[:3], jnp.float32) if inputs.beta is None else inputs.beta
     scalars, gates = [_by_chunk(beta, plan)], None
     if plan.gate == "channel" and inputs.g is not None:
-        gate = base_two(inputs.g)
-        high = gate.astype(jnp.bfloat16)
-        gates = jnp.stack([high, (gate - high.astype(jnp.float32)).astype(jnp.bfloat16)])
+        gates = inputs.g.astype(jnp.float32)
     if plan.gate == "head" and inputs.g is not None:
         gate = base_two(_by_chunk(inputs.g, plan))
         after = jnp.pad(gate[..., 1:], ((0, 0),) * 3 + ((0, 1),))

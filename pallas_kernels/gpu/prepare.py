@@ -12,6 +12,7 @@ the very tokens between j and i, never a difference of two sums, so a gate of an
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -91,7 +92,7 @@ def prepare(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
     matrix = wg.shared(CHUNK, CHUNK)
     return wg.kernel(
         body,
-        (tokens._replace(v=None), jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16), -1) if gated else None),
+        (tokens._replace(v=None), jnp.asarray(np.tri(CHUNK, k=-1), jnp.bfloat16) if gated else None),
         results,
         PrepareScratch(
             scalars=wg.vectors(*tokens.scalars.shape[-2:]),

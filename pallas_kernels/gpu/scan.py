@@ -41,9 +41,11 @@ class ScanResults(NamedTuple):
 
 
 class ScanScratch(NamedTuple):
+    """What is stored in every chunk has two places, that of the chunk before may be under way."""
+
     ring: Ring
-    old: Ref  # the state that is stored, bfloat16 [key, 64]
-    out: Ref  # O, or the parts of Y: [parts, 64, 64]
+    old: Ref  # the state that is stored, two of bfloat16 [key, 64]; or its parts, where it is an operand
+    out: Ref  # O, or twice the parts of Y: [64, 64] each
 
 
 def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, want: Want) -> ScanResults:
@@ -107,8 +109,8 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
 def _scratch_shapes(plan: Plan, tokens: Tokens, want: Want) -> ScanScratch:
     ends, states, block = want == "ends", want == "states", BLOCK
     others: dict[str, Any] = {
-        "old": wg.shared(1 + ends, plan.key, block) if states or not in_registers(plan) else None,
-        "out": None if ends else wg.shared(plan.parts if states else 1, CHUNK, block),
+        "old": wg.shared(1 + (ends or states), plan.key, block) if states or not in_registers(plan) else None,
+        "out": None if ends else wg.shared(2 * plan.parts if states else 1, CHUNK, block),
     }
     ring = ring_shapes(plan, tokens, others, scores=want == "outputs")
     return ScanScratch(ring=ring, **others)
@@ -132,7 +134,10 @@ def _chunk(
     """
     outputs, states, ends = (want == name for name in ("outputs", "states", "ends"))
     here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring.chunks)
-    now, block = at.tokens(index), BLOCK
+    now, block, turn = at.tokens(index), BLOCK, lax.rem(index, 2)
+    places: list[Any] = []
+    if scratch.old is not None:
+        places = [scratch.old.at[turn]] if states else list(wg.parts(scratch.old))
 
     def scalar(kind: int) -> Array:
         return wg.each_column(wg.along_columns(here.scalars.at[kind]), block)
@@ -141,17 +146,18 @@ def _chunk(
         old: list[Any] = wg.split_of(state, 1 + ends)
 
         def leave_state() -> None:
-            wg.stored()
-            for ref, part in zip(wg.parts(scratch.old), old, strict=True):
+            if states:
+                wg.stored(under_way=1 + plan.parts)
+            for ref, part in zip(places, old, strict=True):
                 ref = wg.turned(ref)
                 ref[...] = part
             if states:
-                wg.store((scratch.old.at[0], results.states.at[at.batch, at.head, index, :, at.channels]))
+                wg.store((places[0], results.states.at[at.batch, at.head, index, :, at.channels]))
 
         if not in_registers(plan):
             leave_state()
             plgpu.commit_smem()
-            old = [wg.turned(x) for x in wg.parts(scratch.old)]
+            old = [wg.turned(x) for x in places]
         wg.loaded(scratch.ring.full.at[slot])
         if plan.erases:
             known.add(*((part, wg.turned(here.erase_key)) for part in old))
@@ -181,8 +187,9 @@ def _chunk(
             among.start(reads)
             among.add((new.astype(jnp.bfloat16), wg.turned(here.p)))
         if states:
-            wg.put_split(tuple(map(wg.turned, wg.parts(scratch.out))), left)
-            wg.store(*((part, y.at[now]) for part, y in zip(wg.parts(scratch.out), results.y, strict=True)))
+            parts = tuple(scratch.out.at[turn * plan.parts + n] for n in range(plan.parts))
+            wg.put_split(tuple(map(wg.turned, parts)), left)
+            wg.store(*((part, y.at[now]) for part, y in zip(parts, results.y, strict=True)))
         after = update.value(under_way=outputs)
         new_o = among.value().astype(jnp.bfloat16) if outputs else None
         plgpu.barrier_arrive(scratch.ring.empty.at[slot])

@@ -134,12 +134,14 @@ def products(*sums: Pairs) -> list[Array]:
     return pl.run_scoped(run, *_accumulators(sums))
 
 
-def products_over[T](steps: int, body: Callable[[Array, T], T], carry: T, *sums: Pairs) -> tuple[list[Array], T]:
-    """Those sums over several steps; `body(step, carry)` brings what the tiles hold in a step."""
+def products_over[T](
+    steps: int, body: Callable[[Array, T], tuple[Sequence[Pairs], T]], carry: T, *shapes: tuple[int, int]
+) -> tuple[list[Array], T]:
+    """Sums of products of those shapes over several steps; `body(step, carry)` brings the pairs of tiles of a step."""
 
     def run(*accumulators: Ref) -> tuple[list[Array], T]:
         def step(index: Array, now: T) -> T:
-            now = body(index, now)
+            sums, now = body(index, now)
             _multiply(accumulators, sums)
             plgpu.wgmma_wait(0)
             return now
@@ -147,7 +149,7 @@ def products_over[T](steps: int, body: Callable[[Array, T], T], carry: T, *sums:
         end = lax.fori_loop(0, steps, step, carry)
         return [accumulator[...] for accumulator in accumulators], end
 
-    return pl.run_scoped(run, *_accumulators(sums))
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def product(*pairs: tuple[Ref, Ref]) -> Array:
@@ -252,6 +254,9 @@ def store(*copies: tuple[Ref, Ref], when: Array | None = None) -> None:
     start() if when is None else pl.when(when)(start)
 
 
-def stored(*, and_written: bool = False) -> None:
-    """Waits until shared memory that is being copied from may be written again, or is no longer needed at all."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=not and_written)
+def stored(under_way: int = 0, *, and_written: bool = False) -> None:
+    """Waits until shared memory that is being copied from may be written again, or is no longer needed at all.
+
+    The last so many copies that were started may still be under way.
+    """
+    plgpu.wait_smem_to_gmem(under_way, wait_read_only=not and_written)

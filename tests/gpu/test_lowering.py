@@ -12,7 +12,13 @@ from delta_jax import delta_rule, delta_rule_step
 
 KERNELS = {
     "forward": ("delta_rule_prepare", "delta_rule_forward"),
-    "backward": ("delta_rule_prepare", "delta_rule_states", "delta_rule_reverse", "delta_rule_gradients"),
+    "backward": (
+        "delta_rule_prepare",
+        "delta_rule_states",
+        "delta_rule_reverse",
+        "delta_rule_scores",
+        "delta_rule_gradients",
+    ),
     "pieces": ("delta_rule_ends", "delta_rule_reverse_ends"),
 }
 
