@@ -90,10 +90,10 @@ def _of_xla(name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *,
 
 CHUNKWISE = containment.Passes(chunkwise.forward, chunkwise.backward)
 
-# The automatic choice is the first that may be and can run; the kernels for GPUs have not run on one yet.
+# The automatic choice is the first that may be and can run.
 IMPLEMENTATIONS = (
     _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", automatic=True),
-    _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: device.hopper(), automatic=False),
+    _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: device.hopper(), automatic=True),
     _of_xla("xla", functools.partial(containment.run, CHUNKWISE), automatic=True),
     _of_xla("recurrent", jax.jit(recurrence.recurrent, static_argnums=1), automatic=False),
 )
