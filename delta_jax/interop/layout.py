@@ -14,6 +14,8 @@ from delta_jax.models import ModelConfig
 
 __all__ = ["Layout", "OneOf", "Piece", "Row", "layout_of"]
 
+BIAS = "/expert_bias"  # the one parameter that a published form may do without: it is zero there
+
 
 @dataclass(frozen=True)
 class Row:
@@ -117,7 +119,11 @@ def layout_of(
         for row in _chosen(rows, prefix, there):
             _add(targets, row, prefix, f"blocks/{place}/", (repeat,), shapes, there)
     covered = {piece.leaf for target in targets.values() for piece in target.pieces}
-    return Layout(targets, tuple(leaf for leaf in shapes if leaf not in covered))
+    constant = tuple(leaf for leaf in shapes if leaf not in covered)
+    for leaf in constant:
+        if not leaf.endswith(BIAS):
+            raise ValueError(f"no tensor holds the parameter {leaf}")
+    return Layout(targets, constant)
 
 
 def _places(config: ModelConfig) -> Iterator[tuple[int, int]]:

@@ -54,7 +54,8 @@ def delta_rule(
         says.
       implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs: key and
         value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for Hopper GPUs: keys of 64, 128 and 256,
-        values of these and 512, bfloat16), or None: "pallas" on a TPU where it can run, else "xla".
+        values of these and 512, bfloat16), or None: "pallas" on a TPU or a Hopper GPU where it can
+        run, else "xla".
 
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32

@@ -8,7 +8,6 @@ With the symbols of `pallas_kernels.gpu.scan`:
 Programs and warpgroups share the work as in the forward pass, and here too all that follows from the state is turned.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +32,8 @@ class ReverseResults(NamedTuple):
 
 class ReverseScratch(NamedTuple):
     ring: Ring  # dO is in the place of V
-    # dS', bfloat16 [key, 64]; None where it stays in registers. The parts of dB are stored from where dO and P were
-    held: Ref
+    # dS', bfloat16 [key, 64], then in its place the parts of dB, [64, 64] each; None where both stay in registers
+    out: Ref
 
 
 def reverse(
@@ -48,7 +47,6 @@ def reverse(
     def body(inputs: PassInputs, results: ReverseResults, scratch: ReverseScratch) -> None:
         at = program(plan)
         last_chunk, ring = (at.piece + 1) * plan.piece - 1, scratch.ring
-        late = not ends and ring.slots > 1  # a slot goes while the next chunk is at work: dB is stored from there
 
         @pl.when(at.warpgroup == 1)
         def _() -> None:
@@ -56,26 +54,13 @@ def reverse(
 
         def chunk(step: Array, d_state: Array) -> Array:
             slot, index = lax.rem(step, ring.slots), last_chunk - step
-
-            def settle() -> None:
-                wg.stored()
-                if late:
-                    before = lax.rem(step + ring.slots - 1, ring.slots)
-                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(ring.empty.at[before]))
-
-            after = _chunk(plan, results, scratch, at, slot, index, d_state, settle, ends=ends)
-            if not late:
-                wg.stored()
-                plgpu.barrier_arrive(ring.empty.at[slot])
-            return after
+            return _chunk(plan, results, scratch, at, slot, index, d_state, ends=ends)
 
         @pl.when(at.warpgroup == 0)
         def _() -> None:
             last = lax.fori_loop(0, plan.piece, chunk, wg.read(inputs.state.at[at.edge]))
             wg.put(results.d_state.at[at.edge], last)
             wg.stored(and_written=True)
-            if late:
-                plgpu.barrier_arrive(ring.empty.at[(plan.piece - 1) % ring.slots])
 
     found: ReverseResults = wg.kernel(
         body,
@@ -94,7 +79,8 @@ def reverse(
 
 
 def _scratch_shapes(plan: Plan, tokens: Tokens, *, ends: bool) -> ReverseScratch:
-    others = {"held": None if ends and in_registers(plan) else wg.shared(plan.key, BLOCK)}
+    rows = max(plan.key, plan.parts * CHUNK)
+    others = {"out": None if ends and in_registers(plan) else wg.shared(rows, BLOCK)}
     return ReverseScratch(ring=ring_shapes(plan, tokens, others, scores=True), **others)
 
 
@@ -106,16 +92,12 @@ def _chunk(
     slot: Array,
     index: Array,
     d_state: Array,
-    settle: Callable[[], None],
     *,
     ends: bool,
 ) -> Array:
-    """Carries the cotangent of the state, float32 `[64, key]`, back through the chunk `index` of a ring's slot.
-
-    `settle` waits for what is still stored of the chunk before.
-    """
+    """Carries the cotangent of the state, float32 `[64, key]`, back through the chunk `index` of a ring's slot."""
     here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring.chunks)
-    held = scratch.held
+    held = None if scratch.out is None else scratch.out.at[pl.ds(0, plan.key)]
 
     def scalar(kind: int) -> Array:
         return wg.each_column(wg.along_columns(here.scalars.at[kind]), BLOCK)
@@ -124,7 +106,7 @@ def _chunk(
         new: Any = d_state.astype(jnp.bfloat16)
 
         def leave() -> None:
-            settle()
+            wg.stored()
             wg.put(wg.turned(held), new)
             if not ends:
                 wg.store((held, results.d_states.at[at.batch, at.head, index, :, at.channels]))
@@ -157,11 +139,14 @@ def _chunk(
             back = d_b * (0.0 - scalar(START)) if plan.gate == "head" else 0.0 - d_b
             update.add((back.astype(jnp.bfloat16), here.erase_key))
         if not ends:
-            parts = (here.v, here.p)[: plan.parts]
+            wg.stored()
+            parts = tuple(scratch.out.at[pl.ds(CHUNK * n, CHUNK)] for n in range(plan.parts))
             wg.put_split(tuple(map(wg.turned, parts)), d_b)
             now = at.tokens(index)
             wg.store(*((part, d_b.at[now]) for part, d_b in zip(parts, results.d_b, strict=True)))
-        return update.value()
+        after = update.value()
+        plgpu.barrier_arrive(scratch.ring.empty.at[slot])
+        return after
 
     tokens = (BLOCK, CHUNK)
     return wg.with_sums(run, tokens, tokens, tokens, (BLOCK, plan.key))
