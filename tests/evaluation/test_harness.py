@@ -20,6 +20,8 @@ from delta_jax.training import restore_model
 from tests.conftest import users_call
 from tests.evaluation.plain import next_logits, plain_score
 
+pytestmark = pytest.mark.xdist_group("harness")  # its trained run is made once
+
 TASKS = Path(__file__).parent / "tasks"
 LENGTH = 96  # shorter than some documents
 CONFIG = """

@@ -61,6 +61,7 @@ def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -
     assert cut.estimate is not None and cut.estimate.exchange == pytest.approx(sum(cut.collectives.values()) / 200e9)
 
 
+@pytest.mark.slow  # compiles for two kinds of chip
 def test_two_devices_a_chip() -> None:
     both = _plan("tpu7x:1x1x1")
     assert (both.chips, both.devices, both.mesh["data"], both.hbm) == (1, 2, 2, 192 * 2**30)

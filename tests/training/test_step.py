@@ -79,7 +79,7 @@ def test_cross_entropy_against_float64() -> None:
     np.testing.assert_allclose(float(actual), (expected * mask).sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("mixer", ["delta_net", "gated_delta_net"])
+@pytest.mark.parametrize("mixer", [pytest.param("delta_net", marks=pytest.mark.slow), "gated_delta_net"])
 def test_eight_devices_train_as_one(mixer: str) -> None:
     model = _model(mixer, "xla")
     batches = _batches(4)
