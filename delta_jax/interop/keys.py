@@ -139,17 +139,16 @@ class Keys:
         self._read.add(name)
         return self._table.get(name)
 
-    def finish(self, harmless: Iterable[str] = (), ignored: Sequence[str] = ()) -> None:
+    def finish(self, harmless: Iterable[str] = ()) -> None:
         """Refuses the keys that nobody has read; null says that something is left out.
 
         Args:
             harmless: keys that change nothing in this architecture.
-            ignored: keys that the caller knows to change nothing.
 
         Raises:
             ValueError: there is such a key.
         """
-        known = self._read | HARMLESS | set(harmless) | set(ignored)
+        known = self._read | HARMLESS | set(harmless)
         left = [name for name, value in self._table.items() if name not in known and value is not None]
         if left:
             raise self.refuse(

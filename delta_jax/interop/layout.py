@@ -87,6 +87,11 @@ class Layout:
     targets: Mapping[str, Target]
     constant: tuple[str, ...]
 
+    @property
+    def embedding(self) -> str:
+        """The name of the tensor that holds the embedding."""
+        return next(name for name, target in self.targets.items() if target.pieces[0].leaf == "embed/embedding")
+
 
 def layout_of(
     config: ModelConfig,

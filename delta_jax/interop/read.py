@@ -1,7 +1,7 @@
 """Reading published checkpoints into models, slab by slab: no more than one is ever in the host's memory."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,7 @@ def _put(part: Array, rows: Array, starts: Array, *, kind: str) -> Array:
 
 def _require_equal(checkpoint: Checkpoint, head: str) -> None:
     """Raises a ValueError if a head is not the embedding to which config.json ties it."""
-    tied, other = checkpoint.tensors[head], _embedding(checkpoint)
+    tied, other = checkpoint.tensors[head], checkpoint.tensors[checkpoint.layout.embedding]
     step = SLAB // DTYPES[other.dtype].itemsize
     if tied.shape == other.shape and tied.dtype in DTYPES:
         total = math.prod(other.shape)
@@ -169,9 +169,3 @@ def _require_equal(checkpoint: Checkpoint, head: str) -> None:
         if all(np.array_equal(read_flat(tied, *chunk), read_flat(other, *chunk)) for chunk in chunks):
             return
     raise ValueError(f"{tied.path}: {head} is not {other.name}, to which config.json ties it")
-
-
-def _embedding(checkpoint: Checkpoint) -> Tensor:
-    names: Mapping[str, Any] = checkpoint.layout.targets
-    name = next(name for name, target in names.items() if target.pieces[0].leaf == "embed/embedding")
-    return checkpoint.tensors[name]

@@ -55,11 +55,6 @@ class Tensor:
     place: int
 
     @property
-    def rows(self) -> int:
-        """Numbers along the first axis; a scalar is one row."""
-        return self.shape[0] if self.shape else 1
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * item_size(self.dtype)

@@ -179,11 +179,10 @@ def _write(
 
         def data(name: str) -> Iterable[bytes]:
             if name in layout.targets:
-                return _tensor_bytes(name, *wanted[name], layout.targets[name], leaves)
+                return _tensor_bytes(name, wanted[name][0], layout.targets[name], leaves)
             assert source is not None
             if name in source.heads:
-                embedding = next(n for n, t in layout.targets.items() if t.pieces[0].leaf == "embed/embedding")
-                return _tensor_bytes(name, *wanted[name], layout.targets[embedding], leaves)
+                return _tensor_bytes(name, wanted[name][0], layout.targets[layout.embedding], leaves)
             return raw_bytes(source.tensors[name])
 
         _write_files(draft, wanted, data, source)
@@ -233,9 +232,7 @@ def _write_files(draft: Path, wanted: Wanted, data: Any, source: Checkpoint | No
         (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _tensor_bytes(
-    name: str, dtype: str, shape: tuple[int, ...], target: Target, leaves: Mapping[str, Array]
-) -> Iterator[bytes]:
+def _tensor_bytes(name: str, dtype: str, target: Target, leaves: Mapping[str, Array]) -> Iterator[bytes]:
     """The bytes of a tensor, slab by slab.
 
     Raises:
