@@ -13,7 +13,6 @@ from delta_jax.interop.architectures.common import (
     Rows,
     Tensors,
     convolutions,
-    experts,
     first,
     kinds_of,
     mixer,
@@ -25,7 +24,6 @@ from delta_jax.interop.architectures.common import (
 from delta_jax.interop.keys import Keys, layer_kinds, rope_keys, rope_options
 from delta_jax.models import ModelConfig
 
-LATENT_NORM_EPS = 1e-6  # of the module in the model's code, whatever rms_norm_eps is
 IDLE = (
     "use_grouped_topk",
     "num_nextn_predict_layers",
@@ -63,7 +61,12 @@ def config(keys: Keys) -> ModelConfig:
             gate_lower_bound=bound if keys.get(bool, "kda_safe_gate", default=True) else None,
         ),
         "full_attention": kimi_linear.latent_attention(
-            keys, heads, LATENT_NORM_EPS, **rope_options(keys, theta=6e6), rope_interleaved=True, use_head_gate=True
+            keys,
+            heads,
+            kimi_linear.LATENT_NORM_EPS,
+            **rope_options(keys, theta=6e6),
+            rope_interleaved=True,
+            use_head_gate=True,
         ),
     }
     found = ModelConfig(
@@ -96,13 +99,7 @@ def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
                 one("attention.o_norm.weight", "mixer/o_norm/scale"),
             ]
         if layer.experts:
-            assert config.experts is not None
-            rows += [
-                one("mlp.gate.weight", "mlp/router/kernel"),
-                one("mlp.gate.expert_bias", "mlp/expert_bias"),
-                *experts(),
-                *(mlp("mlp.shared_experts.", "mlp/shared/") if config.experts.shared_expert_size else []),
-            ]
+            rows += kimi_linear.routed_rows(config, "mlp.", "expert_bias")
         else:
             rows += mlp()
         return f"model.layers.{index}.", [*qwen3_next.norms(config), *rows]

@@ -147,18 +147,23 @@ def tensors(config: ModelConfig, keys: Keys, there: Names) -> Tensors:
         options = options_of(config, layer.mixer)
         rows = latent_rows(options) if layer.mixer.mixer == "latent_attention" else _delta_rows(options)
         if layer.experts:
-            assert config.experts is not None
-            rows += [
-                one("block_sparse_moe.gate.weight", "mlp/router/kernel"),
-                one("block_sparse_moe.gate.e_score_correction_bias", "mlp/expert_bias"),
-                *experts("block_sparse_moe.experts.", ("w1", "w3", "w2")),
-                *(mlp("block_sparse_moe.shared_experts.", "mlp/shared/") if config.experts.shared_expert_size else []),
-            ]
+            rows += routed_rows(config, "block_sparse_moe.", "e_score_correction_bias", ("w1", "w3", "w2"))
         else:
             rows.append(OneOf((tuple(mlp()), tuple(mlp("block_sparse_moe.")))))
         return f"model.layers.{index}.", [*qwen3_next.norms(config), *rows]
 
     return Tensors(qwen3_next.outer(config), block, later_layers(config, keys))
+
+
+def routed_rows(config: ModelConfig, prefix: str, bias: str, *names: tuple[str, str, str]) -> Rows:
+    """A router with a bias, its experts, by those names or the usual ones, and the shared one."""
+    assert config.experts is not None
+    return [
+        one(f"{prefix}gate.weight", "mlp/router/kernel"),
+        one(f"{prefix}gate.{bias}", "mlp/expert_bias"),
+        *experts(f"{prefix}experts.", *names),
+        *(mlp(f"{prefix}shared_experts.", "mlp/shared/") if config.experts.shared_expert_size else []),
+    ]
 
 
 def later_layers(config: ModelConfig, keys: Keys) -> str:
