@@ -1,6 +1,7 @@
 """A corpus, and an uninterrupted run over it."""
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(20):
         (folder / f"{index}.txt").write_text(" ".join(chooser.choices(words, k=300)))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_in_a_terminal() -> Iterator[None]:
+    """What started the tests may ignore signals (nohup, a job in the background), and processes inherit that."""
+    usual: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
