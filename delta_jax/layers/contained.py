@@ -29,10 +29,16 @@ def contained[Result](function: Callable[..., Result], *inputs: Float[Array, "..
 
 def finite_tokens(*inputs: Float[Array, "..."], tokens: int = 2) -> Bool[Array, "..."]:
     """Which tokens are finite in all of the arrays."""
-    finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(tokens, x.ndim))) for x in inputs]
+    finite = [jnp.all(jnp.isfinite(_flat(x, tokens)), axis=-1) for x in inputs]
     return jnp.stack(finite).all(axis=0) if len(finite) > 1 else finite[0]
 
 
 def select_finite(finite: Bool[Array, "..."], x: Float[Array, "..."], other: float) -> Float[Array, "..."]:
     """`x` for finite tokens, `other` elsewhere."""
-    return jnp.where(finite.reshape(finite.shape + (1,) * (x.ndim - finite.ndim)), x, jnp.asarray(other, x.dtype))
+    flat = _flat(x, finite.ndim)
+    return jnp.where(finite[..., None], flat, jnp.asarray(other, x.dtype)).reshape(x.shape)
+
+
+def _flat(x: Float[Array, "..."], tokens: int) -> Float[Array, "... rest"]:
+    """All of a token on one axis: a TPU would lay heads and channels on two out anew, and copy."""
+    return x.reshape(*x.shape[:tokens], -1)

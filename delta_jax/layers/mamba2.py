@@ -9,9 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from delta_jax.layers.checks import require_positive_integers
+from delta_jax.layers.contained import finite_tokens, select_finite
 from delta_jax.layers.gates import initial_log_rate, initial_step_bias
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, Rule, RuleInputs
 from delta_jax.layers.norm import RMSNorm
+from delta_jax.layers.options import GATE_ACTIVATIONS
 from delta_jax.ops import linear_attention, linear_attention_step
 
 __all__ = ["Mamba2"]
@@ -102,7 +104,8 @@ class Mamba2(Mixer):
         v: Float[Array, "batch time v_heads value"],
         o: Float[Array, "batch time v_heads value"],
     ) -> Float[Array, "batch time channels"]:
+        v = select_finite(finite_tokens(v), v, 0.0)
         o = (o + self.D[...].astype(o.dtype)[None, None, :, None] * v).reshape(*x.shape[:2], -1)
         if self.use_output_gate:
-            o = o * self.output_gate(x).astype(o.dtype)
+            o = o * GATE_ACTIVATIONS[self.settings.output_gate_activation](self.g_proj(x)).astype(o.dtype)
         return self.o_norm(o).astype(self.dtype)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from delta_jax.layers.checks import require_rngs
 from delta_jax.layers.contained import contained, finite_tokens, select_finite
 from delta_jax.layers.convolution import ShortConvolution
+from delta_jax.layers.fused import gated_norm
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer_cache import MixerCache
 from delta_jax.layers.norm import RMSNorm
@@ -109,16 +110,17 @@ class Mixer(TokenMixer):
         x: Float[Array, "batch time hidden"],
         v: Float[Array, "batch time *writes v_heads value"],
         o: Float[Array, "batch time v_heads value"],
-    ) -> Float[Array, "batch time v_heads value"]:
-        """The op's output o, normalised and gated; for a layer in float16 v and o are float32."""
-        if self.settings.use_output_norm:
-            o = self.o_norm(o)
-        o = o.astype(self.dtype)
-        return o * self.output_gate(x).reshape(o.shape) if self.use_output_gate else o
+    ) -> Float[Array, "batch time channels"]:
+        """The op's output o, normalised and gated; for a layer in float16 v and o are float32.
 
-    def output_gate(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time channels"]:
-        """What the output is multiplied with, where there is a gate."""
-        return GATE_ACTIVATIONS[self.settings.output_gate_activation](self.g_proj(x))
+        o is finite, with zeros for tokens that were not; v is as it was.
+        """
+        gate = self.g_proj(x) if self.use_output_gate else None
+        activation = self.settings.output_gate_activation
+        if self.settings.use_output_norm:
+            return gated_norm(self.o_norm, o, gate, activation, self.settings.implementation).astype(self.dtype)
+        o = o.reshape(*x.shape[:2], -1).astype(self.dtype)
+        return o if gate is None else o * GATE_ACTIVATIONS[activation](gate)
 
     def init_cache(self, batch_size: int, *, length: int | None = None) -> MixerCache:
         """The cache of `batch_size` sequences that have not begun; its size does not depend on their length."""
@@ -174,10 +176,7 @@ class Mixer(TokenMixer):
             implementation=self.settings.implementation,
         )
 
-        def output(v: Array, o: Array) -> Array:
-            return self.o_proj(self.output(x, v, o).reshape(*x.shape[:2], -1))
-
-        y: Array = contained(output, v, o)
+        y: Array = contained(lambda o: self.o_proj(self.output(x, v, o)), o)
         if real is not None:
             y = select_tokens(real, y)
         last = at_last(lengths, position, old.position - 1) + 1

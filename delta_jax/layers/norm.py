@@ -81,9 +81,13 @@ class RMSNorm(nnx.Module):
         parts = x if self.groups == 1 else x.reshape(*x.shape[:-1], self.groups, -1)
         power, rest = inverse_length(parts, self.eps, jnp.mean)
         wide = (parts.astype(rest.dtype) * power * rest).reshape(x.shape)
-        learned = (self.offset if self.zero_centered else self.scale)[...].astype(rest.dtype)
-        scale = 1.0 + learned if self.zero_centered else learned
+        scale = self.multiplier(rest.dtype)
         return (wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+    def multiplier(self, dtype: DTypeLike = jnp.float32) -> Float[Array, " size"]:
+        """What the normalised entries are multiplied with."""
+        learned = (self.offset if self.zero_centered else self.scale)[...].astype(dtype)
+        return 1.0 + learned if self.zero_centered else learned
 
 
 def l2_normalize(x: Float[Array, "*leading size"], eps: float = 1e-6) -> Float[Array, "*leading size"]:

@@ -33,23 +33,25 @@ class Passes(NamedTuple):
       forward: of arrays, options and whether anything is kept for `backward`: the outputs, the final state, what is kept.
       backward: of arrays, options, what was kept and the cotangents of both results: the cotangents of the arrays, and by
         itself, in the dtype of states, that of the initial state, which is zero where none is given.
+      as_they_lie: of a tree of arrays: the same, in the layout in which kernels have them.
     """
 
     forward: Callable[[Arrays, Options, bool], tuple[Array, Array, Any]]
     backward: Callable[[Arrays, Options, Any, Array, Array], tuple[Arrays, Array]]
+    as_they_lie: Callable[[Any], Any] = lambda arrays: arrays
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
 def _run(passes: Passes, arrays: Arrays, options: Options) -> tuple[Array, Array]:
     """Outputs and final state; differentiable in reverse mode."""
     o, state, _ = passes.forward(arrays, options, False)
-    return _outputs(arrays, options, o, state, _finite_heads(state))
+    return _outputs(passes, arrays, options, o, state, _finite_heads(state))
 
 
 def _forward(passes: Passes, arrays: Arrays, options: Options) -> tuple[tuple[Array, Array], tuple[Arrays, Any, Array]]:
     o, state, kept = passes.forward(arrays, options, True)
     finite = _finite_heads(state)
-    o, state = _outputs(arrays, options, o, state, finite)
+    o, state = _outputs(passes, arrays, options, o, state, finite)
     # With both kept a backward pass that computes the rest again needs no second forward pass.
     kept, finite = checkpoint_name((kept, finite), "delta_rule_states")
     return (checkpoint_name(o, "delta_rule_output"), state), (arrays, kept, finite)
@@ -70,7 +72,8 @@ def _backward(
         found.g is not None
     ):  # sums over tokens of products of what passed through the state, which may overflow by themselves
         finite = finite & _finite_heads(jnp.swapaxes(found.g, 1, 2))
-    return (_unless_all(functools.partial(_exact_cotangents, options), finite, found, (arrays, cotangents)),)
+    exact = functools.partial(_exact_cotangents, options)
+    return (_unless_all(exact, passes.as_they_lie, finite, found, (arrays, cotangents)),)
 
 
 def _exact_cotangents(
@@ -111,8 +114,10 @@ _run.defvjp(_forward, _backward)
 run = jax.jit(_run, static_argnums=(0, 2))
 
 
-def _outputs(arrays: Arrays, options: Options, o: Array, state: Array, finite: Array) -> tuple[Array, Array]:
-    return _unless_all(functools.partial(_exact_outputs, options), finite, (o, state), arrays)
+def _outputs(
+    passes: Passes, arrays: Arrays, options: Options, o: Array, state: Array, finite: Array
+) -> tuple[Array, Array]:
+    return _unless_all(functools.partial(_exact_outputs, options), passes.as_they_lie, finite, (o, state), arrays)
 
 
 def _exact_outputs(options: Options, finite: Array, found: tuple[Array, Array], arrays: Arrays) -> tuple[Array, Array]:
@@ -120,26 +125,49 @@ def _exact_outputs(options: Options, finite: Array, found: tuple[Array, Array], 
     return _select(finite, found[0], o, 2), _select(finite, found[1], state, 1)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _unless_all[Found](exact: Callable[[Array, Found, Any], Found], finite: Array, found: Found, given: Any) -> Found:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _unless_all[Found](
+    exact: Callable[[Array, Found, Any], Found],
+    as_they_lie: Callable[[Any], Any],
+    finite: Array,
+    found: Found,
+    given: Any,
+) -> Found:
     """What was found if all is finite, else what is exact.
 
-    A loop of one turn or none: its results lie where its arguments do, and a condition would copy them.
+    A loop of one turn or none: its results lie where its arguments do, and a condition would copy them. For the same reason
+    heads enter it side by side and all lies as it does outside: a TPU would lay out anew, in every call, what the work of
+    the rare turn prefers in another layout.
     """
+    flat_found, flat_given = _side_by_side(found), _side_by_side(given)
 
     def body(carry: tuple[Array, Found]) -> tuple[Array, Found]:
         # Tied to the carry, or the compiler would take the work out of the loop, which is to do it in every call.
-        pending, found, here = jax.lax.optimization_barrier((*carry, given))
-        return pending & ~pending, exact(finite, found, here)
+        pending, flat, here = jax.lax.optimization_barrier((*carry, flat_given))
+        flat, here = as_they_lie((flat, here))
+        return pending & ~pending, as_they_lie(_side_by_side(exact(finite, _as(found, flat), _as(given, here))))
 
-    result: Found = jax.lax.while_loop(lambda carry: carry[0], body, (~_all(finite), found))[1]
-    return result
+    result = jax.lax.while_loop(lambda carry: carry[0], body, (~_all(finite), flat_found))[1]
+    return _as(found, result)
 
 
 @_unless_all.defjvp
-def _(exact: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _(exact: Any, as_they_lie: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """Derivatives of what is differentiated once more are those of what was found."""
-    return _unless_all(exact, *primals), tangents[1]
+    return _unless_all(exact, as_they_lie, *primals), tangents[1]
+
+
+def _side_by_side[Tree](x: Tree) -> Tree:
+    """Every array of four axes or more with its last two as one."""
+
+    flat: Tree = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1) if x.ndim > 3 else x, x)
+    return flat
+
+
+def _as[Tree](like: Tree, flat: Tree) -> Tree:
+    """The arrays of `_side_by_side` in the shapes that they had."""
+    whole: Tree = jax.tree.map(lambda x, y: y.reshape(x.shape), like, flat)
+    return whole
 
 
 def _finite_heads(x: Array) -> Array:

@@ -1,7 +1,16 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from delta_jax.parallel.op import by_compiler, by_heads, by_tokens, current_cut, cut_batch, indivisible, spec_of
+from delta_jax.parallel.op import (
+    by_channels,
+    by_compiler,
+    by_heads,
+    by_tokens,
+    current_cut,
+    cut_batch,
+    indivisible,
+    spec_of,
+)
 from delta_jax.parallel.sharding import (
     RULES,
     ParameterRule,
@@ -24,6 +33,7 @@ __all__ = [
     "ParameterRule",
     "batch_parts",
     "batch_sharding",
+    "by_channels",
     "by_compiler",
     "by_heads",
     "by_tokens",

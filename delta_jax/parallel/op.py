@@ -197,6 +197,33 @@ def by_heads(
     return result
 
 
+def by_channels(
+    function: Callable[..., Array], x: Float[Array, "batch time channels"], *others: Array | None
+) -> Float[Array, "batch time channels"]:
+    """``function(x, *others)``, run by every device on its own sequences and heads, whose channels lie side by side.
+
+    Args:
+        function: of its arguments alone, whatever the number of channels; heads must not depend on each other.
+        x: [B, T, C]; `indivisible` of its sequences and heads is None.
+        others: likewise, or of fewer axes, such as parameters of one head, which every device has whole; or None.
+
+    Returns:
+        What the function returns, [B, T, C].
+
+    Examples:
+        >>> by_channels(lambda x, scale: x * scale[None, None], jnp.ones((1, 3, 4)), jnp.ones((4,))).shape
+        (1, 3, 4)
+    """
+    cut = current_cut()
+    if cut is None:
+        return function(x, *others)
+    mine = P(cut.batch if x.shape[0] != 1 else None, None, cut.heads or None)
+    specs = (mine, *(None if other is None else mine if other.ndim == 3 else P() for other in others))
+    by_parts = jax.shard_map(function, mesh=cut.mesh, in_specs=specs, out_specs=mine, check_vma=False)
+    result: Array = by_parts(x, *others)
+    return result
+
+
 def by_tokens(
     mix: Callable[..., tuple[Array, Array]], tokens: Any, gate: Array, up: Array, down: Array
 ) -> tuple[Array, Array]:

@@ -1,15 +1,18 @@
 """The real compiler takes the kernels: every generation, the shapes of published models, from one token to 131,072."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from delta_jax import delta_rule, delta_rule_step
 from delta_jax.config import load_config
+from delta_jax.layers import GatedDeltaNet
 from delta_jax.training import TrainConfig
 
 GENERATIONS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -127,3 +130,22 @@ def test_every_argument_at_once(compile_for: Any) -> None:
 
     text = compile_for("tpu7x", jax.grad(loss), inputs, segment_ids).as_text()
     assert all(name in text for name in KERNELS["backward"])
+
+
+def test_nothing_is_laid_out_anew_around_a_layer(compile_for: Any) -> None:
+    """What is not finite is looked for in every call and mended in none: it costs no copy of an array of tokens."""
+    layer = nnx.eval_shape(
+        lambda: GatedDeltaNet(
+            256, num_heads=2, head_dim=256, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+        )
+    )
+    graph, parameters = nnx.split(layer)
+    x = jax.ShapeDtypeStruct((2, 2048, 256), jnp.bfloat16)
+    forward_and_backward = jax.grad(
+        lambda p, x: jnp.sum(nnx.merge(graph, p)(x).astype(jnp.float32) ** 2), argnums=(0, 1)
+    )
+    text = compile_for("v6e", forward_and_backward, parameters, x).as_text()
+    assert all(f"gated_norm_{way}" in text for way in ("forward", "backward"))
+    every_call = text[text.index("\nENTRY") :]
+    copies = re.findall(r"= \w+\[2,2048,(?:\d+,)?\d{3,}\]\S* copy\(", every_call)
+    assert copies == []

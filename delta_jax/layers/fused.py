@@ -1,0 +1,49 @@
+"""What surrounds the op in a layer as kernels of its own, where XLA would copy between two layouts to do it."""
+
+from functools import partial
+
+from jaxtyping import Array, Float
+
+from delta_jax.layers.norm import RMSNorm
+from delta_jax.layers.options import GATE_ACTIVATIONS
+from delta_jax.ops import device
+from delta_jax.parallel import by_channels, indivisible
+
+__all__ = ["gated_norm", "kernels_run"]
+
+
+def kernels_run(implementation: str | None, batch: int, heads: int) -> bool:
+    """Whether the kernels for TPUs surround an op of this implementation: where its own kernels may run."""
+    asked_for = implementation in (None, "pallas", "mosaic_tpu")
+    return asked_for and device.platform() == "tpu" and indivisible(batch, heads) is None
+
+
+def gated_norm(
+    norm: RMSNorm,
+    o: Float[Array, "batch time heads size"],
+    gate: Float[Array, "batch time channels"] | None,
+    activation: str,
+    implementation: str | None,
+) -> Float[Array, "batch time channels"]:
+    """`norm(o)` of every head times `activation(gate)`, heads side by side, in the dtype of the gate if there is one.
+
+    Args:
+        norm: of the size of a head.
+        o: finite numbers, what the op returns.
+        gate: as many channels as all heads have; None is no gate.
+        activation: a key of `GATE_ACTIVATIONS`.
+        implementation: of the op.
+    """
+    batch, time, heads, size = o.shape
+    flat = o.reshape(batch, time, -1)
+    dtypes = {x.dtype for x in (o, gate) if x is not None}
+    if kernels_run(implementation, batch, heads) and len(dtypes) == 1:
+        from pallas_kernels.tpu import gated_norm as kernel
+
+        if kernel.unsupported(flat.shape[-1], size, *dtypes) is None:
+            run = partial(kernel.gated_norm, eps=norm.eps, activation=activation)
+            return by_channels(run, flat, norm.multiplier(), gate)
+    o = norm(o)
+    if gate is None:
+        return o.reshape(flat.shape)
+    return o.reshape(flat.shape).astype(gate.dtype) * GATE_ACTIVATIONS[activation](gate)
