@@ -128,7 +128,7 @@ def _exact_outputs(options: Options, finite: Array, found: tuple[Array, Array], 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _unless_all[Found](
     exact: Callable[[Array, Found, Any], Found],
-    as_they_lie: Callable[[Any], Any],
+    as_they_lie: Callable[[Any], Any] | None,
     finite: Array,
     found: Found,
     given: Any,
@@ -136,18 +136,25 @@ def _unless_all[Found](
     """What was found if all is finite, else what is exact.
 
     A loop of one turn or none: its results lie where its arguments do, and a condition would copy them. For the same reason
-    heads enter it side by side and all lies as it does outside: a TPU would lay out anew, in every call, what the work of
-    the rare turn prefers in another layout.
+    what passes between kernels enters it with heads side by side and as it lies: a TPU would lay it out anew, in every call,
+    as the work of the rare turn prefers.
     """
-    flat_found, flat_given = _side_by_side(found), _side_by_side(given)
 
-    def body(carry: tuple[Array, Found]) -> tuple[Array, Found]:
+    def entering(x: Any) -> Any:
+        return x if as_they_lie is None else _side_by_side(x)
+
+    def inside(x: Any) -> Any:
+        return x if as_they_lie is None else as_they_lie(x)
+
+    given_flat = entering(given)
+
+    def body(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         # Tied to the carry, or the compiler would take the work out of the loop, which is to do it in every call.
-        pending, flat, here = jax.lax.optimization_barrier((*carry, flat_given))
-        flat, here = as_they_lie((flat, here))
-        return pending & ~pending, as_they_lie(_side_by_side(exact(finite, _as(found, flat), _as(given, here))))
+        pending, flat, here = jax.lax.optimization_barrier((*carry, given_flat))
+        flat, here = inside((flat, here))
+        return pending & ~pending, inside(entering(exact(finite, _as(found, flat), _as(given, here))))
 
-    result = jax.lax.while_loop(lambda carry: carry[0], body, (~_all(finite), flat_found))[1]
+    result = jax.lax.while_loop(lambda carry: carry[0], body, (~_all(finite), entering(found)))[1]
     return _as(found, result)
 
 
