@@ -4,6 +4,7 @@ from functools import partial
 
 from jaxtyping import Array, Float
 
+from delta_jax.layers.contained import finite_tokens, select_finite
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.layers.options import GATE_ACTIVATIONS
 from delta_jax.ops import device
@@ -29,7 +30,7 @@ def gated_norm(
 
     Args:
         norm: of the size of a head.
-        o: finite numbers, what the op returns.
+        o: what the op returns. What is made of a token that is not finite is finite and does not count; nothing passes back.
         gate: as many channels as all heads have; None is no gate.
         activation: a key of `GATE_ACTIVATIONS`.
         implementation: of the op.
@@ -43,7 +44,7 @@ def gated_norm(
         if kernel.unsupported(flat.shape[-1], size, *dtypes) is None:
             run = partial(kernel.gated_norm, eps=norm.eps, activation=activation)
             return by_channels(run, flat, norm.multiplier(), gate)
-    o = norm(o)
+    flat = norm(select_finite(finite_tokens(o), o, 0.0)).reshape(flat.shape)
     if gate is None:
-        return o.reshape(flat.shape)
-    return o.reshape(flat.shape).astype(gate.dtype) * GATE_ACTIVATIONS[activation](gate)
+        return flat
+    return flat.astype(gate.dtype) * GATE_ACTIVATIONS[activation](gate)

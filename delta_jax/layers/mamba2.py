@@ -104,7 +104,7 @@ class Mamba2(Mixer):
         v: Float[Array, "batch time v_heads value"],
         o: Float[Array, "batch time v_heads value"],
     ) -> Float[Array, "batch time channels"]:
-        v = select_finite(finite_tokens(v), v, 0.0)
+        v, o = (select_finite(finite_tokens(v, o), y, 0.0) for y in (v, o))
         o = (o + self.D[...].astype(o.dtype)[None, None, :, None] * v).reshape(*x.shape[:2], -1)
         if self.use_output_gate:
             o = o * GATE_ACTIVATIONS[self.settings.output_gate_activation](self.g_proj(x)).astype(o.dtype)

@@ -113,13 +113,13 @@ class Mixer(TokenMixer):
     ) -> Float[Array, "batch time channels"]:
         """The op's output o, normalised and gated; for a layer in float16 v and o are float32.
 
-        o is finite, with zeros for tokens that were not; v is as it was.
+        Of a token that is not finite in o the result has to be finite; it does not count.
         """
         gate = self.g_proj(x) if self.use_output_gate else None
         activation = self.settings.output_gate_activation
         if self.settings.use_output_norm:
             return gated_norm(self.o_norm, o, gate, activation, self.settings.implementation).astype(self.dtype)
-        o = o.reshape(*x.shape[:2], -1).astype(self.dtype)
+        o = select_finite(finite_tokens(o), o, 0.0).reshape(*x.shape[:2], -1).astype(self.dtype)
         return o if gate is None else o * GATE_ACTIVATIONS[activation](gate)
 
     def init_cache(self, batch_size: int, *, length: int | None = None) -> MixerCache:
@@ -176,7 +176,7 @@ class Mixer(TokenMixer):
             implementation=self.settings.implementation,
         )
 
-        y: Array = contained(lambda o: self.o_proj(self.output(x, v, o)), o)
+        y: Array = select_finite(finite_tokens(o), self.o_proj(self.output(x, v, o)), jnp.nan)
         if real is not None:
             y = select_tokens(real, y)
         last = at_last(lengths, position, old.position - 1) + 1

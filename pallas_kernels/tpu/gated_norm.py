@@ -2,8 +2,9 @@
 
     y = x / sqrt(mean(x^2) + eps) * scale * activation(gate)
 
-XLA would sum over the channels of a head in another layout than the products around it have, and copy into it and back.
-Here rows are tokens, and heads lie side by side on the lanes, as the kernels of the op and the projections leave them.
+Entries of x that are not finite count as zeros, forward and backward, so that they reach no sum over tokens. XLA would sum
+over the channels of a head in another layout than the products around it have, and copy into it and back. Here rows are
+tokens, and heads lie side by side on the lanes, as the kernels of the op and the projections leave them.
 """
 
 import functools
@@ -160,6 +161,7 @@ def _normalised(settings: _Settings, x: Array) -> tuple[Array, Array]:
 
     A power of two brings the largest entry between a half and one, so that squares neither overflow nor vanish.
     """
+    x = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
     root = max(math.sqrt(settings.eps), _SMALLEST)
     largest = jnp.maximum(jnp.max(jnp.abs(x), 1, keepdims=True), root)
     exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23

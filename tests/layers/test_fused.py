@@ -80,6 +80,18 @@ def test_entries_of_any_size(magnitude):
     assert_right(got, wanted("sigmoid", *given), 1e-6)
 
 
+def test_a_token_that_is_not_finite_reaches_nothing_that_is_shared():
+    o, scale, gate, d_y = problem(2, 64)
+    ill, d_y = o.at[1, 3, 0, 5].set(jnp.nan).at[0, 7, 1].set(jnp.inf), d_y.at[1, 3].set(0.0).at[0, 7].set(0.0)
+    with interpreted_tpu():
+        got = evaluate(by_layer, "silu", ill, scale, gate, d_y)
+    want = wanted("silu", o, scale, gate, d_y)
+    for y in (got, want):
+        y["y"] = np.array(y["y"])
+        y["y"][1, 3] = y["y"][0, 7] = 0.0
+    assert_right(got, want, 3e-7)
+
+
 def test_bfloat16():
     o, scale, gate, d_y = problem(2, 64, jnp.bfloat16)
     given = o, scale.astype(jnp.float32), gate, d_y
