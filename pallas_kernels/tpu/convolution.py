@@ -15,6 +15,8 @@ of such a token; their cotangents count as zero, by selection.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,9 @@ SMALLEST = 1e-35  # the root of the smallest eps that counts, which float32 stil
 HEADS = range(64, 513, 64)
 _WIDEST = 8192  # channels of a block that cannot be cut; the loop over its groups is unrolled
 _CHANNELS, _ROWS = 512, 512  # of a block at most, but for one that cannot be cut
-_FORWARD, _BACKWARD = 8, 4  # registers of a chunk and group
+_REGISTERS = 8  # of a chunk and group
+_FORWARD, _BACKWARD = 16, 8  # chunks and groups that are handled in turns
+_ORDINARY = 1e-20  # with such an eps the squares that vanish in float32 do not count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,7 @@ class _Plan:
     rows: int
     chunk: int
     reaches: bool
+    backward: bool
 
     @property
     def blocks(self) -> int:
@@ -113,6 +118,18 @@ class _Plan:
         return self.rows // self.chunk
 
     @property
+    def unrolled(self) -> int:
+        """Chunks that are handled in turns."""
+        wanted = -(-(_BACKWARD if self.backward else _FORWARD) // len(self.groups))
+        return max(n for n in range(1, wanted + 1) if self.chunks % n == 0)
+
+    @property
+    def hopes(self) -> bool:
+        """Whether all is handled as if it were finite and of ordinary size first: where what is not shows in some sum."""
+        shows = self.options.head or (self.backward and self.options.width)
+        return bool(shows) and (not self.options.head or self.options.eps > _ORDINARY)
+
+    @property
     def groups(self) -> list[pl.Slice]:
         """Lanes of a block that are handled together."""
         size = _group(self.options)
@@ -124,17 +141,18 @@ def _group(options: Prologue) -> int:
     return math.lcm(options.head or TILE, TILE)
 
 
-def _plan(options: Prologue, x: Array, reaches: bool, registers: int) -> _Plan:
+def _plan(options: Prologue, x: Array, reaches: bool, *, backward: bool) -> _Plan:
     batch, time, all_channels = x.shape
     group = _group(options)
     channels = all_channels
     if all_channels % group == 0:
         whole = all_channels // group
         channels = group * max(n for n in range(1, max(1, _CHANNELS // group) + 1) if whole % n == 0)
-    chunk = max(PACKED, registers * PAST * TILE // group // PACKED * PACKED)
+    chunk = max(PACKED, _REGISTERS * PAST * TILE // group // PACKED * PACKED)
     most = max(chunk, min(_ROWS, _ROWS * _CHANNELS // channels) // chunk * chunk)
     rows = min(most, pl.cdiv(time, chunk) * chunk)
-    return _Plan(options, batch, time, all_channels, channels, rows, chunk, reaches or time % rows > 0)
+    ragged = backward and time % rows > 0  # of what follows the last token nothing is written, but sums would see it
+    return _Plan(options, batch, time, all_channels, channels, rows, chunk, reaches or ragged, backward)
 
 
 def _operands(plan: _Plan, weights: Array | None, reach: Array | None, cache: Array | None) -> tuple[Array | None, ...]:
@@ -159,36 +177,42 @@ def _rows_of(weights: Array | None) -> int:
 
 
 def _convolve(options: Prologue, x: Array, weights: Array | None, reach: Array | None, cache: Array | None) -> Array:
-    plan = _plan(options, x, reach is not None, _FORWARD)
-    if reach is None:  # what follows the last token is not written
-        plan = dataclasses.replace(plan, reaches=False)
+    plan = _plan(options, x, reach is not None, backward=False)
 
-    def body(x: Array, weights: Array, reach: Array | None, cache: Array, y: Array, past: Array) -> None:
+    def body(
+        x: Array, weights: Array, reach: Array | None, cache: Array, y: Array, past: Array, start: Array, wrong: Array
+    ) -> None:
         if options.width:
 
             @pl.when(pl.program_id(2) == 0)
             def _() -> None:
-                past[...] = cache[0]
+                start[...] = cache[0]
 
-        @pl.loop(0, plan.chunks)
-        def _(index: Array) -> None:
+        def of_group(careful: bool, index: Array, seen: Array | None, at: pl.Slice) -> Iterator[None]:
             here = _chunk(plan, index)
-            seen = _reach_of(plan, reach, index)
-            for at in plan.groups:
-                now = x[0, here, at].astype(jnp.float32)
-                if options.width:
-                    now = _or_nan(now)
-                    window = jnp.concatenate([past[:, at], now], 0)
-                    past[:, at] = now[-PAST:]
-                    now = _filtered(options, _taps(options, window, seen), weights, at)
-                if options.silu:
-                    now = now * jax.nn.sigmoid(now)
-                if options.head:
-                    unit, rest, _, bad = _unit(options, now)
-                    now = jnp.where(bad, jnp.nan, unit * rest)
-                if seen is not None:
-                    now = jnp.where(seen >= 0, now, 0.0)
-                y[0, here, at] = now.astype(y.dtype)
+            now = x[0, here, at].astype(jnp.float32)
+            if options.width:
+                now = _or_nan(now) if careful else now
+                window = jnp.concatenate([past[:, at], now], 0)
+                past[:, at] = now[-PAST:]
+                now = _filtered(options, _taps(options, window, seen), weights, at)
+            if options.silu:
+                now = now * jax.nn.sigmoid(now)
+            if options.head:
+                length = yield from _lengths(options, now, careful)
+                wrong[:, at] += _doubt(length, at)
+                now = jnp.where(length.bad, jnp.nan, length.unit * length.rest)
+            if seen is not None:
+                now = jnp.where(seen >= 0, now, 0.0)
+            y[0, here, at] = now.astype(y.dtype)
+
+        def run(careful: bool) -> None:
+            past[...] = start[...]
+            wrong[...] = jnp.zeros_like(wrong)
+            _over_chunks(plan, functools.partial(of_group, careful), reach, reverse=False)
+
+        _unless_wrong(plan, run, wrong)
+        start[...] = past[...]
 
     operands = _operands(plan, weights, reach, cache)
     of_stream = pl.BlockSpec((1, plan.rows, plan.channels), lambda b, c, t: (b, t, c))
@@ -198,7 +222,7 @@ def _convolve(options: Prologue, x: Array, weights: Array | None, reach: Array |
         in_specs=[of_stream, *_specs(plan, operands, lambda t: t)],
         out_specs=of_stream,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=[pltpu.VMEM((PAST, plan.channels), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((PAST, plan.channels), jnp.float32)] * 3,
         compiler_params=_parameters(),
         name="short_convolution_forward",
     )(x, *operands)
@@ -207,10 +231,12 @@ def _convolve(options: Prologue, x: Array, weights: Array | None, reach: Array |
 def _cotangents(
     options: Prologue, x: Array, weights: Array | None, reach: Array | None, cache: Array | None, d_y: Array
 ) -> tuple[Array, Array | None, Array | None]:
-    plan = _plan(options, x, reach is not None, _BACKWARD)
+    plan = _plan(options, x, reach is not None, backward=True)
     width = options.width
     last = plan.blocks - 1
     halo = plan.rows // PACKED
+    sums = (width + options.bias) * PAST
+    taken = max(width - 1, 1) * PAST
 
     def body(
         x: Array,
@@ -223,57 +249,95 @@ def _cotangents(
         d_weights: Array,
         d_cache: Array,
         later: Array,
+        start: Array,
+        wrong: Array,
+        total: Array,
     ) -> None:
         first = pl.program_id(2) == last  # in time, the last to be handled
         if width:
 
             @pl.when(pl.program_id(2) == 0)
             def _() -> None:
-                later[...] = jnp.zeros_like(later)
+                start[...] = jnp.zeros_like(start)
                 d_weights[...] = jnp.zeros_like(d_weights)
 
-        @pl.loop(0, plan.chunks)
-        def _(count: Array) -> None:
-            index = plan.chunks - 1 - count
+        def of_group(careful: bool, index: Array, seen: Array | None, at: pl.Slice) -> Iterator[None]:
             here = _chunk(plan, index)
-            seen = _reach_of(plan, reach, index)
-            for at in plan.groups:
-                z = now = x[0, here, at].astype(jnp.float32)
-                if before is not None:
-                    now = _or_nan(now)
-                    start = pl.multiple_of(jnp.maximum(here.start - PACKED, 0), PACKED)
-                    inside = x[0, pl.ds(start, PACKED), at].astype(jnp.float32)[-PAST:]
-                    outside = before[0, :, at].astype(jnp.float32)[-PAST:]
-                    outside = jnp.where(first, cache[0, :, at], outside)
-                    past = _or_nan(jnp.where(index == 0, outside, inside))
-                    taps = _taps(options, jnp.concatenate([past, now], 0), seen)
-                    z = _filtered(options, taps, weights, at)
-                d = _through(options, z, d_y[0, here, at].astype(jnp.float32))
-                if width:
-                    lost = jnp.isnan(z)
-                    d = jnp.where(lost if seen is None else lost | (seen < 0), 0.0, d)
-                    for j, tap in enumerate(taps):
-                        d_weights[0, pl.ds(j * PAST, PAST), at] += _by_sublane(jnp.where(lost, 0.0, tap * d))
-                    if options.bias:
-                        d_weights[0, pl.ds(width * PAST, PAST), at] += _by_sublane(d)
-                    total = _spread(options, d, seen, weights, at)
-                    d = jnp.concatenate([total[PAST:-PAST], total[-PAST:] + later[:, at]], 0)
-                    later[:, at] = total[:PAST]
-                    d = jnp.where(jnp.isnan(now), 0.0, d)
-                d_x[0, here, at] = d.astype(d_x.dtype)
+            z = now = x[0, here, at].astype(jnp.float32)
+            if before is not None:
+                at_start = pl.multiple_of(jnp.maximum(here.start - PACKED, 0), PACKED)
+                inside = x[0, pl.ds(at_start, PACKED), at].astype(jnp.float32)[-PAST:]
+                outside = before[0, :, at].astype(jnp.float32)[-PAST:]
+                outside = jnp.where(first, cache[0, :, at], outside)
+                past = jnp.where(index == 0, outside, inside)
+                if careful:
+                    now, past = _or_nan(now), _or_nan(past)
+                taps = _taps(options, jnp.concatenate([past, now], 0), seen)
+                z = _filtered(options, taps, weights, at)
+            d = d_y[0, here, at].astype(jnp.float32)
+            a, slope = z, None
+            if options.silu:
+                gate = jax.nn.sigmoid(z)
+                a, slope = z * gate, gate * (1.0 + z * (1.0 - gate))
+            if options.head:
+                length = yield from _lengths(options, a, careful)
+                wrong[:, at] += _doubt(length, at)
+                y = length.unit * length.rest
+                if careful:
+                    d, y = jnp.where(length.bad, 0.0, d), jnp.where(length.bad, 0.0, y)
+                along = _of_heads(options, y * d, jnp.sum)
+                yield
+                d = (d - y * along) * length.rest * length.power
+                d = jnp.where(length.bad, 0.0, d)
+            if slope is not None:
+                d = d * slope
+            if width:
+                lost = jnp.isnan(z) if careful else None
+                d = _unless(lost if seen is None else seen < 0 if lost is None else lost | (seen < 0), d)
+                for j, tap in enumerate(taps):
+                    total[pl.ds(j * PAST, PAST), at] += _by_sublane(_unless(lost, tap * d))
+                if options.bias:
+                    total[pl.ds(width * PAST, PAST), at] += _by_sublane(d)
+                given = d * weights[0, pl.ds(0, 1), at]
+                for j in range(1, width):
+                    mine = d if seen is None else jnp.where(seen >= j, d, 0.0)
+                    of_later = pl.ds((j - 1) * PAST, PAST)
+                    taken = jnp.concatenate([mine, later[of_later, at]], 0)[j : j + plan.chunk]
+                    later[of_later, at] = mine[:PAST]
+                    given = given + taken * weights[0, pl.ds(j, 1), at]
+                d = jnp.where(jnp.isnan(now), 0.0, given) if careful else given
+            elif options.head and careful:
+                d = jnp.where(length.bad, 0.0, d)
+            d_x[0, here, at] = d.astype(d_x.dtype)
 
+        def run(careful: bool) -> None:
+            later[...] = start[...]
+            wrong[...] = jnp.zeros_like(wrong)
+            if width:
+                total[...] = jnp.zeros_like(total)
+            _over_chunks(plan, functools.partial(of_group, careful), reach, reverse=True)
+            if width and not careful:  # one input that is not finite, or cotangent, shows in the sums
+                wrong[...] += total[:PAST] * 0.0
+
+        _unless_wrong(plan, run, wrong)
+        start[...] = later[...]
         if width:
+            d_weights[0] += total[...]
 
             @pl.when(first)
             def _() -> None:
-                d_cache[0] = later[...]
+                none = jnp.zeros((PAST, plan.channels), jnp.float32)
+                found = none
+                for j in range(1, width):
+                    row = jnp.concatenate([none, later[pl.ds((j - 1) * PAST, PAST)]], 0)[j : j + PAST]
+                    found = found + row * weights[0, pl.ds(j, 1)]
+                d_cache[0] = found
 
     operands = _operands(plan, weights, reach, cache)
     of_stream = pl.BlockSpec((1, plan.rows, plan.channels), lambda b, c, t: (b, last - t, c))
     of_past = pl.BlockSpec(
         (1, PACKED, plan.channels), lambda b, c, t: (b, jnp.maximum((last - t) * halo - 1, 0), c)
     )
-    sums = (width + options.bias) * PAST
     f32 = jnp.float32
 
     def whole(rows: int) -> pl.BlockSpec | None:
@@ -293,7 +357,7 @@ def _cotangents(
         ],
         out_specs=[of_stream, whole(sums), whole(PAST)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), shape(sums), shape(PAST)],
-        scratch_shapes=[pltpu.VMEM((PAST, plan.channels), f32)],
+        scratch_shapes=[pltpu.VMEM((rows, plan.channels), f32) for rows in (taken, taken, PAST, max(sums, PAST))],
         compiler_params=_parameters(),
         name="short_convolution_backward",
     )(x, x if width else None, *operands, d_y)
@@ -301,6 +365,47 @@ def _cotangents(
         d_weights = jnp.sum(d_weights.reshape(plan.batch, -1, PAST, plan.all_channels), 2)
         d_cache = d_cache[:, PAST + 1 - width :]
     return d_x, d_weights, d_cache
+
+
+def _over_chunks(
+    plan: _Plan,
+    of_group: Callable[[Array, Array | None, pl.Slice], Iterator[None]],
+    reach: Array | None,
+    *,
+    reverse: bool,
+) -> None:
+    """Every chunk of a block, several groups and chunks in turns: each waits where others compute."""
+
+    @pl.loop(0, plan.chunks // plan.unrolled)
+    def _(count: Array) -> None:
+        indices = [count * plan.unrolled + n for n in range(plan.unrolled)]
+        if reverse:
+            indices = [plan.chunks - 1 - index for index in indices]
+        under_way: list[Iterator[None]] = []
+        for index in indices:
+            seen = _reach_of(plan, reach, index)
+            for at in plan.groups:
+                under_way = _advance([of_group(index, seen, at), *under_way])
+        while under_way:
+            under_way = _advance(under_way)
+
+
+def _advance(works: list[Iterator[None]]) -> list[Iterator[None]]:
+    """Each goes on to where it waits next; those that are not done."""
+    done = object()
+    return [work for work in works if next(work, done) is not done]
+
+
+def _unless_wrong(plan: _Plan, run: Callable[[bool], None], wrong: Array) -> None:
+    """Runs without care, which is right where all is finite, and where `wrong` then says that not all was, with care."""
+    if not plan.hopes:
+        run(True)
+        return
+    run(False)
+
+    @pl.when(jnp.max(jnp.where(wrong[...] == 0.0, 0.0, 1.0)) > 0.0)
+    def _() -> None:
+        run(True)
 
 
 def _specs(plan: _Plan, operands: tuple[Array | None, ...], time: object) -> list[pl.BlockSpec | None]:
@@ -351,47 +456,42 @@ def _filtered(options: Prologue, taps: list[Array], weights: Array, at: pl.Slice
     return z + weights[0, pl.ds(options.width, 1), at] if options.bias else z
 
 
-def _spread(options: Prologue, d: Array, seen: Array | None, weights: Array, at: pl.Slice) -> Array:
-    """What cotangents of the outputs of a chunk give to its inputs, and to the 8 before it, which come first."""
-    none = jnp.zeros((PAST, d.shape[1]), d.dtype)
-    total = None
-    for j in range(options.width):
-        given = (d if seen is None or not j else jnp.where(seen >= j, d, 0.0)) * weights[0, pl.ds(j, 1), at]
-        given = jnp.concatenate([none, given, none], 0)[j : j + PAST + d.shape[0]]
-        total = given if total is None else total + given
-    return total
+class _Length(NamedTuple):
+    """What brings heads to length one: `unit * rest`, where `unit` is the head times a power of two.
 
-
-def _through(options: Prologue, z: Array, d: Array) -> Array:
-    """The cotangent of what the convolution gives, from that of the output."""
-    a, slope = z, None
-    if options.silu:
-        gate = jax.nn.sigmoid(z)
-        a, slope = z * gate, gate * (1.0 + z * (1.0 - gate))
-    if options.head:
-        unit, rest, power, bad = _unit(options, a)
-        d = jnp.where(bad, 0.0, d)
-        y = jnp.where(bad, 0.0, unit * rest)
-        d = (d - y * _of_heads(options, y * d, jnp.sum)) * rest * power
-        if slope is not None:
-            return jnp.where(bad, 0.0, d * slope)
-        return jnp.where(bad, 0.0, d)
-    return d if slope is None else d * slope
-
-
-def _unit(options: Prologue, a: Array) -> tuple[Array, Array, Array, Array]:
-    """`a * power`, what brings that to length one, the power, and which heads are not finite.
-
-    The power of two brings the largest entry, or the root of eps, between a half and one: no square overflows or vanishes.
+    Of one head the factors are columns. Without care the power is one, and `squares` says whether that was right.
     """
+
+    unit: Array
+    rest: Array
+    power: Array | float
+    bad: Array | bool
+    squares: Array
+
+
+def _lengths(options: Prologue, a: Array, careful: bool) -> Generator[None, None, _Length]:
+    """With care the largest entry, or the root of eps, is brought between a half and one: no square overflows or vanishes."""
     root = max(math.sqrt(options.eps), SMALLEST)
-    size = jnp.abs(a)
-    largest = _of_heads(options, jnp.where(size < jnp.inf, size, jnp.inf), jnp.max)
-    exponent = jax.lax.bitcast_convert_type(jnp.maximum(largest, root), jnp.int32) >> 23
-    power = jax.lax.bitcast_convert_type(jnp.clip(253 - exponent, 1, 253) << 23, jnp.float32)
-    unit = a * power
-    rest = jax.lax.rsqrt(_of_heads(options, unit * unit, jnp.sum) + jnp.square(root * power))
-    return unit, rest, power, largest == jnp.inf
+    power: Array | float = 1.0
+    bad: Array | bool = False
+    if careful:
+        size = jnp.abs(a)
+        largest = _of_heads(options, jnp.where(size < jnp.inf, size, jnp.inf), jnp.max)
+        exponent = jax.lax.bitcast_convert_type(jnp.maximum(largest, root), jnp.int32) >> 23
+        power = jax.lax.bitcast_convert_type(jnp.clip(253 - exponent, 1, 253) << 23, jnp.float32)
+        a, bad = a * power, largest == jnp.inf
+    squares = _of_heads(options, a * a, jnp.sum)
+    yield
+    return _Length(a, jax.lax.rsqrt(squares + (root * power) ** 2), power, bad, squares)
+
+
+def _doubt(length: _Length, at: pl.Slice) -> Array:
+    """Zero unless a sum of squares is not finite."""
+    return jnp.broadcast_to(_by_sublane(length.squares * 0.0), (PAST, at.size))
+
+
+def _unless(mask: Array | None, x: Array) -> Array:
+    return x if mask is None else jnp.where(mask, 0.0, x)
 
 
 def _of_heads(options: Prologue, x: Array, reduce: object) -> Array:
