@@ -1,7 +1,16 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from delta_jax.parallel.op import by_compiler, by_heads, by_tokens, current_cut, cut_batch, indivisible, spec_of
+from delta_jax.parallel.op import (
+    by_compiler,
+    by_heads,
+    by_shares,
+    by_tokens,
+    current_cut,
+    cut_batch,
+    indivisible,
+    spec_of,
+)
 from delta_jax.parallel.sharding import (
     RULES,
     ParameterRule,
@@ -26,6 +35,7 @@ __all__ = [
     "batch_sharding",
     "by_compiler",
     "by_heads",
+    "by_shares",
     "by_tokens",
     "chip_of",
     "current_cut",

@@ -1,15 +1,17 @@
-"""What comes between a projection and the rule, in one pass: short convolution, bias, SiLU, every head brought to length one.
+"""What comes between a projection and the rule, in one pass: short convolution, bias, SiLU, every head of length one.
 
-    z_t = sum_{j < width} weights[j] * x_{t - j} + bias        a = z * sigmoid(z)        y = a / sqrt(sum over a head(a^2) + eps)
+    z_t = sum_{j < width} weights[j] * x_{t - j} + bias     a = z * sigmoid(z)     y = a / sqrt(sum over a head(a^2) + eps)
 
 each of which may be left out. A stream is read once and written once; on the way back the rest is computed again from it.
 
-The kernels' grid is (batch, blocks of channels, blocks of time). A step handles one block `[rows, width]` in chunks of time
-and groups of whole heads, whose intermediate values stay in registers. The forward goes through time in order and carries the
-last inputs, the backward in reverse and carries what the later outputs give to earlier inputs.
+The kernels' grid is (batch, blocks of channels, blocks of time). A step handles one block `[rows, channels]` in chunks of
+time and groups of whole heads, whose values stay in registers; several are in turns, so that none waits for its sums over
+lanes. The forward goes through time in order and carries the last inputs, the backward in reverse and carries what the later
+outputs give to earlier inputs.
 
-An input that is not finite makes the outputs that see it NaN, channel by channel, and with the length of heads the whole head
-of such a token; their cotangents count as zero, by selection.
+An input that is not finite makes the outputs that see it NaN, channel by channel, and with heads of length one the whole
+head of such a token; their cotangents count as zero, by selection. That and squares beyond float32 cost as much as the rest.
+So a block is handled without such care, and again with it where a sum says that it was needed.
 """
 
 import dataclasses
@@ -60,12 +62,16 @@ class Prologue:
 
 def unsupported(x: Array, options: Prologue) -> str | None:
     """Why the kernels cannot take a stream `[batch, time, channels]`; None if they can."""
+    if not all(isinstance(size, int) for size in x.shape):
+        return f"the Pallas TPU kernels take streams of a known shape, not {x.shape}"
     if str(x.dtype) not in ("bfloat16", "float32"):
         return f"the Pallas TPU kernels take bfloat16 and float32, not {x.dtype}"
     if options.width > PAST:
         return f"the Pallas TPU kernels take convolutions of at most {PAST} tokens, not {options.width}"
     if options.head and options.head not in HEADS:
-        return f"the Pallas TPU kernels take heads of {HEADS[0]}, {HEADS[1]}, ... {HEADS[-1]} channels, not {options.head}"
+        return (
+            f"the Pallas TPU kernels take heads of {HEADS[0]}, {HEADS[1]}, ... {HEADS[-1]} channels, not {options.head}"
+        )
     if x.shape[2] % HEADS[0] or (x.shape[2] > _WIDEST and x.shape[2] % _group(options)):
         return f"the Pallas TPU kernels take channels that fill half registers of {TILE} lanes, not {x.shape[2]}"
     if x.shape[1] < PACKED:
@@ -335,9 +341,7 @@ def _cotangents(
 
     operands = _operands(plan, weights, reach, cache)
     of_stream = pl.BlockSpec((1, plan.rows, plan.channels), lambda b, c, t: (b, last - t, c))
-    of_past = pl.BlockSpec(
-        (1, PACKED, plan.channels), lambda b, c, t: (b, jnp.maximum((last - t) * halo - 1, 0), c)
-    )
+    of_past = pl.BlockSpec((1, PACKED, plan.channels), lambda b, c, t: (b, jnp.maximum((last - t) * halo - 1, 0), c))
     f32 = jnp.float32
 
     def whole(rows: int) -> pl.BlockSpec | None:
@@ -408,7 +412,9 @@ def _unless_wrong(plan: _Plan, run: Callable[[bool], None], wrong: Array) -> Non
         run(True)
 
 
-def _specs(plan: _Plan, operands: tuple[Array | None, ...], time: object) -> list[pl.BlockSpec | None]:
+def _specs(
+    plan: _Plan, operands: tuple[Array | None, ...], time: Callable[[Array], Array]
+) -> list[pl.BlockSpec | None]:
     """The blocks of weights, reaches and cache; `time` maps the last grid index to a block of time."""
     weights, reach, cache = operands
 
@@ -452,7 +458,9 @@ def _taps(options: Prologue, window: Array, seen: Array | None) -> list[Array]:
 
 
 def _filtered(options: Prologue, taps: list[Array], weights: Array, at: pl.Slice) -> Array:
-    z = sum(tap * weights[0, pl.ds(j, 1), at] for j, tap in enumerate(taps))
+    z = taps[0] * weights[0, pl.ds(0, 1), at]
+    for j, tap in enumerate(taps[1:], 1):
+        z = z + tap * weights[0, pl.ds(j, 1), at]
     return z + weights[0, pl.ds(options.width, 1), at] if options.bias else z
 
 
@@ -470,7 +478,7 @@ class _Length(NamedTuple):
 
 
 def _lengths(options: Prologue, a: Array, careful: bool) -> Generator[None, None, _Length]:
-    """With care the largest entry, or the root of eps, is brought between a half and one: no square overflows or vanishes."""
+    """With care the largest entry, or the root of eps, is brought between a half and one: so are its squares' sum."""
     root = max(math.sqrt(options.eps), SMALLEST)
     power: Array | float = 1.0
     bad: Array | bool = False
@@ -494,17 +502,16 @@ def _unless(mask: Array | None, x: Array) -> Array:
     return x if mask is None else jnp.where(mask, 0.0, x)
 
 
-def _of_heads(options: Prologue, x: Array, reduce: object) -> Array:
+def _of_heads(options: Prologue, x: Array, reduce: Callable[..., Array]) -> Array:
     """A reduction over each head of a group, to a column where it is one head, else at every lane."""
     count = x.shape[1] // options.head
     if count == 1:
         return reduce(x, 1, keepdims=True)
     lane = lanes(*x.shape)
-    result = None
+    result = jnp.zeros_like(x)
     for n in range(count):
         mine = (lane >= n * options.head) & (lane < (n + 1) * options.head)
-        here = reduce(jnp.where(mine, x, 0.0), 1, keepdims=True)
-        result = here if result is None else jnp.where(lane >= n * options.head, here, result)
+        result = jnp.where(mine, reduce(jnp.where(mine, x, 0.0), 1, keepdims=True), result)
     return result
 
 
