@@ -8,10 +8,11 @@ from jaxtyping import Array, Float
 
 from delta_jax.layers.checks import require_flags
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
-from delta_jax.layers.norm import l2_normalize
 from delta_jax.ops.precision import accumulator_dtype
 
 __all__ = ["DeltaNet"]
+
+NORMS = ("l2", "sum")
 
 
 class DeltaNet(Mixer):
@@ -74,7 +75,7 @@ class DeltaNet(Mixer):
             **options,
         )
         super().__init__(settings, rngs=rngs)
-        self.use_beta, self.qk_norm = use_beta, qk_norm
+        self.use_beta, self.unit_qk = use_beta, qk_norm == "l2"
         if use_beta:
             self.b_proj = self.linear(hidden_size, self.num_v_heads, rngs)
 
@@ -89,14 +90,12 @@ class DeltaNet(Mixer):
             beta = self.write_strength(self.b_proj(x))
         else:
             beta = jnp.full_like(v[..., 0], 2.0 if self.settings.allow_negative_eigenvalues else 1.0, jnp.float32)
-        normalise = NORMS[self.qk_norm]
-        return RuleInputs(normalise(q), normalise(k), v, beta=beta)
+        if not self.unit_qk:
+            q, k = _sum_normalize(q), _sum_normalize(k)
+        return RuleInputs(q, k, v, beta=beta)
 
 
 def _sum_normalize(x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:
     """Divides x by its sum over the last axis; where that is zero, as after relu, by one."""
     total = jnp.sum(x, axis=-1, keepdims=True, dtype=accumulator_dtype(x.dtype))
     return (x.astype(total.dtype) / jnp.where(total == 0, 1, total)).astype(x.dtype)
-
-
-NORMS = {"l2": l2_normalize, "sum": _sum_normalize}

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from delta_jax.layers.checks import require_positive_integers
 from delta_jax.layers.gates import initial_log_rate, initial_step_bias, log_decay
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, Rule, RuleInputs
-from delta_jax.layers.norm import l2_normalize
 from delta_jax.ops import delta_product, delta_product_step
 
 __all__ = ["DeltaProduct", "GatedDeltaProduct"]
@@ -41,6 +40,7 @@ class DeltaProduct(Mixer):
     """
 
     rule = Rule(delta_product, delta_product_step)
+    unit_qk = True
     decays: ClassVar[bool] = False
 
     def __init__(
@@ -83,7 +83,7 @@ class DeltaProduct(Mixer):
     ) -> RuleInputs:
         beta = self.write_strength(self.b_proj(x)).reshape(v.shape[:-1])
         g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...]) if self.decays else None
-        return RuleInputs(l2_normalize(q), l2_normalize(k), v, beta=beta, g=g)
+        return RuleInputs(q, k, v, beta=beta, g=g)
 
 
 class GatedDeltaProduct(DeltaProduct):

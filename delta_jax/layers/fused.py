@@ -5,18 +5,13 @@ from functools import partial
 from jaxtyping import Array, Float
 
 from delta_jax.layers.contained import finite_tokens, select_finite
+from delta_jax.layers.convolution import of_prologue
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.layers.options import GATE_ACTIVATIONS
 from delta_jax.ops import device
-from delta_jax.parallel import by_channels, indivisible
+from delta_jax.parallel import by_shares, indivisible
 
-__all__ = ["gated_norm", "kernels_run"]
-
-
-def kernels_run(implementation: str | None, batch: int, heads: int) -> bool:
-    """Whether the kernels for TPUs surround an op of this implementation: where its own kernels may run."""
-    asked_for = implementation in (None, "pallas", "mosaic_tpu")
-    return asked_for and device.platform() == "tpu" and indivisible(batch, heads) is None
+__all__ = ["gated_norm"]
 
 
 def gated_norm(
@@ -38,12 +33,15 @@ def gated_norm(
     batch, time, heads, size = o.shape
     flat = o.reshape(batch, time, -1)
     dtypes = {x.dtype for x in (o, gate) if x is not None}
-    if kernels_run(implementation, batch, heads) and len(dtypes) == 1:
+    here = of_prologue(implementation) is None and device.platform() == "tpu" and indivisible(batch, heads) is None
+    if here and len(dtypes) == 1:
         from pallas_kernels.tpu import gated_norm as kernel
 
         if kernel.unsupported(flat.shape[-1], size, *dtypes) is None:
             run = partial(kernel.gated_norm, eps=norm.eps, activation=activation)
-            return by_channels(run, flat, norm.multiplier(), gate)
+            stream = ("batch", None, "heads")
+            y: Array = by_shares(run, (flat, norm.multiplier(), gate), (stream, (None,), stream), stream)
+            return y
     flat = norm(select_finite(finite_tokens(o), o, 0.0)).reshape(flat.shape)
     if gate is None:
         return flat

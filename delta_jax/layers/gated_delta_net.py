@@ -7,7 +7,6 @@ from jaxtyping import Array, Float
 
 from delta_jax.layers.gates import initial_log_rate, initial_step_bias, log_decay
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
-from delta_jax.layers.norm import l2_normalize
 
 __all__ = ["GatedDeltaNet"]
 
@@ -36,6 +35,7 @@ class GatedDeltaNet(Mixer):
         (2, 2, 8, 16)
     """
 
+    unit_qk = True
     beta_bias: ClassVar[bool] = False
 
     def __init__(
@@ -74,4 +74,4 @@ class GatedDeltaNet(Mixer):
     ) -> RuleInputs:
         beta = self.write_strength(self.b_proj(x))
         g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
-        return RuleInputs(l2_normalize(q), l2_normalize(k), v, beta=beta, g=g)
+        return RuleInputs(q, k, v, beta=beta, g=g)

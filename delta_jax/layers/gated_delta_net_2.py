@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 from delta_jax.layers.gates import initial_log_rate, initial_step_bias, log_decay
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
-from delta_jax.layers.norm import l2_normalize
 from delta_jax.ops.recurrence import repeat_heads
 
 __all__ = ["GatedDeltaNet2"]
@@ -39,6 +38,8 @@ class GatedDeltaNet2(Mixer):
         >>> layer(jnp.ones((2, 5, 16))).shape
         (2, 5, 16)
     """
+
+    unit_qk = True
 
     def __init__(
         self,
@@ -77,7 +78,6 @@ class GatedDeltaNet2(Mixer):
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time v_heads value"],
     ) -> RuleInputs:
-        q, k = l2_normalize(q), l2_normalize(k)
         g = log_decay(self.f_proj(x).reshape(k.shape), self.A_log[...], self.dt_bias[...])
         erase = self.write_strength(self.b_proj(x)).reshape(k.shape).astype(k.dtype) * k
         v = jax.nn.sigmoid(self.w_proj(x)).reshape(v.shape).astype(v.dtype) * v

@@ -4,7 +4,8 @@ from jaxtyping import Array, Float
 
 from delta_jax.layers.gated_delta_net import GatedDeltaNet
 from delta_jax.layers.mixer import RuleInputs
-from delta_jax.layers.norm import inverse_length
+from delta_jax.layers.norm import l2_normalize
+from delta_jax.ops.norm import EPS, inverse_length
 from delta_jax.ops.recurrence import repeat_heads
 
 __all__ = ["KaczmarzLinearAttention"]
@@ -30,6 +31,7 @@ class KaczmarzLinearAttention(GatedDeltaNet):
     """
 
     beta_bias = True
+    unit_qk = False  # the length of k is wanted
 
     def rule_inputs(
         self,
@@ -38,5 +40,6 @@ class KaczmarzLinearAttention(GatedDeltaNet):
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time v_heads value"],
     ) -> RuleInputs:
-        power, rest = (repeat_heads(factor, self.num_v_heads) for factor in inverse_length(k, 1e-6))
-        return super().rule_inputs(x, q, k, (v.astype(rest.dtype) * power * rest).astype(v.dtype))
+        power, rest = (repeat_heads(factor, self.num_v_heads) for factor in inverse_length(k, EPS))
+        v = (v.astype(rest.dtype) * power * rest).astype(v.dtype)
+        return super().rule_inputs(x, l2_normalize(q), l2_normalize(k), v)

@@ -11,7 +11,6 @@ from delta_jax.layers.checks import require_flags
 from delta_jax.layers.gates import bounded_log_decay, initial_log_rate, initial_step_bias, log_decay
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, RuleInputs
-from delta_jax.layers.norm import l2_normalize
 
 __all__ = ["KimiDeltaAttention"]
 
@@ -45,6 +44,8 @@ class KimiDeltaAttention(Mixer):
         >>> layer(jnp.ones((2, 5, 16))).shape
         (2, 5, 16)
     """
+
+    unit_qk = True
 
     def __init__(
         self,
@@ -104,4 +105,4 @@ class KimiDeltaAttention(Mixer):
             g = log_decay(f, self.A_log[...], self.dt_bias[...])
         else:
             g = bounded_log_decay(f, self.A_log[...], self.dt_bias[...], self.gate_lower_bound)
-        return RuleInputs(l2_normalize(q), l2_normalize(k), v, beta=self.write_strength(self.b_proj(x)), g=g)
+        return RuleInputs(q, k, v, beta=self.write_strength(self.b_proj(x)), g=g)

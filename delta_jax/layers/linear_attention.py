@@ -9,7 +9,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from delta_jax.layers.mixer import Mixer, MixerOptions, MixerSettings, Rule, RuleInputs
-from delta_jax.layers.norm import l2_normalize
 from delta_jax.ops import linear_attention, linear_attention_step
 
 __all__ = ["LinearAttention", "RetNet"]
@@ -67,10 +66,10 @@ class LinearAttention(Mixer):
             **options,
         )
         super().__init__(settings, rngs=rngs)
-        self.feature_map = feature_map
+        self.unit_qk = feature_map == "l2"
 
     def activation(self, stream: Float[Array, "batch time channels"]) -> Float[Array, "batch time channels"]:
-        return jax.nn.silu(stream) if self.feature_map == "l2" else stream
+        return jax.nn.silu(stream) if self.unit_qk else stream
 
     def rule_inputs(
         self,
@@ -79,8 +78,8 @@ class LinearAttention(Mixer):
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time v_heads value"],
     ) -> RuleInputs:
-        if self.feature_map == "l2":
-            return RuleInputs(l2_normalize(q), l2_normalize(k), v)
+        if self.unit_qk:
+            return RuleInputs(q, k, v)
         return RuleInputs(jax.nn.elu(q) + 1, jax.nn.elu(k) + 1, v)
 
 

@@ -8,6 +8,7 @@ A member is a subclass that adds its own parameters and says in `rule_inputs` ho
 from x. Its op is the delta rule unless it names another.
 """
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -18,11 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.checks import require_rngs
 from delta_jax.layers.contained import contained, finite_tokens, select_finite
-from delta_jax.layers.convolution import ShortConvolution
+from delta_jax.layers.convolution import ShortConvolution, of_prologue
 from delta_jax.layers.fused import gated_norm
 from delta_jax.layers.low_rank import LowRank
 from delta_jax.layers.mixer_cache import MixerCache
-from delta_jax.layers.norm import RMSNorm
+from delta_jax.layers.norm import RMSNorm, l2_normalize
 from delta_jax.layers.options import ACTIVATIONS, GATE_ACTIVATIONS, MixerOptions, MixerSettings
 from delta_jax.layers.rule import Rule, RuleInputs, apply_rule
 from delta_jax.layers.token_mixer import Mixed, TokenMixer
@@ -47,6 +48,7 @@ class Mixer(TokenMixer):
         rule: the op, and one token of it.
         scale: of the op.
         rope_theta: base of a rotary embedding of q and k; None is none.
+        unit_qk: whether every head of q and k is divided by its length, before a rotary embedding.
 
     Examples:
         >>> layer = DeltaNet(16, num_heads=2, rngs=nnx.Rngs(0))
@@ -57,6 +59,7 @@ class Mixer(TokenMixer):
     rule: ClassVar[Rule] = Rule(delta_rule, delta_rule_step)
     scale: ClassVar[float | None] = None
     rope_theta: ClassVar[float | None] = None
+    unit_qk: bool = False
 
     def __init__(self, settings: MixerSettings, *, rngs: nnx.Rngs):
         require_rngs(rngs)
@@ -97,7 +100,7 @@ class Mixer(TokenMixer):
         k: Float[Array, "batch time *writes heads key"],
         v: Float[Array, "batch time *writes v_heads value"],
     ) -> RuleInputs:
-        """The inputs of the op, of which q and k are not yet normalised: what makes one member differ from another."""
+        """The inputs of the op: what makes one member differ from another; q and k are normalised only with `unit_qk`."""
         raise NotImplementedError
 
     def write_strength(self, logits: Float[Array, "*leading"]) -> Float[Array, "*leading"]:
@@ -159,8 +162,6 @@ class Mixer(TokenMixer):
         finite = finite_tokens(x)
         x = cut_batch(select_finite(finite, x, 0.0))
         q, k, v, tails = self._project(x, finite, segment_ids, old, lengths)
-        if self.dtype == jnp.float16:  # whose largest number a sum over tokens passes before the norm brings it back
-            q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
         if self.rope_theta is not None:
             q, k = (rotate(y, position, theta=self.rope_theta, channels=self.key_dim) for y in (q, k))
         inputs = contained(partial(self.rule_inputs, x), q, k, v)
@@ -190,24 +191,34 @@ class Mixer(TokenMixer):
         cache: MixerCache,
         lengths: Int[Array, " batch"] | None,
     ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-        """q, k and v split into heads, after convolution and activation, and the tails of the convolutions.
+        """q, k and v split into heads, after convolution, activation and norm, and the tails of the convolutions.
 
-        They are NaN, from the projections on, where a token is not finite, of which x holds zeros.
+        Those of a layer in float16 are float32. They are NaN, from the projections on, where a token is not finite, of
+        which x holds zeros.
         """
         projections = self.q_proj, self.k_proj, self.v_proj
         streams = tuple(select_finite(finite, f(x), jnp.nan) for f in projections)
         tails: tuple[Array, ...] = ()
+        writes = () if self.settings.num_householder is None else (self.settings.num_householder,)
+        implementation = self.settings.implementation
+        float16 = self.dtype == jnp.float16
+        at_once = self.unit_qk and self.settings.use_short_conv and not float16
         if self.settings.use_short_conv:
             convolutions = (self.q_conv, self.k_conv, self.v_conv)
+            units = (self.num_heads, math.prod(writes) * self.num_heads, None) if at_once else (None, None, None)
             results = [
-                f(s, segment_ids, c, lengths) for f, s, c in zip(convolutions, streams, cache.convolution, strict=True)
+                f(s, segment_ids, c, lengths, heads=n, implementation=implementation)
+                for f, s, c, n in zip(convolutions, streams, cache.convolution, units, strict=True)
             ]
             streams, tails = tuple(y for y, _ in results), tuple(tail for _, tail in results)
         else:
             chosen = self.settings.qk_activation
             of_qk = self.activation if chosen == "silu" else ACTIVATIONS[chosen]
             streams = tuple(f(s) for f, s in zip((of_qk, of_qk, self.activation), streams, strict=True))
-        writes = () if self.settings.num_householder is None else (self.settings.num_householder,)
         axes = (self.num_heads,), (*writes, self.num_heads), (*writes, self.num_v_heads)
         q, k, v = (s.reshape(*x.shape[:2], *heads, -1) for s, heads in zip(streams, axes, strict=True))
+        if float16:  # whose largest number a sum over tokens passes before the norm brings it back
+            q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
+        if self.unit_qk and not at_once:
+            q, k = (l2_normalize(y, implementation=of_prologue(implementation)) for y in (q, k))
         return q, k, v, tails

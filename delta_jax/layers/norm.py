@@ -1,9 +1,5 @@
 """Normalisation, computed in float32 at least, for entries of any size."""
 
-import math
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -11,12 +7,11 @@ from jaxtyping import Array, Float
 
 from delta_jax.layers.checks import require_dtypes, require_flags, require_positive_integers, require_positive_numbers
 from delta_jax.layers.contained import contained
+from delta_jax.layers.convolution import unit_heads
 from delta_jax.ops.arguments import checked_array
-from delta_jax.ops.precision import accumulator_dtype
+from delta_jax.ops.norm import EPS, inverse_length
 
 __all__ = ["RMSNorm", "inverse_length", "l2_normalize"]
-
-SMALLEST = 1e-35  # the root of the smallest eps that counts, which float32 still holds with all its bits
 
 
 class RMSNorm(nnx.Module):
@@ -90,13 +85,22 @@ class RMSNorm(nnx.Module):
         return 1.0 + learned if self.zero_centered else learned
 
 
-def l2_normalize(x: Float[Array, "*leading size"], eps: float = 1e-6) -> Float[Array, "*leading size"]:
+def l2_normalize(
+    x: Float[Array, "*leading size"], eps: float = EPS, *, implementation: str | None = None
+) -> Float[Array, "*leading size"]:
     """Divides x by its length over the last axis: `y = x / sqrt(sum(x^2) + eps)`, in the dtype of x.
 
-    Right for entries of any size, those whose squares float32 cannot hold too.
+    Right for entries of any size, those whose squares float32 cannot hold too. Where an entry is not finite all of its
+    axis is NaN, and its gradient zero by selection.
+
+    Args:
+        x: of at least one axis.
+        eps: a positive number.
+        implementation: "xla", "pallas" for the kernel on TPUs, which takes `[batch, time, heads, size]`, or None for that
+            where it can run; it is differentiable in reverse mode only.
 
     Raises:
-        ValueError: x has no axis or is not floating-point, or eps is not a positive number.
+        ValueError: x has no axis or is not floating-point, or eps is not a positive number, or implementation cannot run.
 
     Examples:
         >>> l2_normalize(jnp.array([3.0, 4.0])).round(3).tolist() == jnp.array([0.6, 0.8]).tolist()
@@ -104,23 +108,4 @@ def l2_normalize(x: Float[Array, "*leading size"], eps: float = 1e-6) -> Float[A
     """
     require_positive_numbers(eps=eps)
     x = checked_array("x", x, {"...": None, "size": None})
-    power, rest = inverse_length(x, eps)
-    return (x.astype(rest.dtype) * power * rest).astype(x.dtype)
-
-
-def inverse_length(
-    x: Float[Array, "*leading size"], eps: float, reduce: Callable[..., Array] = jnp.sum
-) -> tuple[Float[Array, "*leading 1"], Float[Array, "*leading 1"]]:
-    """Two factors whose product is `1 / sqrt(reduce(x^2) + eps)`, in float32 (float64 for float64 x).
-
-    The first is a power of two that brings the largest entry, or the root of eps, between a half and one: the squares of
-    x times it neither overflow nor vanish, and where they did neither before, nothing is rounded in another way.
-    """
-    wide = x.astype(accumulator_dtype(x.dtype))
-    root = max(math.sqrt(eps), SMALLEST)
-    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True, initial=0.0).astype(wide.dtype)
-    _, exponent = jnp.frexp(jnp.maximum(largest, root))
-    limit = -int(jnp.finfo(wide.dtype).minexp)
-    power = jnp.ldexp(jnp.ones((), wide.dtype), jnp.clip(-exponent, -limit, limit))
-    squares = reduce(jnp.square(wide * power), axis=-1, keepdims=True)
-    return power, jax.lax.rsqrt(squares + jnp.square(root * power))
+    return unit_heads(x, eps, implementation)

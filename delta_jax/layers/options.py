@@ -17,15 +17,10 @@ from delta_jax.layers.checks import (
     require_positive_numbers,
 )
 from delta_jax.ops.arguments import require_chunk_size
+from delta_jax.ops.short_convolution import ACTIVATIONS
 
 __all__ = ["MixerOptions", "MixerSettings"]
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "elu": lambda x: jax.nn.elu(x) + 1,
-    "identity": lambda x: x,
-}
 GATE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 

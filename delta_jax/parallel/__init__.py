@@ -2,9 +2,9 @@
 
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from delta_jax.parallel.op import (
-    by_channels,
     by_compiler,
     by_heads,
+    by_shares,
     by_tokens,
     current_cut,
     cut_batch,
@@ -33,9 +33,9 @@ __all__ = [
     "ParameterRule",
     "batch_parts",
     "batch_sharding",
-    "by_channels",
     "by_compiler",
     "by_heads",
+    "by_shares",
     "by_tokens",
     "chip_of",
     "current_cut",

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from delta_jax.ops.partition import axes_of, explicit_mesh
+from delta_jax.ops.partition import Axes, axes_of, explicit_mesh
 from delta_jax.parallel.mesh import AXES
 from delta_jax.parallel.sharding import BATCH
 
@@ -197,31 +197,42 @@ def by_heads(
     return result
 
 
-def by_channels(
-    function: Callable[..., Array], x: Float[Array, "batch time channels"], *others: Array | None
-) -> Float[Array, "batch time channels"]:
-    """``function(x, *others)``, run by every device on its own sequences and heads, whose channels lie side by side.
+def by_shares(function: Callable[..., Any], arrays: Sequence[Array | None], axes: Sequence[Axes], results: Any) -> Any:
+    """``function(*arrays)``, which calls a kernel, run by every device on its own sequences and heads.
+
+    It is `by_heads` for arrays of any axes; sequences and heads must not meet, and `indivisible` says whether they can be
+    cut. A single sequence is whole on every device. Without a mesh it is a plain call.
 
     Args:
-        function: of its arguments alone, whatever the number of channels; heads must not depend on each other.
-        x: [B, T, C]; `indivisible` of its sequences and heads is None.
-        others: likewise, or of fewer axes, such as parameters of one head, which every device has whole; or None.
-
-    Returns:
-        What the function returns, [B, T, C].
+        function: of the arrays, or None in their place.
+        arrays: the first begins with sequences.
+        axes: what the axes of each are, "batch", "heads" or None.
+        results: a tree of the same of what it returns.
 
     Examples:
-        >>> by_channels(lambda x, scale: x * scale[None, None], jnp.ones((1, 3, 4)), jnp.ones((4,))).shape
-        (1, 3, 4)
+        >>> by_shares(jnp.negative, [jnp.ones((2, 3))], [("batch", None)], ("batch", None)).shape
+        (2, 3)
     """
     cut = current_cut()
     if cut is None:
-        return function(x, *others)
-    mine = P(cut.batch if x.shape[0] != 1 else None, None, cut.heads or None)
-    specs = (mine, *(None if other is None else mine if other.ndim == 3 else P() for other in others))
-    by_parts = jax.shard_map(function, mesh=cut.mesh, in_specs=specs, out_specs=mine, check_vma=False)
-    result: Array = by_parts(x, *others)
-    return result
+        return function(*arrays)
+    size = next(x.shape[0] for x in arrays if x is not None)
+    names = {"batch": cut.batch if size != 1 else None, "heads": cut.heads or None, None: None}
+
+    def spec(of: Axes) -> P:
+        return P(*(names[name] for name in of))
+
+    there = [x is not None for x in arrays]
+
+    def local(*given: Array) -> Any:
+        rest = iter(given)
+        return function(*(next(rest) if here else None for here in there))
+
+    specs = tuple(spec(of) for of, here in zip(axes, there, strict=True) if here)
+    is_axes = lambda x: isinstance(x, tuple) and all(y is None or isinstance(y, str) for y in x)  # noqa: E731
+    out = jax.tree.map(spec, results, is_leaf=is_axes)
+    share = jax.shard_map(local, mesh=cut.mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return share(*(x for x in arrays if x is not None))
 
 
 def by_tokens(

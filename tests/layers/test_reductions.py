@@ -96,9 +96,9 @@ def test_kaczmarz_is_gated_delta_net_with_a_rescaled_value():
     own = gated.rule_inputs
 
     def rescaled(x, q, k, v):
-        return own(x, q, k, v / jnp.sqrt(jnp.sum(k**2, -1, keepdims=True) + 1e-6))
+        return own(x, l2_normalize(q), l2_normalize(k), v / jnp.sqrt(jnp.sum(k**2, -1, keepdims=True) + 1e-6))
 
-    gated.rule_inputs = rescaled
+    gated.rule_inputs, gated.unit_qk = rescaled, False
     x = jax.random.normal(jax.random.key(0), (2, 21, HIDDEN))
     np.testing.assert_allclose(kaczmarz(x), gated(x), rtol=1e-5, atol=2e-6)
 
