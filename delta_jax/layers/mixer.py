@@ -10,7 +10,7 @@ from x. Its op is the delta rule unless it names another.
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from delta_jax.layers.contained import contained, finite_tokens, select_finite
 from delta_jax.layers.convolution import ShortConvolution, of_prologue
 from delta_jax.layers.fused import gated_norm
 from delta_jax.layers.low_rank import LowRank
-from delta_jax.layers.mixer_cache import MixerCache
+from delta_jax.layers.mixer_cache import LayerState, MixerCache
 from delta_jax.layers.norm import RMSNorm, l2_normalize
 from delta_jax.layers.options import ACTIVATIONS, GATE_ACTIVATIONS, MixerOptions, MixerSettings
 from delta_jax.layers.rule import Rule, RuleInputs, apply_rule
@@ -138,6 +138,14 @@ class Mixer(TokenMixer):
             jnp.zeros((batch_size,), jnp.int32),
             jnp.zeros((batch_size,), jnp.int32),
         )
+
+    def cache_of_layer(self, caches: Any, layer: Int[Array, ""]) -> Any:
+        small = super().cache_of_layer(caches._replace(state=()), layer)
+        return small._replace(state=LayerState(caches.state, layer))
+
+    def with_cache_of_layer(self, caches: Any, layer: Int[Array, ""], cache: Any) -> Any:
+        small = caches._replace(state=()), layer, cache._replace(state=())
+        return super().with_cache_of_layer(*small)._replace(state=cache.state.states)
 
     def with_cache(
         self,

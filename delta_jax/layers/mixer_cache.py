@@ -6,7 +6,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.token_mixer import keep_rows
 
-__all__ = ["MixerCache"]
+__all__ = ["LayerState", "MixerCache"]
+
+
+class LayerState(NamedTuple):
+    """The state of one layer where it lies, among those of all: a step reads and writes it in place.
+
+    Attributes:
+        states: [L, B, Hv, K, V] float32.
+        layer: [] int32, which it is.
+    """
+
+    states: Float[Array, "layers batch v_heads key value"]
+    layer: Int[Array, ""]
 
 
 class MixerCache(NamedTuple):
@@ -14,7 +26,7 @@ class MixerCache(NamedTuple):
 
     Attributes:
         convolution: the tails of the q, k and v convolutions, each [B, conv_size - 1, channels], or ().
-        state: [B, Hv, K, V] float32.
+        state: [B, Hv, K, V] float32; while a model reads a single token, where it lies.
         segment_id: [B] int32, the segment that the last token belonged to; 0 where no ids were given.
         position: [B] int32, tokens of that segment so far.
 
@@ -26,7 +38,7 @@ class MixerCache(NamedTuple):
     """
 
     convolution: tuple[Float[Array, "batch tail channels"], ...]
-    state: Float[Array, "batch v_heads key value"]
+    state: Float[Array, "batch v_heads key value"] | LayerState
     segment_id: Int[Array, " batch"]
     position: Int[Array, " batch"]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
+from delta_jax.layers.mixer_cache import LayerState
 from delta_jax.ops.arguments import Arguments
 from delta_jax.ops.implementations import choose
 from delta_jax.parallel import by_heads, indivisible
@@ -16,7 +17,7 @@ __all__ = ["Rule", "RuleInputs", "apply_rule"]
 
 
 class Rule(NamedTuple):
-    """An op over a whole sequence, and over one token of it."""
+    """An op over a whole sequence, and over one token of it, by a step that can be told a layer as `delta_rule_step`."""
 
     whole: Callable[..., tuple[Array, Array]]
     step: Callable[..., tuple[Array, Array]]
@@ -42,15 +43,18 @@ class RuleInputs(NamedTuple):
 def apply_rule(
     rule: Rule,
     inputs: RuleInputs,
-    state: Float[Array, "batch v_heads key value"] | None,
+    state: Float[Array, "batch v_heads key value"] | LayerState | None,
     segment_ids: Int[Array, "batch time"] | None,
     *,
     scale: float | None,
     chunk_size: int | None,
     implementation: str | None,
-) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"]]:
-    """The output and the new state by the rule, by its step for a single token that continues a state."""
-    given = Arguments(*inputs, state, segment_ids)
+) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"] | LayerState]:
+    """The output and the new state by the rule, by its step for a single token that continues a state.
+
+    A state that lies among those of all layers, for a single token alone, stays there.
+    """
+    given = Arguments(*inputs, None, segment_ids)
     chosen = choose(implementation, given)
     uncut = indivisible(inputs.q.shape[0], inputs.q.shape[2])
     if implementation is None and uncut and not chosen.cut_by_compiler:
@@ -64,6 +68,7 @@ def apply_rule(
     elif uncut and chosen.cut_by_compiler:
         warn_uncut(uncut)
     options: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    whole: Callable[..., tuple[Array, Any]]
     if state is not None and inputs.q.shape[1] == 1:
         whole = partial(_one_token, rule.step, options)
     else:
@@ -91,9 +96,12 @@ def _one_token(
     step: Callable[..., tuple[Array, Array]],
     options: dict[str, Any],
     inputs: RuleInputs,
-    state: Array | None,
+    state: Array | LayerState,
     segment_ids: Array | None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | LayerState]:
     token = {f"{name}_t": x for name, x in jax.tree.map(lambda x: x[:, 0], _given(inputs)).items()}
+    if isinstance(state, LayerState):
+        o, states = step(**token, state=state.states, layer=state.layer, **options)
+        return o[:, None], LayerState(states, state.layer)
     o, state = step(**token, state=state, **options)
     return o[:, None], state

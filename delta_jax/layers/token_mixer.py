@@ -91,6 +91,14 @@ class TokenMixer(nnx.Module):
         """What calling the layer with return_cache=True does; of each row only the first `lengths` tokens are there."""
         raise NotImplementedError
 
+    def cache_of_layer(self, caches: Any, layer: Int[Array, ""]) -> Any:
+        """From the caches of several such layers, arrays [L, B, ...], that of one, for `with_cache` of a single token."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), caches)
+
+    def with_cache_of_layer(self, caches: Any, layer: Int[Array, ""], cache: Any) -> Any:
+        """The caches of several such layers with the new one of one, as `with_cache` returns it, in its place."""
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, layer, 0), caches, cache)
+
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],

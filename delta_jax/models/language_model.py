@@ -256,8 +256,16 @@ class LanguageModel(nnx.Module):
             for block, block_cache in zip(self.blocks, cache, strict=True):
                 block.mixer.check_room(cache=block_cache, tokens=tokens.shape[1] if lengths is None else lengths)
 
-        def repeat(x: Array, stack: tuple[tuple[Block, ...], ModelCache | None]) -> tuple[Array, tuple]:
-            blocks, old = stack
+        # A single token leaves most of a cache as it is: the caches of all layers are carried, and each works on its own in
+        # its place. Taken apart and put together by the scan, every state would be copied twice.
+        carried = cache is not None and segment_ids is None and tokens.shape[1] == 1
+
+        def repeat(
+            carry: tuple[Array, ModelCache | None], stack: tuple
+        ) -> tuple[tuple[Array, ModelCache | None], tuple]:
+            (x, caches), (blocks, old, layer) = carry, stack
+            if caches is not None:
+                old = tuple(block.mixer.cache_of_layer(c, layer) for block, c in zip(blocks, caches, strict=True))
             new, loads = [], []
             for index, block in enumerate(blocks):
                 x, block_cache, load = apply(
@@ -265,7 +273,10 @@ class LanguageModel(nnx.Module):
                 )
                 new.append(block_cache)
                 loads.append(load)
-            return x, (tuple(new) if keep_cache else (), tuple(loads))
+            if caches is None:
+                return (x, None), (tuple(new) if keep_cache else (), tuple(loads))
+            put = zip(blocks, caches, new, strict=True)
+            return (x, tuple(block.mixer.with_cache_of_layer(c, layer, n) for block, c, n in put)), ((), tuple(loads))
 
         x = self._embedded(tokens)
         if lengths is not None:
@@ -275,10 +286,11 @@ class LanguageModel(nnx.Module):
         loads: Loads = ()
         for run in self.config.runs:
             here = slice(place, place + len(run.block))
-            x, (run_cache, run_loads) = jax.lax.scan(
-                repeat, x, (tuple(self.blocks[here]), None if cache is None else cache[here])
-            )
-            new_cache, loads, place = new_cache + run_cache, loads + run_loads, here.stop
+            old = None if cache is None else cache[here]
+            layers = jnp.arange(run.repeats, dtype=jnp.int32)
+            carry, stack = ((x, old), None) if carried else ((x, None), old)
+            (x, kept), (new, run_loads) = jax.lax.scan(repeat, carry, (tuple(self.blocks[here]), stack, layers))
+            new_cache, loads, place = new_cache + (kept or new), loads + run_loads, here.stop
         x = self.final_norm(x)
         return x if front is None else front.back(x), new_cache if keep_cache else None, loads
 

@@ -2,10 +2,18 @@
 
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 from jaxtyping import Float, Int
 
-from delta_jax.ops.arguments import Arguments, arguments_of, forward_mode_explained, require_chunk_size, with_scale
+from delta_jax.ops.arguments import (
+    Arguments,
+    arguments_of,
+    checked_array,
+    forward_mode_explained,
+    require_chunk_size,
+    with_scale,
+)
 from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.implementations import choose
 from delta_jax.ops.partition import Axes, by_parts
@@ -162,20 +170,24 @@ def delta_rule_step(
     g_t: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None = None,
     erase_t: Float[Array, "batch erase_heads key"] | None = None,
     *,
-    state: Float[Array, "batch heads key value"],
+    state: Float[Array, "*layers batch heads key value"],
+    layer: Int[Array, ""] | None = None,
     scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
+) -> tuple[Float[Array, "batch heads value"], Float[Array, "*layers batch heads key value"]]:
     """One token of `delta_rule`, for decoding: constant memory, the state read and written once.
 
     Args:
       q_t, k_t, v_t, beta_t, g_t, erase_t: as in `delta_rule`, without the time axis.
       state: `[batch, heads, key, value]`, the state before this token (float32, or float64 for float64 inputs).
+      layer: None, or which of `state` `[layers, batch, heads, key, value]`, the states of all layers, is meant: an integer
+        array of no axes, at least 0 and below `layers`. Where `state` is what a loop carries, nothing of it is copied.
       scale: as in `delta_rule`.
       implementation: as in `delta_rule`; "recurrent" and "xla" are the same for one token.
 
     Returns:
-      The output `[batch, heads, value]` in the dtype of `v_t`, and the new state.
+      The output `[batch, heads, value]` in the dtype of `v_t`, and the new state; with a `layer` all states, the new one
+      in its place.
 
     Raises:
       ValueError: for a shape, head count or dtype that does not fit, naming the argument, and for an implementation
@@ -190,8 +202,8 @@ def delta_rule_step(
         >>> o.tolist()  # the first value is erased
         [[[5.0, 5.0]]]
     """
-    arguments = arguments_of(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True)
-    return _run_step(arguments, scale, implementation)
+    arguments = arguments_of(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True, layers=layer is not None)
+    return _run_step(arguments, layer, scale, implementation)
 
 
 def delta_product_step(
@@ -202,10 +214,11 @@ def delta_product_step(
     g_t: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None = None,
     erase_t: Float[Array, "batch writes erase_heads key"] | None = None,
     *,
-    state: Float[Array, "batch heads key value"],
+    state: Float[Array, "*layers batch heads key value"],
+    layer: Int[Array, ""] | None = None,
     scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
+) -> tuple[Float[Array, "batch heads value"], Float[Array, "*layers batch heads key value"]]:
     """One token of `delta_product`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`.
 
     Examples:
@@ -214,8 +227,10 @@ def delta_product_step(
         >>> o.shape, state.shape
         ((1, 1, 3), (1, 1, 4, 3))
     """
-    arguments = arguments_of(q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True, writes=True)
-    return _run_step(arguments, scale, implementation)
+    arguments = arguments_of(
+        q_t, k_t, v_t, beta_t, g_t, erase_t, state, None, step=True, writes=True, layers=layer is not None
+    )
+    return _run_step(arguments, layer, scale, implementation)
 
 
 def linear_attention_step(
@@ -224,10 +239,11 @@ def linear_attention_step(
     v_t: Float[Array, "batch heads value"],
     g_t: Float[Array, "batch heads"] | Float[Array, "batch heads key"] | None = None,
     *,
-    state: Float[Array, "batch heads key value"],
+    state: Float[Array, "*layers batch heads key value"],
+    layer: Int[Array, ""] | None = None,
     scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch heads value"], Float[Array, "batch heads key value"]]:
+) -> tuple[Float[Array, "batch heads value"], Float[Array, "*layers batch heads key value"]]:
     """One token of `linear_attention`, for decoding; arguments without the time axis, the rest as in `delta_rule_step`.
 
     Examples:
@@ -236,23 +252,32 @@ def linear_attention_step(
         >>> o.tolist()
         [[[4.0, 4.0, 4.0, 4.0]]]
     """
-    arguments = arguments_of(q_t, k_t, v_t, None, g_t, None, state, None, step=True)
-    return _run_step(arguments, scale, implementation, erases=False)
+    arguments = arguments_of(q_t, k_t, v_t, None, g_t, None, state, None, step=True, layers=layer is not None)
+    return _run_step(arguments, layer, scale, implementation, erases=False)
 
 
 def _run_step(
-    arguments: Arguments, scale: Any, implementation: str | None, *, erases: bool = True
+    arguments: Arguments, layer: Any, scale: Any, implementation: str | None, *, erases: bool = True
 ) -> tuple[Array, Array]:
+    if layer is not None:
+        layer = checked_array("layer", layer, {}, "integers")
     chosen = choose(implementation, arguments)
     scale, q = with_scale(scale, arguments.q, arguments.k.shape[-1] ** -0.5)
     options = Options(scale, None, erases)
 
     def run(*arrays: Any) -> tuple[Array, Array]:
-        return chosen.step(Arrays._make((*arrays, None)), options)
+        *given, states, layer = arrays
+        if layer is None or chosen.in_place:
+            return chosen.step(Arrays._make((*given, states, None)), options, *([] if layer is None else [layer]))
+        state = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
+        o, state = chosen.step(Arrays._make((*given, state, None)), options)
+        return o, jax.lax.dynamic_update_index_in_dim(states, state.astype(states.dtype), layer, 0)
 
     axes, given = _axes(arguments, step=True), arguments._replace(q=q)
+    if layer is not None:
+        axes = axes._replace(initial_state=(None, *axes.initial_state))
     results = axes.q, axes.initial_state
-    return by_parts(run, given[:-1], axes[:-1], results, kernels=not chosen.cut_by_compiler)
+    return by_parts(run, (*given[:-1], layer), (*axes[:-1], ()), results, kernels=not chosen.cut_by_compiler)
 
 
 def _run(

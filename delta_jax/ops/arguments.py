@@ -87,13 +87,14 @@ def checked_array(
     return x
 
 
-def arguments_of(*given: Any, step: bool = False, writes: bool = False) -> Arguments:
+def arguments_of(*given: Any, step: bool = False, writes: bool = False, layers: bool = False) -> Arguments:
     """The arrays of the op, in the order of `Arguments`, once they are known to fit.
 
     Args:
       given: what was passed.
       step: whether there is no axis of time, as for one token.
       writes: whether what is written has an axis of the token's writes.
+      layers: whether the state is those of several layers.
 
     Raises:
       ValueError: one does not fit; the sentence names the first such argument and the axes that were wanted.
@@ -104,7 +105,7 @@ def arguments_of(*given: Any, step: bool = False, writes: bool = False) -> Argum
         if arrays[Arguments._fields.index(name)] is None:
             raise ValueError(f"{_shown(name, step)} must be an array, got None.")
     arguments = Arguments(*arrays)  # type: ignore[arg-type]
-    _check(arguments, step, writes)
+    _check(arguments, step, writes, layers)
     return arguments
 
 
@@ -112,7 +113,7 @@ def _shown(name: str, step: bool) -> str:
     return {"initial_state": "state"}.get(name, f"{name}_t") if step else name
 
 
-def _check(arguments: Arguments, step: bool, writes: bool) -> None:
+def _check(arguments: Arguments, step: bool, writes: bool, layers: bool) -> None:
     given = {name: array for name, array in arguments._asdict().items() if array is not None}
     lead = ["batch"] if step else ["batch", "time"]
     lead_of_writes = [*lead, "writes"] if writes else lead
@@ -123,7 +124,7 @@ def _check(arguments: Arguments, step: bool, writes: bool) -> None:
         "beta": [[*lead_of_writes, "heads"]],
         "g": [[*lead, "heads"], [*lead, "heads", "key"]],
         "erase": [[*lead_of_writes, "key_heads", "key"], [*lead_of_writes, "heads", "key"]],
-        "initial_state": [["batch", "heads", "key", "value"]],
+        "initial_state": [[*(["layers"] if layers else []), "batch", "heads", "key", "value"]],
         "segment_ids": [lead],
     }
     q, k, v = arguments.q, arguments.k, arguments.v
@@ -140,6 +141,8 @@ def _check(arguments: Arguments, step: bool, writes: bool) -> None:
     leading, of_writes = q.shape[: len(lead)], k.shape[: len(lead_of_writes)]
     sizes = dict(zip(lead_of_writes, of_writes, strict=True)) | dict(zip(lead, leading, strict=True))
     sizes |= {"key_heads": q.shape[-2], "key": q.shape[-1], "heads": v.shape[-2], "value": v.shape[-1]}
+    if layers:  # any number of them
+        sizes["layers"] = next(iter(given["initial_state"].shape), 0)
 
     def shapes(name: str, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
         return [tuple(sizes[axis] for axis in axes) for axes in layouts[name]]

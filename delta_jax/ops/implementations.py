@@ -26,6 +26,8 @@ class Implementation(NamedTuple):
       unsupported: the sentence that says why it does not take these arguments, or None.
       run: outputs and final state of a sequence, differentiable.
       step: output and state of one token.
+      in_place: whether `step` may be told a layer: the state is then those of all layers, of which it reads one and writes
+        it in place.
       automatic: whether it may run where none is asked for.
       cut_by_compiler: whether XLA can cut it over a mesh by itself.
       group: another name by which it is asked for, which it shares with others.
@@ -35,7 +37,8 @@ class Implementation(NamedTuple):
     unavailable: Callable[[], str | None]
     unsupported: Callable[[Arguments], str | None]
     run: Callable[[Arrays, Options], tuple[Array, Array]]
-    step: Callable[[Arrays, Options], tuple[Array, Array]]
+    step: Callable[..., tuple[Array, Array]]
+    in_place: bool
     automatic: bool
     cut_by_compiler: bool
     group: str | None = None
@@ -56,7 +59,13 @@ def mosaic_gpu() -> Kernels:
 
 
 def _of_kernels(
-    name: str, kernels: Callable[[], Kernels], devices: str, here: Callable[[], bool], *, automatic: bool
+    name: str,
+    kernels: Callable[[], Kernels],
+    devices: str,
+    here: Callable[[], bool],
+    *,
+    in_place: bool,
+    automatic: bool,
 ) -> Implementation:
     """The record of a package of Pallas kernels for some devices."""
 
@@ -69,7 +78,8 @@ def _of_kernels(
         unavailable=unavailable,
         unsupported=lambda given: kernels().unsupported(given.q, given.v),
         run=lambda arrays, options: containment.run(passes_of(kernels()), arrays, options),
-        step=lambda arrays, options: step_of(kernels(), arrays, options),
+        step=lambda arrays, options, *layer: step_of(kernels(), arrays, options, *layer),
+        in_place=in_place,
         automatic=automatic,
         cut_by_compiler=False,
         group="pallas",
@@ -83,6 +93,7 @@ def _of_xla(name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *,
         unsupported=lambda given: None,
         run=run,
         step=recurrence.one_token,
+        in_place=False,
         automatic=automatic,
         cut_by_compiler=True,
     )
@@ -92,8 +103,8 @@ CHUNKWISE = containment.Passes(chunkwise.forward, chunkwise.backward)
 
 # The automatic choice is the first that may be and can run.
 IMPLEMENTATIONS = (
-    _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", automatic=True),
-    _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: device.hopper(), automatic=True),
+    _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", in_place=True, automatic=True),
+    _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: device.hopper(), in_place=False, automatic=True),
     _of_xla("xla", functools.partial(containment.run, CHUNKWISE), automatic=True),
     _of_xla("recurrent", jax.jit(recurrence.recurrent, static_argnums=1), automatic=False),
 )

@@ -1,6 +1,7 @@
 """A package of kernels as an implementation of the op: tokens of several writes, and what is cast."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -47,7 +48,9 @@ class Kernels(Protocol):
         erases: bool,
     ) -> tuple[Inputs, Array]: ...
 
-    def delta_rule_step(self, state: Array, token: Inputs, scale: float, /) -> tuple[Array, Array]: ...
+    @property
+    def delta_rule_step(self) -> Callable[..., tuple[Array, Array]]:
+        """Of a state, a token and the scale; those whose `Implementation` is `in_place` also take a layer."""
 
     def as_they_lie(self, arrays: Any, /) -> Any: ...
 
@@ -80,12 +83,12 @@ def passes_of(kernels: Kernels) -> Passes:
     return Passes(forward, backward, kernels.as_they_lie)
 
 
-def step_of(kernels: Kernels, arrays: Arrays, options: Options) -> tuple[Array, Array]:
-    """One token by a package of kernels, write by write."""
+def step_of(kernels: Kernels, arrays: Arrays, options: Options, *layer: Array) -> tuple[Array, Array]:
+    """One token by a package of kernels, write by write; with a layer among the states of all."""
 
     def step(state: Array, token: Token, scale: float) -> tuple[Array, Array]:
         for write in token.write_by_write():
-            o, state = kernels.delta_rule_step(state, Inputs(*write), scale)
+            o, state = kernels.delta_rule_step(state, Inputs(*write), scale, *layer)
         return o, state
 
     return one_token(arrays, options, step)

@@ -142,13 +142,13 @@ def warn_uncut(reason: str, instead: str = LATER) -> None:
 
 
 def by_heads(
-    rule: Callable[..., tuple[Array, Array]],
+    rule: Callable[..., tuple[Array, Any]],
     inputs: Any,
-    state: Array | None,
+    state: Any,
     segment_ids: Array | None,
     *,
     axes: Any = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Any]:
     """``rule(inputs, state, segment_ids)``, run by every device on its own sequences and heads.
 
     The compiler cannot cut a kernel. Under the current mesh the batch is cut over data and fsdp and the heads over
@@ -158,12 +158,12 @@ def by_heads(
     Args:
         rule: a function of its arguments alone, such as ``delta_rule`` with its options bound.
         inputs: a tree of q [B, T, Hk, K], k, v [B, T, H, V], beta [B, T, H] and the like; its first leaf is q.
-        state: [B, H, K, V] or None.
+        state: [B, H, K, V] or None; or a tree of such arrays with axes in front, and of arrays without axes.
         segment_ids: [B, T] or None.
         axes: a tree like inputs that says which axis of each holds the heads; None is the third of all.
 
     Returns:
-        The output [B, T, H, V] and the final state [B, H, K, V].
+        The output [B, T, H, V] and the final state [B, H, K, V], a tree like that given.
 
     Raises:
         ValueError: the batch or the key heads do not divide over the mesh.
@@ -183,6 +183,8 @@ def by_heads(
         raise ValueError(f"q has shape {q.shape}, but {reason}.")
     batch, heads = cut.batch if q.shape[0] != 1 else None, cut.heads or None
     of_output, of_state = P(batch, None, heads), P(batch, heads)
+    if state is not None:
+        of_state = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 4), batch, heads) if x.ndim else P(), state)
     if axes is None:
         axes = jax.tree.map(lambda _: 2, inputs)
     arguments = (inputs, state, segment_ids)
@@ -193,7 +195,7 @@ def by_heads(
     )
     # Kernels do not say along which axes their results vary, which the check wants to know.
     by_parts = jax.shard_map(rule, mesh=cut.mesh, in_specs=specs, out_specs=(of_output, of_state), check_vma=False)
-    result: tuple[Array, Array] = by_parts(*arguments)
+    result: tuple[Array, Any] = by_parts(*arguments)
     return result
 
 

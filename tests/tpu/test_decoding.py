@@ -1,0 +1,55 @@
+"""The decode loop as the compiler of TPUs leaves it: every state is read and written where it lies."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from delta_jax.inference.generate import _decode
+from delta_jax.inference.sampling import Sampling
+from delta_jax.models import LanguageModel, MixerSpec, ModelConfig
+
+BATCH, LAYERS, VOCAB = 8, 40, 16  # states of 160 MiB: fewer would be moved to vector memory as a whole
+MIXERS = {
+    "gated_delta_net": {"num_heads": 8, "head_dim": 128},
+    "delta_product": {"num_heads": 8, "head_dim": 128, "num_householder": 2},
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_state_is_copied(compile_for: Any, mixer: str) -> None:
+    """Neither that of a layer nor those of all, and those of the next token take the place of the last one's."""
+    pattern = (MixerSpec(mixer=mixer, options=tuple(MIXERS[mixer].items())),)
+    dtypes = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+    config = ModelConfig(
+        vocab_size=VOCAB, hidden_size=256, num_layers=LAYERS, pattern=pattern, intermediate_size=0, **dtypes
+    )
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    cache = jax.eval_shape(lambda: model.init_cache(BATCH))
+    state = math.prod(cache[0].state.shape) // LAYERS
+
+    def shape(*axes: int, dtype: Any = jnp.bool_) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, dtype)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
+    numbers = jax.eval_shape(Sampling().numbers)
+    logits, seen = shape(BATCH, VOCAB, dtype=jnp.float32), shape(BATCH, VOCAB)
+    rest = shape(BATCH), keys, numbers, shape(VOCAB), shape(2, dtype=jnp.int32)
+    compiled = compile_for("v6e", _decode, model, logits, cache, seen, *rest)
+
+    text = compiled.as_text()
+    assert re.search(r"delta_rule_step\S* = .* custom-call\(", text)
+    moves = re.findall(r"= (.*?) ((?:copy|dynamic-slice|dynamic-update-slice|fusion)(?:-start)?)\(", text)
+    sizes = [
+        (math.prod(map(int, axes.split(","))), move)
+        for kind, move in moves
+        for axes in re.findall(r"f32\[([\d,]+)", kind)
+    ]
+    assert not [(size, move) for size, move in sizes if size >= state]
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 4 * state * LAYERS
+    assert memory.temp_size_in_bytes < 4 * state
