@@ -1,7 +1,6 @@
-"""The backward kernel: from the states before every group of tiles, forwards through the group and back again.
+"""The backward kernel: tile by tile from the last to the first, while the cotangents of the states stay in VMEM.
 
-The inverses of the tiles are those of the forward; all else is made again. The grid is that of the forward kernel, its
-groups from the last to the first: the cotangents of the states stay in VMEM.
+What took the forward long is kept from it: the states before every tile, Y, and the inverses. All else is made again.
 
 With the symbols of `pallas_kernels.tpu.forward`, N = Y dS'^T, and dO already multiplied by the scale:
 
@@ -28,7 +27,6 @@ from pallas_kernels.tpu.backward_scratch import BackwardScratch, Stash, add, add
 from pallas_kernels.tpu.forward import (
     Kept,
     bytes_of,
-    carry,
     held,
     in_memory,
     kept_bytes,
@@ -63,11 +61,10 @@ PAIRS, READS, WRITES, WHOLE = range(1, 5)  # the rows of a gate per head in the 
 
 def backward_bytes(plan: Plan) -> int:
     """VMEM that `backward` needs: its scratch, and its blocks twice."""
-    states = 3 * plan.heads * plan.key * plan.value * 4
+    states = 2 * plan.heads * plan.key * plan.value * 4
     d_out = plan.group * TILE * plan.heads * plan.value * operand(plan).itemsize
-    return bytes_of((Stash.shapes(plan), BackwardScratch.shapes(plan))) + 2 * (
-        2 * tokens_bytes(plan) + d_out + states + kept_bytes(plan)
-    )
+    blocks = 2 * tokens_bytes(plan) + d_out + states + kept_bytes(plan)
+    return bytes_of(BackwardScratch.shapes(plan)) + 2 * blocks
 
 
 def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array) -> tuple[Tokens, Array]:
@@ -88,40 +85,21 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
         d_last: Ref,
         d_tokens: Tokens,
         d_state: Ref,
-        stash: Stash,
         scratch: BackwardScratch,
-        steep: Ref,  # whether a tile is steep, int32 [group]
     ) -> None:
-        def stash_of(index: Array) -> Stash:
-            left = jax.tree.map(lambda ref: ref.at[index], stash)
-            if not plan.erases:
-                return left
-            return left._replace(prepared=left.prepared._replace(x=kept.inverses.at[0, :, index]))
-
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             d_state[0] = d_last[0]
 
-        scratch.state[0] = kept.states[0, :, 0]
-
-        @pl.loop(0, plan.group)
-        def _(index: Array) -> None:
-            tile, left, here = of_tile(tokens, index), stash_of(index), in_memory(scratch, index)
-            is_steep = prepare(plan, tile, left.prepared, here.tile)
-            if is_steep is not None:
-                steep[index] = is_steep.astype(jnp.int32)
-            for h in range(plan.heads):
-                left.states[h] = here.state[h].astype(left.states.dtype)
-            carry(plan, tile, left.prepared, here.state, here.solve, left.y, None, None)
-
         @pl.loop(0, plan.group)
         def _(step: Array) -> None:
             index = plan.group - 1 - step
+            tile, d_tile, here = of_tile(tokens, index), of_tile(d_tokens, index), in_memory(scratch, step)
+            left = jax.tree.map(lambda ref: ref.at[0, :, index], kept)
+            stash = Stash(here.prepared._replace(x=left.inverses), left.states, left.y)
+            is_steep = prepare(plan, tile, stash.prepared, here.tile)
             d_tile_o = d_o.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            tile, d_tile = of_tile(tokens, index), of_tile(d_tokens, index)
-            here = in_memory(scratch, step)
-            is_steep = steep[index] == 1 if plan.gate == "channel" else None
-            _tile_backward(plan, tile, stash_of(index), d_tile_o, d_state.at[0], d_tile, here, is_steep)
+            _tile_backward(plan, tile, stash, d_tile_o, d_state.at[0], d_tile, here, is_steep)
 
     def tile_scalars(spec: pl.BlockSpec) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, plan.group, kinds * plan.heads, TILE), spec.index_map)
@@ -134,11 +112,7 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
         in_specs=[specs, kept_specs(plan, lambda t: last - t), specs.v, state_spec(plan)],
         out_specs=[specs._replace(scalars=tile_scalars(specs.scalars)), state_spec(plan)],
         out_shape=[out_shapes._replace(scalars=scalars), jax.ShapeDtypeStruct(d_state.shape, f32)],
-        scratch_shapes=[
-            Stash.shapes(plan),
-            held(BackwardScratch.shapes(plan)),
-            pltpu.SMEM((plan.group,), jnp.int32),
-        ],
+        scratch_shapes=[held(BackwardScratch.shapes(plan))],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
@@ -229,7 +203,7 @@ def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref,
     done, exact = stash.prepared, plan.exact
     row, lane = rows(TILE, TILE), lanes(TILE, TILE)
     for h in range(plan.heads):
-        raw = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.y[h], exact, transpose_b=True)
+        raw = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.y_of(plan, tokens, h), exact, transpose_b=True)
         scratch.raw_p[h] = raw[:TILE]
         if plan.erases:
             scratch.raw_a[h] = _joined(raw[TILE:])
@@ -348,7 +322,7 @@ def _writes_backward(
     done, exact, f32 = stash.prepared, plan.exact, jnp.float32
     columns = _write_columns(plan, tokens)
     for h in range(plan.heads):
-        scratch.writes[h] = product(stash.y[h], d_state[h], exact, transpose_b=True)
+        scratch.writes[h] = product(stash.y_of(plan, tokens, h), d_state[h], exact, transpose_b=True)
     for h in range(plan.heads):
         k = of_key(plan, tokens.k, h).astype(f32)
         d_write = scratch.writes[h]

@@ -11,22 +11,30 @@ from jax.typing import DTypeLike
 from pallas_kernels.tpu import scores
 from pallas_kernels.tpu.plan import Plan
 from pallas_kernels.tpu.products import TILE
-from pallas_kernels.tpu.tile import HALF, Prepared, Ref, TileScratch, operand, prepared_shapes, tile_scratch_shapes
+from pallas_kernels.tpu.tile import (
+    HALF,
+    Prepared,
+    Ref,
+    TileScratch,
+    Tokens,
+    of_head,
+    operand,
+    prepared_shapes,
+    tile_scratch_shapes,
+)
 
 FAR_TERMS = (*scores.FAR_BLOCKS, "reads", "writes")
 
 
 class Stash(NamedTuple):
-    """What the way forwards leaves for the way back, of every tile of a group; axes `[group, heads, ...]`."""
+    """What the way forwards leaves of a tile: made again, and kept (`pallas_kernels.tpu.forward.Kept`)."""
 
-    prepared: Prepared  # with its `factors`, without `x`
-    states: Ref  # before the tile, as an operand, [key, value]
-    y: Ref  # Y, likewise, [128, value]
+    prepared: Prepared  # with its `factors`
+    states: Ref  # before the tile, as an operand, [heads, key, value]
+    y: Ref  # Y, likewise, [heads, 128, value]; None without erasing
 
-    @classmethod
-    def shapes(cls, plan: Plan) -> Self:
-        states, y = ((plan.group, plan.heads, height, plan.value) for height in (plan.key, TILE))
-        return cls(prepared_shapes(plan, plan.group), *(pltpu.VMEM(x, operand(plan)) for x in (states, y)))
+    def y_of(self, plan: Plan, tokens: Tokens, head: int) -> Array:
+        return of_head(tokens.v, head, plan.value) if self.y is None else self.y[head]
 
 
 class BackwardScratch(NamedTuple):
@@ -36,8 +44,8 @@ class BackwardScratch(NamedTuple):
     """
 
     tile: TileScratch
-    state: Ref  # the state on the way forwards, float32 [heads, key, value]
-    solve: Ref  # B on the way forwards, dY on the way back, solved in place: float32 [heads, 128, value]
+    prepared: Prepared  # with its `factors`, without `x`
+    solve: Ref  # dY, solved in place: float32 [heads, 128, value]
     d_o: Ref  # dO times the scale, operand [heads, 128, value]
     d_b: Ref  # dB, likewise; of what is `parted` the second part follows below the first
     weights_turned: Ref  # (P diag(b))^T, operand [heads, 128, 128], likewise
@@ -97,7 +105,7 @@ class BackwardScratch(NamedTuple):
         keys, pairs = each(TILE, plan.key), each(TILE, TILE)
         return cls(
             tile=tile_scratch_shapes(plan, inverts=False),
-            state=each(plan.key, plan.value),
+            prepared=prepared_shapes(plan, inverts=False),
             solve=each(TILE, plan.value),
             d_o=operands(TILE, plan.value),
             d_b=operands(parts * TILE, plan.value),
