@@ -1,7 +1,6 @@
-"""The backward kernel: from the states before every group of tiles, forwards through the group and back again.
+"""The backward kernel: tile by tile from the last to the first, while the cotangents of the states stay in VMEM.
 
-The inverses of the tiles are those of the forward; all else is made again. The grid is that of the forward kernel, its
-groups from the last to the first: the cotangents of the states stay in VMEM.
+What took the forward long is kept from it: the states before every tile, Y, and the inverses. All else is made again.
 
 With the symbols of `pallas_kernels.tpu.forward`, N = Y dS'^T, and dO already multiplied by the scale:
 
@@ -24,11 +23,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import backward_channel
-from pallas_kernels.tpu.backward_scratch import BackwardScratch, Stash, add, add_erase, reads_of
+from pallas_kernels.tpu.backward_scratch import BackwardScratch, Stash, add, add_erase, parted, reads_of
 from pallas_kernels.tpu.forward import (
     Kept,
     bytes_of,
-    carry,
     held,
     in_memory,
     kept_bytes,
@@ -41,7 +39,7 @@ from pallas_kernels.tpu.forward import (
     tokens_specs,
 )
 from pallas_kernels.tpu.plan import Plan, vmem_bytes
-from pallas_kernels.tpu.products import TILE, column, lanes, product, rows, transposed
+from pallas_kernels.tpu.products import TILE, column, lanes, product, rows, split, transposed
 from pallas_kernels.tpu.tile import (
     BETA,
     END,
@@ -63,11 +61,10 @@ PAIRS, READS, WRITES, WHOLE = range(1, 5)  # the rows of a gate per head in the 
 
 def backward_bytes(plan: Plan) -> int:
     """VMEM that `backward` needs: its scratch, and its blocks twice."""
-    states = 3 * plan.heads * plan.key * plan.value * 4
+    states = 2 * plan.heads * plan.key * plan.value * 4
     d_out = plan.group * TILE * plan.heads * plan.value * operand(plan).itemsize
-    return bytes_of((Stash.shapes(plan), BackwardScratch.shapes(plan))) + 2 * (
-        2 * tokens_bytes(plan) + d_out + states + kept_bytes(plan)
-    )
+    blocks = 2 * tokens_bytes(plan) + d_out + states + kept_bytes(plan)
+    return bytes_of(BackwardScratch.shapes(plan)) + 2 * blocks
 
 
 def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array) -> tuple[Tokens, Array]:
@@ -88,40 +85,21 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
         d_last: Ref,
         d_tokens: Tokens,
         d_state: Ref,
-        stash: Stash,
         scratch: BackwardScratch,
-        steep: Ref,  # whether a tile is steep, int32 [group]
     ) -> None:
-        def stash_of(index: Array) -> Stash:
-            left = jax.tree.map(lambda ref: ref.at[index], stash)
-            if not plan.erases:
-                return left
-            return left._replace(prepared=left.prepared._replace(x=kept.inverses.at[0, :, index]))
-
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             d_state[0] = d_last[0]
 
-        scratch.state[0] = kept.states[0, :, 0]
-
-        @pl.loop(0, plan.group)
-        def _(index: Array) -> None:
-            tile, left, here = of_tile(tokens, index), stash_of(index), in_memory(scratch, index)
-            is_steep = prepare(plan, tile, left.prepared, here.tile)
-            if is_steep is not None:
-                steep[index] = is_steep.astype(jnp.int32)
-            for h in range(plan.heads):
-                left.states[h] = here.state[h].astype(left.states.dtype)
-            carry(plan, tile, left.prepared, here.state, here.solve, left.y, None, None)
-
         @pl.loop(0, plan.group)
         def _(step: Array) -> None:
             index = plan.group - 1 - step
+            tile, d_tile, here = of_tile(tokens, index), of_tile(d_tokens, index), in_memory(scratch, step)
+            left = jax.tree.map(lambda ref: ref.at[0, :, index], kept)
+            stash = Stash(here.prepared._replace(x=left.inverses), left.states, left.y)
+            is_steep = prepare(plan, tile, stash.prepared, here.tile)
             d_tile_o = d_o.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            tile, d_tile = of_tile(tokens, index), of_tile(d_tokens, index)
-            here = in_memory(scratch, step)
-            is_steep = steep[index] == 1 if plan.gate == "channel" else None
-            _tile_backward(plan, tile, stash_of(index), d_tile_o, d_state.at[0], d_tile, here, is_steep)
+            _tile_backward(plan, tile, stash, d_tile_o, d_state.at[0], d_tile, here, is_steep)
 
     def tile_scalars(spec: pl.BlockSpec) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, plan.group, kinds * plan.heads, TILE), spec.index_map)
@@ -134,11 +112,7 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
         in_specs=[specs, kept_specs(plan, lambda t: last - t), specs.v, state_spec(plan)],
         out_specs=[specs._replace(scalars=tile_scalars(specs.scalars)), state_spec(plan)],
         out_shape=[out_shapes._replace(scalars=scalars), jax.ShapeDtypeStruct(d_state.shape, f32)],
-        scratch_shapes=[
-            Stash.shapes(plan),
-            held(BackwardScratch.shapes(plan)),
-            pltpu.SMEM((plan.group,), jnp.int32),
-        ],
+        scratch_shapes=[held(BackwardScratch.shapes(plan))],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
@@ -166,7 +140,7 @@ def _tile_backward(
         scratch.d_o[h] = (of_head(d_o, h, value).astype(jnp.float32) * plan.scale).astype(scratch.d_o.dtype)
     _values_backward(plan, tokens, stash.prepared, d_state, scratch)
     for h in range(plan.heads):
-        d_tokens.v[:, h * value : (h + 1) * value] = scratch.d_b[h].astype(d_tokens.v.dtype)
+        d_tokens.v[:, h * value : (h + 1) * value] = scratch.d_b[h, :TILE].astype(d_tokens.v.dtype)
     _scores_cotangents(plan, tokens, stash, d_tokens.scalars, scratch)
     if steep is not None:
         backward_channel.scores_backward(plan, tokens, stash.prepared, scratch, steep)
@@ -187,22 +161,30 @@ def _tile_backward(
 
 def _values_backward(plan: Plan, tokens: Tokens, done: Prepared, d_state: Ref, scratch: BackwardScratch) -> None:
     """dY, and from it dB."""
-    exact, dtype = plan.exact, scratch.d_b.dtype
+    exact, columns = plan.exact, _write_columns(plan, tokens)
     for h in range(plan.heads):
-        weights = (done.p[h] * scalar_row(plan, tokens, BETA, h)).astype(dtype)
-        scratch.weights_turned[h] = transposed(weights)
+        for n, part in enumerate(_parts(plan, done.p[h] * scalar_row(plan, tokens, BETA, h))):
+            scratch.weights_turned[h, n * TILE : (n + 1) * TILE] = transposed(part)
+    if plan.gate == "channel":
+        for h in range(plan.heads):
+            scratch.keys_turned[h] = transposed(done.keys[h])
     for h in range(plan.heads):
-        scratch.keys_turned[h] = transposed(done.keys[h])
+        scratch.solve[h] = _joined(product(scratch.weights_turned[h], scratch.d_o[h], exact))
     for h in range(plan.heads):
-        scratch.solve[h] = product(scratch.weights_turned[h], scratch.d_o[h], exact)
+        if plan.gate == "channel":
+            known = product(scratch.keys_turned[h], d_state[h], exact)
+        else:  # the keys are not rounded
+            known = product(of_key(plan, tokens.k, h), d_state[h], exact) * column(columns, h, plan.value)
+        scratch.solve[h] = scratch.solve[h] + known
+    if plan.erases:
+        _solve_backward(plan, tokens, done, scratch)
     for h in range(plan.heads):
-        d_new = scratch.solve[h] + product(scratch.keys_turned[h], d_state[h], exact)
-        if plan.erases:
-            scratch.solve[h] = d_new
-        else:
-            scratch.d_b[h] = d_new.astype(dtype)
-    if not plan.erases:
-        return
+        for n, part in enumerate(_parts(plan, scratch.solve[h])):
+            scratch.d_b[h, n * TILE : (n + 1) * TILE] = part
+
+
+def _solve_backward(plan: Plan, tokens: Tokens, done: Prepared, scratch: BackwardScratch) -> None:
+    """Turns dY into dB."""
     for h in range(plan.heads):
         scratch.x_turned[h] = transposed(done.x[h])
         corner = done.a[h, HALF:] * scalar_row(plan, tokens, BETA, h)
@@ -214,8 +196,6 @@ def _values_backward(plan: Plan, tokens: Tokens, done: Prepared, d_state: Ref, s
         scratch.solve[h, :HALF] = scratch.solve[h, :HALF] - known
     for h in range(plan.heads):
         scratch.solve[h, :HALF] = solve_product(plan, scratch.x_turned[h, :HALF], scratch.solve[h, :HALF])
-    for h in range(plan.heads):
-        scratch.d_b[h] = scratch.solve[h].astype(dtype)
 
 
 def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, scratch: BackwardScratch) -> None:
@@ -223,10 +203,10 @@ def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref,
     done, exact = stash.prepared, plan.exact
     row, lane = rows(TILE, TILE), lanes(TILE, TILE)
     for h in range(plan.heads):
-        raw = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.y[h], exact, transpose_b=True)
+        raw = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.y_of(plan, tokens, h), exact, transpose_b=True)
         scratch.raw_p[h] = raw[:TILE]
         if plan.erases:
-            scratch.raw_a[h] = raw[TILE:]
+            scratch.raw_a[h] = _joined(raw[TILE:])
     for h in range(plan.heads):
         weight = scalar_row(plan, tokens, BETA, h)
         scale = weight if done.decay is None else done.decay[h] * weight
@@ -242,8 +222,11 @@ def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref,
             scratch.pair_terms[h] = terms * weight
     if plan.gate != "head":
         return
+    later = (row < lane).astype(operand(plan))
     for h in range(plan.heads):
-        scratch.pair_sums[h] = product(scratch.pair_terms[h], (row < lane).astype(jnp.float32), exact)
+        parts = _parts(plan, scratch.pair_terms[h])
+        right = jnp.concatenate([later] * len(parts), 0)
+        scratch.pair_sums[h] = product(jnp.concatenate(parts, 1), right, exact)
     for h in range(plan.heads):
         crossing = jnp.sum(jnp.where(row >= lane, scratch.pair_sums[h], 0.0), 0, keepdims=True)
         _put(plan, d_scalars, PAIRS, h, crossing)
@@ -267,9 +250,29 @@ def _head_scores_backward(plan: Plan, tokens: Tokens, scratch: BackwardScratch) 
             add_erase(plan, scratch, h, d_reads[TILE:], start=True)
 
 
-def _row_sums(x: Array, exact: bool) -> Array:
-    """The sums of the rows of a float32 matrix, as a row."""
+def _parts(plan: Plan, x: Array) -> tuple[Array, ...]:
+    """An operand as so many of its dtype as the gradient of a gate per head wants: its sums over tokens may cancel."""
+    return split(x) if parted(plan) else (x.astype(operand(plan)),)
+
+
+def _joined(x: Array) -> Array:
+    """The product of `_parts` that lie one below the other."""
+    return x if len(x) == TILE else x[:TILE] + x[TILE:]
+
+
+def _row_sums(x: Array, exact: bool, *, parted: bool = False) -> Array:
+    """The sums of the rows of a float32 matrix, as a row; with `parted` of what is not rounded to bfloat16."""
+    if parted:
+        x = jnp.concatenate(split(x), 1)
     return product(jnp.ones((8, x.shape[1]), jnp.float32), x, exact, transpose_b=True)[:1]
+
+
+def _write_columns(plan: Plan, tokens: Tokens) -> Array:
+    """What a token's write is scaled by besides the decays of channels, b exp(Z) or b, of every head as columns."""
+    scales = tokens.scalars[: plan.heads]
+    if plan.gate == "head":
+        scales = scales * tokens.scalars[END * plan.heads : (END + 1) * plan.heads]
+    return transposed(scales)
 
 
 def _put(plan: Plan, d_scalars: Ref, kind: int, head: int, x: Array) -> None:
@@ -286,7 +289,9 @@ def _reads_backward(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, sc
         return done.factors.start[h] if columns is None else column(columns, h, plan.key)
 
     for h in range(plan.heads):
-        d_reads = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.states[h], exact, transpose_b=True)
+        d_reads = product(
+            reads_of(plan, scratch.d_o, scratch.d_b.at[:, :TILE], h), stash.states[h], exact, transpose_b=True
+        )
         scratch.query_reads[h] = d_reads[:TILE]
         if plan.erases:
             scratch.erase_reads[h] = d_reads[TILE:]
@@ -315,12 +320,9 @@ def _writes_backward(
 ) -> None:
     """What writes to the state after the tile: keys and beta, and the gates behind them."""
     done, exact, f32 = stash.prepared, plan.exact, jnp.float32
-    scales = tokens.scalars[: plan.heads]
-    if plan.gate == "head":
-        scales = scales * tokens.scalars[END * plan.heads : (END + 1) * plan.heads]
-    columns = transposed(scales)  # b exp(Z), or b
+    columns = _write_columns(plan, tokens)
     for h in range(plan.heads):
-        scratch.writes[h] = product(stash.y[h], d_state[h], exact, transpose_b=True)
+        scratch.writes[h] = product(stash.y_of(plan, tokens, h), d_state[h], exact, transpose_b=True)
     for h in range(plan.heads):
         k = of_key(plan, tokens.k, h).astype(f32)
         d_write = scratch.writes[h]
@@ -332,7 +334,7 @@ def _writes_backward(
         if plan.gate == "channel":
             scratch.terms(h, "writes")[...] = (k * weighted).astype(operand(plan))
     for h in range(plan.heads):
-        weight = _row_sums(scratch.write_terms[h], exact)
+        weight = _row_sums(scratch.write_terms[h], exact, parted=parted(plan))
         beta = scalar_row(plan, tokens, BETA, h)
         if plan.gate == "head":
             weight = weight * scalar_row(plan, tokens, END, h)
@@ -370,5 +372,5 @@ def _state_backward(
             scratch.d_whole[h] = done.whole[h] * _row_sums(old * d_new, exact)
             d_state[h] = d_new * column(transposed(done.whole[h]), 0, plan.value)
     for h in range(plan.heads):
-        d_reads = reads_of(plan, scratch.d_o, scratch.d_b, h)
+        d_reads = reads_of(plan, scratch.d_o, scratch.d_b.at[:, :TILE], h)
         d_state[h] = d_state[h] + product(scratch.reads_turned[h], d_reads, exact)

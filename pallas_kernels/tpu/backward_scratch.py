@@ -11,22 +11,30 @@ from jax.typing import DTypeLike
 from pallas_kernels.tpu import scores
 from pallas_kernels.tpu.plan import Plan
 from pallas_kernels.tpu.products import TILE
-from pallas_kernels.tpu.tile import HALF, Prepared, Ref, TileScratch, operand, prepared_shapes, tile_scratch_shapes
+from pallas_kernels.tpu.tile import (
+    HALF,
+    Prepared,
+    Ref,
+    TileScratch,
+    Tokens,
+    of_head,
+    operand,
+    prepared_shapes,
+    tile_scratch_shapes,
+)
 
 FAR_TERMS = (*scores.FAR_BLOCKS, "reads", "writes")
 
 
 class Stash(NamedTuple):
-    """What the way forwards leaves for the way back, of every tile of a group; axes `[group, heads, ...]`."""
+    """What the way forwards leaves of a tile: made again, and kept (`pallas_kernels.tpu.forward.Kept`)."""
 
-    prepared: Prepared  # with its `factors`, without `x`
-    states: Ref  # before the tile, as an operand, [key, value]
-    y: Ref  # Y, likewise, [128, value]
+    prepared: Prepared  # with its `factors`
+    states: Ref  # before the tile, as an operand, [heads, key, value]
+    y: Ref  # Y, likewise, [heads, 128, value]; None without erasing
 
-    @classmethod
-    def shapes(cls, plan: Plan) -> Self:
-        states, y = ((plan.group, plan.heads, height, plan.value) for height in (plan.key, TILE))
-        return cls(prepared_shapes(plan, plan.group), *(pltpu.VMEM(x, operand(plan)) for x in (states, y)))
+    def y_of(self, plan: Plan, tokens: Tokens, head: int) -> Array:
+        return of_head(tokens.v, head, plan.value) if self.y is None else self.y[head]
 
 
 class BackwardScratch(NamedTuple):
@@ -36,12 +44,12 @@ class BackwardScratch(NamedTuple):
     """
 
     tile: TileScratch
-    state: Ref  # the state on the way forwards, float32 [heads, key, value]
-    solve: Ref  # B on the way forwards, dY on the way back, solved in place: float32 [heads, 128, value]
+    prepared: Prepared  # with its `factors`, without `x`
+    solve: Ref  # dY, solved in place: float32 [heads, 128, value]
     d_o: Ref  # dO times the scale, operand [heads, 128, value]
-    d_b: Ref  # dB, likewise
-    weights_turned: Ref  # (P diag(b))^T, operand [heads, 128, 128]
-    keys_turned: Ref  # b exp(Z) K, operand [heads, 128, key]
+    d_b: Ref  # dB, likewise; of what is `parted` the second part follows below the first
+    weights_turned: Ref  # (P diag(b))^T, operand [heads, 128, 128], likewise
+    keys_turned: Ref  # a gate per channel: b exp(Z) K, operand [heads, 128, key]
     x_turned: Ref  # the inverses of the two diagonal blocks, one below the other, float32 [heads, 128, 64]
     corner_turned: Ref  # the block of A diag(b) left below them, float32 [heads, 64, 64]
     raw_p: Ref  # dO Y^T, before masks, decays and beta, float32 [heads, 128, 128]
@@ -93,15 +101,16 @@ class BackwardScratch(NamedTuple):
         def operands(*shape: int) -> object:
             return each(*shape, dtype=operand(plan))
 
+        parts = 2 if parted(plan) else 1
         keys, pairs = each(TILE, plan.key), each(TILE, TILE)
         return cls(
             tile=tile_scratch_shapes(plan, inverts=False),
-            state=each(plan.key, plan.value),
+            prepared=prepared_shapes(plan, inverts=False),
             solve=each(TILE, plan.value),
             d_o=operands(TILE, plan.value),
-            d_b=operands(TILE, plan.value),
-            weights_turned=operands(TILE, TILE),
-            keys_turned=operands(TILE, plan.key),
+            d_b=operands(parts * TILE, plan.value),
+            weights_turned=operands(parts * TILE, TILE),
+            keys_turned=operands(TILE, plan.key) if channel else None,
             x_turned=each(TILE, HALF) if plan.erases else None,
             corner_turned=each(HALF, HALF) if plan.erases else None,
             raw_p=pairs,
@@ -122,6 +131,11 @@ class BackwardScratch(NamedTuple):
             d_near=keys if channel else None,
             d_whole=each(8, plan.key) if channel else None,
         )
+
+
+def parted(plan: Plan) -> bool:
+    """Whether P and dB are taken in two parts, as are the terms that are summed into the gradient of a gate per head."""
+    return plan.gate == "head" and not plan.exact
 
 
 def reads_of(plan: Plan, query: Ref, erase: Ref, head: int) -> Array:

@@ -20,13 +20,14 @@ latency of one. What passes between stages lies in VMEM (`pallas_kernels.tpu.til
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.tpu import inverse, scores
 from pallas_kernels.tpu.forward_channel import channel_scores
@@ -53,10 +54,14 @@ from pallas_kernels.tpu.tile import (
 
 
 class Kept(NamedTuple):
-    """What the forward leaves for the backward: arrays, or their references, shapes or blocks."""
+    """What the forward leaves of every tile for the backward: arrays, or their references, shapes or blocks.
 
-    states: Ref  # before every group of tiles, float32 [batch, heads, groups, key, value]
-    inverses: Ref  # `Prepared.x` of every tile, float32 [batch, heads, tiles, 64, 128]
+    Without erasing Y is V, and nothing is inverted.
+    """
+
+    states: Ref  # before the tile, as operands, [batch, heads, tiles, key, value]
+    y: Ref  # Y, likewise, [batch, heads, tiles, 128, value]
+    inverses: Ref  # `Prepared.x`, float32 [batch, heads, tiles, 64, 128]
 
 
 class ForwardScratch(NamedTuple):
@@ -129,25 +134,35 @@ def state_spec(plan: Plan) -> pl.BlockSpec:
     return pl.BlockSpec((1, plan.heads, plan.key, plan.value), lambda b, h, t: (b, h, 0, 0))
 
 
+def _kept_of(plan: Plan, make: Callable[[tuple[int, int], DTypeLike], Any]) -> Kept:
+    """`make(shape, dtype)` for each kind of what is kept, of the matrix of a tile and head."""
+    return Kept(
+        make((plan.key, plan.value), operand(plan)),
+        make((TILE, plan.value), operand(plan)) if plan.erases else None,
+        make((HALF, TILE), jnp.float32) if plan.erases else None,
+    )
+
+
 def kept_specs(plan: Plan, time: Callable[[Array], Array] = lambda t: t) -> Kept:
     """The blocks of a grid step; `time` as in `tokens_specs`."""
-    return Kept(
-        pl.BlockSpec((1, plan.heads, 1, plan.key, plan.value), lambda b, h, t: (b, h, time(t), 0, 0)),
-        pl.BlockSpec((1, plan.heads, plan.group, HALF, TILE), lambda b, h, t: (b, h, time(t), 0, 0))
-        if plan.erases
-        else None,
-    )
+
+    def spec(shape: tuple[int, int], _: DTypeLike) -> pl.BlockSpec:
+        return pl.BlockSpec((1, plan.heads, plan.group, *shape), lambda b, h, t: (b, h, time(t), 0, 0))
+
+    return _kept_of(plan, spec)
 
 
 def kept_bytes(plan: Plan) -> int:
     """Bytes of the blocks of `kept_specs`."""
-    return 4 * plan.heads * (plan.key * plan.value + plan.group * HALF * TILE * plan.erases)
+    return plan.group * bytes_of(_kept_of(plan, lambda shape, dtype: pltpu.VMEM((plan.heads, *shape), dtype)))
 
 
 def _scratch_shapes(plan: Plan) -> ForwardScratch:
     wide = pltpu.VMEM((plan.heads, TILE, plan.value), jnp.float32)
     y = pltpu.VMEM(wide.shape, operand(plan))
-    return ForwardScratch(prepared_shapes(plan), tile_scratch_shapes(plan, inverts=plan.erases), wide, y, wide)
+    return ForwardScratch(
+        prepared_shapes(plan, inverts=True), tile_scratch_shapes(plan, inverts=plan.erases), wide, y, wide
+    )
 
 
 def forward_bytes(plan: Plan) -> int:
@@ -170,26 +185,25 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
         def _() -> None:
             state[0] = jnp.zeros(state.shape[1:], state.dtype) if first is None else first[0]
 
-        if kept is not None:
-            kept.states[0, :, 0] = state[0]
-
         @pl.loop(0, plan.group)
         def _(index: Array) -> None:
             tile, here = of_tile(tokens, index), in_memory(scratch, index)
-            done = here.prepared
-            if kept is not None and plan.erases:
-                done = done._replace(x=kept.inverses.at[0, :, index])
+            before, done = None, here.prepared
+            if kept is not None:
+                left = jax.tree.map(lambda ref: ref.at[0, :, index], kept)
+                before = left.states
+                if plan.erases:
+                    done, here = done._replace(x=left.inverses), here._replace(y=left.y)
             prepare(plan, tile, done, here.tile)
             if plan.erases:
                 invert(plan, tile, done, here.tile)
             tile_out = out.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            carry(plan, tile, done, state.at[0], here.solve, here.y, here.reads, tile_out)
+            _carry(plan, tile, done, state.at[0], before, here, tile_out)
 
     time = plan.tiles * TILE
     f32 = jnp.float32
-    kept_shapes = Kept(
-        jax.ShapeDtypeStruct((plan.batch, heads, plan.groups, plan.key, plan.value), f32),
-        jax.ShapeDtypeStruct((plan.batch, heads, plan.tiles, HALF, TILE), f32) if plan.erases else None,
+    kept_shapes = _kept_of(
+        plan, lambda shape, dtype: jax.ShapeDtypeStruct((plan.batch, heads, plan.tiles, *shape), dtype)
     )
     return pl.pallas_call(
         body,
@@ -280,14 +294,15 @@ def solve_product(plan: Plan, a: Array, b: Array) -> Array:
     return float32_product(a, (b,) if plan.exact else split(b))
 
 
-def carry(plan: Plan, tokens: Tokens, done: Prepared, state: Ref, solve: Ref, y: Ref, reads: Ref, out: Ref) -> None:
-    """Carries the states of all heads, float32 `[heads, key, value]`, through one tile and leaves Y in `y`.
+def _carry(
+    plan: Plan, tokens: Tokens, done: Prepared, state: Ref, before: Ref, scratch: ForwardScratch, out: Ref
+) -> None:
+    """Carries the states of all heads, float32 `[heads, key, value]`, through one tile, and writes its outputs.
 
-    `solve` (float32) and `y` are `[heads, 128, value]`: B is solved in place. With `out`, `[128, heads * value]`, the tile's
-    outputs are written too; what they read from the state passes through `reads`, which is as `solve`.
+    `out` is `[128, heads * value]`. B is solved in place; Y is left in `scratch.y`, and the states in `before`, if given.
     """
     columns = start_columns(plan, tokens) if plan.gate == "head" else None
-    value = plan.value
+    value, solve, y = plan.value, scratch.solve, scratch.y
 
     def decayed(known: Array, h: int) -> Array:
         """What a state read gives once the state has decayed up to each token."""
@@ -297,20 +312,17 @@ def carry(plan: Plan, tokens: Tokens, done: Prepared, state: Ref, solve: Ref, y:
 
     for h in range(plan.heads):
         old = state[h].astype(operand(plan))
-        read = []
+        if before is not None:
+            before[h] = old
+        read = [of_key(plan, tokens.q, h) if done.query_in is None else done.query_in[h]]
         if plan.erases:
             read.append(erase_of(plan, tokens, h) if done.erase_in is None else done.erase_in[h])
-        if out is not None:
-            q = of_key(plan, tokens.q, h)
-            read.append(q if done.query_in is None else done.query_in[h])
-        if read:
-            known = product(jnp.concatenate(read, 0), old, plan.exact)
+        known = product(jnp.concatenate(read, 0), old, plan.exact)
+        scratch.reads[h] = decayed(known[:TILE], h)
         if plan.erases:
-            solve[h] = of_head(tokens.v, h, value).astype(jnp.float32) - decayed(known[:TILE], h)
+            solve[h] = of_head(tokens.v, h, value).astype(jnp.float32) - decayed(known[TILE:], h)
         else:
             y[h] = of_head(tokens.v, h, value).astype(y.dtype)
-        if out is not None:
-            reads[h] = decayed(known[-TILE:], h)
     if plan.erases:
         for h in range(plan.heads):
             solve[h, :HALF] = solve_product(plan, done.x[h][:, :HALF], solve[h, :HALF])
@@ -322,10 +334,9 @@ def carry(plan: Plan, tokens: Tokens, done: Prepared, state: Ref, solve: Ref, y:
         for h in range(plan.heads):
             y[h] = solve[h].astype(y.dtype)
     for h in range(plan.heads):
-        if out is not None:
-            weights = (done.p[h] * scalar_row(plan, tokens, BETA, h)).astype(y.dtype)
-            o = (reads[h] + product(weights, y[h], plan.exact)) * plan.scale
-            out[:, h * value : (h + 1) * value] = o.astype(out.dtype)
+        weights = (done.p[h] * scalar_row(plan, tokens, BETA, h)).astype(y.dtype)
+        o = (scratch.reads[h] + product(weights, y[h], plan.exact)) * plan.scale
+        out[:, h * value : (h + 1) * value] = o.astype(out.dtype)
         old = state[h]
         if columns is not None:
             old = old * jnp.broadcast_to(columns[TILE - 1 :, h : h + 1], (1, value))

@@ -84,11 +84,11 @@ def operand(plan: Plan) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if plan.exact else jnp.bfloat16)
 
 
-def prepared_shapes(plan: Plan, tiles: int = 0) -> Prepared:
-    """VMEM for one tile; or, as the backward keeps it, for `tiles` of them along a first axis."""
+def prepared_shapes(plan: Plan, *, inverts: bool) -> Prepared:
+    """VMEM for one tile; for the backward, which does not invert, with the `factors`."""
 
     def vmem(*shape: int, dtype: DTypeLike = jnp.float32) -> object:
-        return pltpu.VMEM((tiles,) * (tiles > 0) + (plan.heads, *shape), dtype)
+        return pltpu.VMEM((plan.heads, *shape), dtype)
 
     channel, square, wide = plan.gate == "channel", (TILE, TILE), (TILE, plan.key)
     decayed = vmem(*wide, dtype=operand(plan)) if channel else None
@@ -96,14 +96,14 @@ def prepared_shapes(plan: Plan, tiles: int = 0) -> Prepared:
     return Prepared(
         a=vmem(*square) if plan.erases else None,
         p=vmem(*square),
-        x=vmem(HALF, TILE) if plan.erases and not tiles else None,
+        x=vmem(HALF, TILE) if plan.erases and inverts else None,
         keys=vmem(plan.key, TILE, dtype=operand(plan)),
         decay=vmem(*square) if plan.gate == "head" else None,
         start=vmem(*square) if plan.gate == "head" else None,
         erase_in=decayed if plan.erases else None,
         query_in=decayed,
         whole=vmem(8, plan.key) if channel else None,
-        factors=levels if channel and tiles else None,
+        factors=levels if channel and not inverts else None,
     )
 
 
