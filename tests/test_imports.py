@@ -13,6 +13,7 @@ ROOMS = (
     ("delta_jax.data",),
     ("delta_jax.ops",),
     ("delta_jax.testing", "delta_jax.parallel"),
+    ("delta_jax.compiled",),
     ("delta_jax.layers",),
     ("delta_jax.models",),
     ("delta_jax.inference", "delta_jax.interop"),

@@ -2,30 +2,62 @@
 
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-DUMP = tempfile.TemporaryDirectory()
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU to fight for
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_html=false",
-}
+os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402 - libtpu reads the environment when it is loaded
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
+import jax  # JAX reads the environment when it is imported
+import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.tpu_schedule.chips import CHIPS  # noqa: E402
-from benchmarks.tpu_schedule.hlo import around  # noqa: E402
-from benchmarks.tpu_schedule.llo import Kernel, read_dump  # noqa: E402
+from delta_jax.compiled.core import CORES
+from delta_jax.compiled.jaxpr import kernel_calls
+from delta_jax.compiled.schedule import KernelRun, Schedule, dump_folder, schedule_of
+from delta_jax.parallel import tpu_topology
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+def compile_for(
+    generation: str,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    *,
+    donate: tuple[int, ...] = (),
+    passes: str = ".*final.*",
+) -> tuple[Any, Any, Schedule, float]:
+    """Compile for one chip and read the schedule.
+
+    Args:
+        generation: a key of `CORES`.
+        function: what to compile.
+        arguments: arrays or shapes with dtypes.
+        donate: arguments that may be overwritten.
+        passes: which passes of the compiler are to be dumped; VMEM is read from other passes than the final ones. What a
+            process asks for first stays.
+
+    Returns:
+        What was traced, what was compiled, its schedule, and the seconds of compiling.
+    """
+    folder = dump_folder(passes)
+    device: Any = tpu_topology(TOPOLOGIES[generation])[0]
+    described = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=described)):
+        traced = jax.jit(function).trace(*arguments)
+        exported = jax.export.export(jax.jit(function, donate_argnums=donate), platforms=["tpu"])(*arguments)
+    sharding = NamedSharding(Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), list(arguments))
+    start = time.time()
+    compiled = jax.jit(exported.call, donate_argnums=donate).lower(*shapes).compile()
+    seconds = time.time() - start
+    calls = list(kernel_calls(traced.jaxpr))
+    schedule = schedule_of(compiled.as_text() or "", calls, folder, CORES[generation])
+    if schedule.unread or len(schedule.work.kernels) < len(calls):
+        names = ", ".join(call.name for call in calls)
+        raise ValueError(f"the bundles of these kernels could not be read: {', '.join(schedule.unread) or names}")
+    return traced, compiled, schedule, seconds
 
 
 def schedule(
@@ -34,90 +66,69 @@ def schedule(
     """Compile for one chip and read the schedule of every kernel.
 
     Args:
-      function: what to compile.
-      arguments: arrays or shapes with dtypes.
-      generation: a key of `CHIPS`.
-      donate: arguments that may be overwritten.
+        function: what to compile.
+        arguments: arrays or shapes with dtypes.
+        generation: a key of `CORES`.
+        donate: arguments that may be overwritten.
 
     Returns:
-      "kernels": a dictionary for every pallas_call, in the order of the program; "bytes_least": arguments and results;
-      "around": the instructions that are no kernel, and "around_bytes" that they access, by the compiler's count;
-      "temporary_bytes" in HBM; "seconds" of compiling.
+        "kernels": a dictionary for every pallas_call, in the order of the program; "bytes_least": arguments and results;
+        "around": what XLA runs besides, as `around` has it; "milliseconds" of the whole, an estimate with its factor, and
+        its "least" and "most"; "temporary_bytes" in HBM; "seconds" of compiling.
     """
-    chip = CHIPS[generation]
-    device: Any = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
-    described = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=described)):
-        traced = jax.jit(function).trace(*arguments)
-        exported = jax.export.export(jax.jit(function, donate_argnums=donate), platforms=["tpu"])(*arguments)
-    sharding = NamedSharding(Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), list(arguments))
-    folder = Path(DUMP.name)
-    for path in folder.iterdir():
-        path.unlink()
-    start = time.time()
-    compiled = jax.jit(exported.call, donate_argnums=donate).lower(*shapes).compile()
-    seconds = time.time() - start
-    calls = list(pallas_calls(traced.jaxpr.jaxpr))
-    accessed = (compiled.cost_analysis() or {}).get("bytes accessed")  # not reported for every chip
+    traced, compiled, found, seconds = compile_for(generation, function, arguments, donate=donate, passes=".*")
     leaves = jax.tree.leaves([traced.jaxpr.in_avals, traced.jaxpr.out_avals])
-    programs = read_dump(folder)
-    kernels, names = [], []
-    for name, (bundles, utilization, vmem) in programs.items():
-        call = next((call for call in calls if call["name"] in name), None)  # "transpose_jvp_NAME__.1"
-        if call is not None:
-            calls.remove(call)
-            names.append(name)
-            kernels.append(
-                kernel_facts(Kernel(bundles, utilization, gridded=call["steps"] > 1), call, vmem, generation)
-            )
-    if calls:
-        raise ValueError(f"no bundles were dumped for {', '.join(call['name'] for call in calls)}: {list(programs)}")
-    memory: Any = compiled.memory_analysis()
+    core = found.core
+    plain = 1e3 * found.cycles / core.clock
     return {
-        "kernels": kernels,
+        "kernels": [kernel_facts(run, found) for run in found.kernels.values()],
         "bytes_least": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "around": around(programs, compiled.as_text() or "", names),
-        "around_bytes": accessed and accessed - sum(kernel["estimated_bytes"] for kernel in kernels),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "around": around(found),
+        "milliseconds": {
+            "estimate": core.factor * plain,
+            "least": core.spread[0] * plain,
+            "most": core.spread[1] * plain,
+        },
         "seconds": round(seconds, 2),
     }
 
 
-def kernel_facts(kernel: Kernel, call: dict[str, Any], vmem: int, generation: str) -> dict[str, Any]:
-    """What the page shows of one kernel."""
-    slots = kernel.slots()
-    return call | {
-        "listed": kernel.listed,
-        "bundles": kernel.bundle_count,
-        "loops": [[loop.stop - loop.start, loop.trips] for loop in kernel.loops],
-        "cycles": kernel.cycles(CHIPS[generation]),
-        "multiplying": kernel.multiplying(CHIPS[generation]),
-        "occupancy": kernel.occupancy(),
-        "fills": slots["VLOAD:FILL"],
-        "spills": slots["VSTORE:SPILL"],
-        "vmem_bytes": vmem,
+def around(found: Schedule) -> dict[str, Any]:
+    """The instructions that are no kernel: how many run, cycles as the compiler estimates them, bytes of HBM.
+
+    "unestimated": opcode to runs of those for which it has no estimate.
+    """
+    work = found.work
+    kinds = (work.products, work.others)
+    return {
+        "instructions": sum(kind.runs for kind in kinds),
+        "cycles": work.cycles,
+        "bytes": sum(kind.bytes for kind in (*kinds, work.ahead)),
+        "unestimated": dict(work.unestimated),
     }
 
 
-def pallas_calls(jaxpr: Any, scope: str = "") -> Iterator[dict[str, Any]]:
-    """Name, grid and bytes moved of every pallas_call in a jaxpr, also inside the functions it calls."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            mapping, estimate = equation.params["grid_mapping"], equation.params["cost_estimate"]
-            moved = [block_bytes(block, mapping.grid) for block in mapping.block_mappings]
-            yield {
-                "name": equation.params["name"] or scope,
-                "grid": list(mapping.grid),
-                "steps": math.prod(mapping.grid),
-                "bytes": sum(moved),
-                "estimated_bytes": estimate.bytes_accessed if estimate else 0,
-            }
-            continue
-        for value in equation.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
-                if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                    yield from pallas_calls(getattr(inner, "jaxpr", inner), equation.params.get("name") or scope)
+def kernel_facts(run: KernelRun, found: Schedule) -> dict[str, Any]:
+    """What the page shows of one kernel."""
+    kernel = run.kernel
+    slots = kernel.slots()
+    mapping = run.call.equation.params["grid_mapping"]
+    return {
+        "name": run.call.name,
+        "grid": list(mapping.grid),
+        "steps": run.call.steps * run.runs,
+        "bytes": run.runs * sum(block_bytes(block, mapping.grid) for block in mapping.block_mappings),
+        "listed": kernel.listed,
+        "bundles": kernel.bundle_count,
+        "loops": [[loop.stop - loop.start, loop.trips] for loop in kernel.loops],
+        "cycles": run.step_cycles,
+        "multiplying": kernel.multiplying(found.core),
+        "occupancy": kernel.occupancy(),
+        "fills": slots["VLOAD:FILL"],
+        "spills": slots["VSTORE:SPILL"],
+        "vmem_bytes": run.vmem_bytes,
+    }
 
 
 def block_bytes(block: Any, grid: tuple[int, ...]) -> int:

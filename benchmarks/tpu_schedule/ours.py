@@ -17,11 +17,11 @@ from benchmarks.tpu_schedule.compiler import schedule  # sets the environment: b
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
+import numpy as np  # isort: skip
 
-from delta_jax.ops.arrays import Arrays, Options  # isort: skip
-from delta_jax.ops.containment import Passes  # isort: skip
-from delta_jax.ops.implementations import CHUNKWISE  # isort: skip
-from delta_jax.ops.kernels import passes_of  # isort: skip
+from benchmarks.problem import GATE_FLOOR  # isort: skip
+from delta_jax.layers import l2_normalize  # isort: skip
+from delta_jax.ops import delta_rule  # isort: skip
 from pallas_kernels import tpu  # isort: skip
 from pallas_kernels.inputs import Inputs  # isort: skip
 from pallas_kernels.tpu import op  # isort: skip
@@ -29,7 +29,11 @@ from pallas_kernels.tpu import op  # isort: skip
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A shape of the op. `steep`: which way tiles take with a gate per channel, for the other way is not compiled."""
+    """A shape of the op.
+
+    `gate`: "none", "head", "channel", or "bounded": per channel and computed in the call, from a raw input. `steep`: which
+    way tiles take with a gate per channel, for the other way is not compiled. `segments`: packed sequences; 0 is one.
+    """
 
     name: str
     gate: str = "none"
@@ -41,6 +45,7 @@ class Case:
     value: int = 128
     dtype: str = "bfloat16"
     decode_batch: int = 64
+    segments: int = 0
 
 
 CASES = (
@@ -55,40 +60,64 @@ CASES = (
     Case(name="gate per head, float32", gate="head", dtype="float32"),
 )
 EVERYWHERE, ALL_SHAPES = CASES[:4], ("v5e", "v6e")  # the other generations: one shape for every kind of gate
+WORKLOADS = (  # those that tokamax's authors time; a bounded gate is never steep
+    Case(name="KDA with its gate", gate="bounded", steep=False),
+    Case(name="KDA with its gate, 25 segments", gate="bounded", steep=False, segments=25),
+)
+WORKLOADS_ON = ("v6e", "tpu7x")
 BY_XLA = {"v6e": ("gate per head",)}  # a minute of compiling
 
 
-def programs(case: Case, passes: Passes) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
-    """The functions of a case with the shapes of their arguments: heads side by side, as a projection leaves them."""
-    dtype, batch, heads = jnp.dtype(case.dtype), 1, case.heads
+def programs(case: Case, implementation: str) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    """The functions of a case with the shapes of their arguments: heads side by side, as a projection leaves them.
+
+    A call is what every layer of the family does: the L2 norm of queries and keys, then the op.
+    """
+    dtype, heads = jnp.dtype(case.dtype), case.heads
+    beside = dtype if case.gate == "bounded" else jnp.float32  # beta and gates
 
     def flat(width: int, kind: Any = dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, case.tokens, width), kind)
+        return jax.ShapeDtypeStruct((1, case.tokens, width), kind)
 
     keys, values = flat(case.key_heads * case.key), flat(heads * case.value)
-    widths = {"none": [], "head": [heads], "channel": [heads * case.key]}
-    arguments = [keys, keys, values, flat(heads, jnp.float32)]
-    arguments += [flat(width, jnp.float32) for width in widths[case.gate]]
+    wide = heads * case.key
+    widths = {"none": [], "head": [heads], "channel": [wide], "bounded": [wide]}
+    arguments = [keys, keys, values, flat(heads, beside), *(flat(width, beside) for width in widths[case.gate])]
+    if case.gate == "bounded":
+        arguments += [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (heads, wide)]
+    lengths = [len(part) for part in np.array_split(np.arange(case.tokens), max(case.segments, 1))]
+    ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None]
 
     def cut(x: jax.Array, size: int) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, size)
 
-    options = Options(scale=case.key**-0.5, chunk_size=None, erases=True)
+    def gates(g: jax.Array | None, rate: jax.Array | None, bias: jax.Array | None) -> jax.Array | None:
+        if g is None or case.gate == "head":
+            return g
+        g = cut(g, case.key)
+        if rate is None or bias is None:
+            return g
+        raw = g.astype(jnp.float32) + bias.reshape(heads, case.key)
+        return GATE_FLOOR * jax.nn.sigmoid(jnp.exp(rate)[:, None] * raw)
 
-    def arrays(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None = None) -> Arrays:
-        if g is not None and case.gate == "channel":
-            g = cut(g, case.key)
-        return Arrays(cut(q, case.key), cut(k, case.key), cut(v, case.value), beta, g, None, None, None)
-
-    def forward(*x: jax.Array) -> jax.Array:
-        o, _, _ = passes.forward(arrays(*x), options, False)
+    def forward(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        beta: jax.Array,
+        g: jax.Array | None = None,
+        rate: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        q, k = (l2_normalize(cut(x, case.key)) for x in (q, k))
+        arrays = (q, k, cut(v, case.value), beta.astype(jnp.float32), gates(g, rate, bias))
+        segments = jnp.asarray(ids) if case.segments else None
+        o, _ = delta_rule(*arrays, segment_ids=segments, implementation=implementation)
         return o.reshape(*o.shape[:2], -1)
 
     def forward_backward(d_o: jax.Array, *x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        given, pull = jax.vjp(arrays, *x)
-        o, state, kept = passes.forward(given, options, True)
-        cotangents, _ = passes.backward(given, options, kept, d_o.reshape(o.shape), jnp.zeros_like(state))
-        return o.reshape(*o.shape[:2], -1), pull(cotangents)
+        o, pull = jax.vjp(forward, *x)
+        return o, pull(d_o)
 
     return {"forward": (forward, arguments), "forward_backward": (forward_backward, [values, *arguments])}
 
@@ -120,15 +149,18 @@ def main() -> None:
     generation = sys.argv[1]
     versions = {name: version(name) for name in ("delta_jax", "jax", "libtpu")}
     say = functools.partial(print, flush=True)
-    for case in CASES if generation in ALL_SHAPES else EVERYWHERE:
-        jobs = [("pallas", name, *job) for name, job in programs(case, passes_of(tpu)).items()]
-        jobs.append(("pallas", "step", *step_program(case)))
+    cases = CASES if generation in ALL_SHAPES else EVERYWHERE
+    for case in (*cases, *WORKLOADS) if generation in WORKLOADS_ON else cases:
+        jobs = [("pallas", name, *job) for name, job in programs(case, "pallas").items()]
+        if case not in WORKLOADS:
+            jobs.append(("pallas", "step", *step_program(case)))
         if case.name in BY_XLA.get(generation, ()):
-            jobs.append(("xla", "forward", *programs(case, CHUNKWISE)["forward"]))
+            jobs.append(("xla", "forward", *programs(case, "xla")["forward"]))
         for implementation, direction, function, arguments in jobs:
             about = {"generation": generation, "case": asdict(case), "implementation": implementation}
             about |= {"direction": direction, "versions": versions}
             donate = (0,) * (direction == "step")
+            jax.clear_caches()  # what was traced with the plan of another case
             try:
                 with mock.patch.object(op, "plan_of", functools.partial(plan_of, case)):
                     found = schedule(function, arguments, generation, donate=donate)

@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.report import table
-from benchmarks.tpu_schedule.chips import CHIPS, SOURCE, Chip
+from benchmarks.tpu_schedule.calibration import calibration
+from delta_jax.compiled.core import CORES, Core
 
 TOKENS = 128
 Row = dict[str, Any]
 
 INTRODUCTION = """\
-What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anything, and none of these figures is a time.
+What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anything, and every time here is an estimate.
 
 - A *bundle* is one instruction word of a TensorCore, issued in at least one cycle. A grid step's bundles are those between
   the ends of the grid's own loop, loops inside by their trip counts, every branch as if it were taken. A gate per channel
@@ -19,26 +20,46 @@ What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anyth
   or EUP before it is there makes the core wait. Not in it: DMA, conflicts of memory banks, instruction fetch, the pipeline's
   first and last step. Where memory is the limit, "bandwidth" says so.
 - Both are per token and head: the sum over all grid steps by batch x tokens x value heads. "Around" is what XLA runs around
-  the kernels in the same call (bundles; "+" where one was not in the dump or its loop could not be read). A row of XLA is
-  our "xla" implementation, all of it around: no Pallas kernel, its loops over chunks by their trip counts.
+  the kernels in the same call, in the cycles that the compiler itself estimates for every instruction, loops by their trip
+  counts ("+" where it has no estimate for some, such as gathers on the SparseCore). A row of XLA is our "xla"
+  implementation, all of it around.
+- A *whole call* is what a layer does: the L2 norm of queries and keys, then the public op, what it adds to the kernels
+  included (the step: the kernel alone). Its *milliseconds* are the kernels' cycles and those around by the clock, times a
+  factor, with the smallest and the largest time to be expected. Factor and spread are those between such cycles and times
+  that others have published, on v6e and TPU7x; on v5e and v5p nobody has checked them. The host's 0.1 ms a call are not in
+  it.
 - Arguments are bfloat16 arrays [batch, tokens, heads x size] with float32 beta and gates, as a projection leaves them, of
-  batch 1 (the step: batch 64 and one token); tokamax gets its own layout, heads first.
-- HBM traffic in 10^6 bytes: of the kernels, blocks by the grid steps at which their index changes; around them, what XLA
-  says its instructions access (where it says it); and the least, arguments and results once. VMEM: the sum of the
+  batch 1 (the step: batch 64 and one token). "KDA with its gate" is the workload that tokamax's authors time: beta and the
+  raw gate bfloat16 too, the bounded gate computed in the call, one sequence or 25 packed ones; tokamax gets its own
+  layout, heads first.
+- HBM traffic in 10^6 bytes: of the kernels, blocks by the grid steps at which their index changes; around them, operands and
+  results of every instruction that lie in HBM; and the least, arguments and results once. VMEM: the sum of the
   allocations in the dump, spills included. "Spill stores" and "fills" are those of a grid step.
 - *Bandwidth*: arguments and results, each moved once, over what HBM moves in the cycles above. *MXU*: the part of the cycles
   times MXUs that rows stream through, whatever part of the array they fill. The larger of the two is the fraction of the
   roofline; above 100 % of the bandwidth, memory sets the time and the cycles hide behind it. A chip with two TensorCores is
   one of them with half the bandwidth. The shares of the units by kernel are slots in use over slots in its cycles."""
 
-PUBLISHED = {"forward": 1.78, "forward_backward": 4.59}
-"""Milliseconds on TPU7x that tokamax's authors give for their kernels with 32 heads and 8192 tokens (its PR 1103)."""
+SOURCE = (
+    "Peak and bandwidth of a chip: Google Cloud TPU documentation, the pages of v5e, v5p, v6e and TPU7x. TensorCores a "
+    "chip and MXU sizes: the same pages and the architecture page. A clock is not published there for any of them: it is "
+    "the one at which the MXUs reach the published peak."
+)
+
+
+CALIBRATION = (
+    "The device times that tokamax's authors publish (PR 1103 of its repository) beside the cycles of their kernels and of "
+    "what XLA runs around them, by the clock, without a factor."
+)
+RATIOS = (
+    "Above 1 we take less: of the kernels alone in bundles and in cycles, and of whole calls in the estimated time."
+)
 
 
 def page(result: Row) -> str:
     """The page that `benchmarks.tpu_schedule` prints and writes."""
     rows = [row for row in result["rows"] if "error" not in row]
-    generations = [name for name in CHIPS if any(generation(row) == name for row in rows)]
+    generations = [name for name in CORES if any(generation(row) == name for row in rows)]
     failed = [
         f"- {label(row)}, {row['direction']}, {generation(row)}: {row['error']}"
         for row in result["rows"]
@@ -55,35 +76,18 @@ def page(result: Row) -> str:
         parts += [
             f"## {name}",
             "Per token and head:",
-            summary(here, CHIPS[name]),
+            summary(here, CORES[name]),
             "By kernel:",
-            kernels(here, CHIPS[name]),
+            kernels(here),
         ]
-    parts += [text for text in [calibration(rows)] if text]
+    checked = calibration(rows)
+    parts += ["## Calibration", CALIBRATION, checked] if checked else []
     parts += ["## Chips", chips(generations), SOURCE]
     parts += ["## Did not compile", "\n".join(failed)] if failed else []
     left_out = [f"- {name}: {reason}" for name, reason in result["left_out"].items()]
     parts += ["## Left out", "\n".join(left_out)] if left_out else []
-    parts += ["## Ratios", "Above 1 we take fewer bundles (cycles).", ratios(rows, generations)]
+    parts += ["## Ratios", RATIOS, ratios(rows, generations)]
     return "\n\n".join(parts) + "\n"
-
-
-def calibration(rows: list[Row]) -> str:
-    """How the cycles of tokamax's kernels compare with the times its authors publish."""
-    found = []
-    for row in rows:
-        if row["implementation"] == "tokamax" and row["generation"] == "tpu7x" and row["case"]["heads"] == 32:
-            milliseconds = 1e3 * per_token(row, "cycles") * units(row) / CHIPS["tpu7x"].clock
-            published = PUBLISHED[row["direction"]]
-            found.append(
-                f"{words(row['direction'])} {published} ms, {published / milliseconds:.2f} times its cycles here"
-            )
-    if not found:
-        return ""
-    return (
-        "A measure of what the cycles leave out: the device times that tokamax's authors publish for this shape on TPU7x "
-        f"(32 heads; PR 1103 of its repository) are {'; '.join(found)}."
-    )
 
 
 def generation(row: Row) -> str:
@@ -110,13 +114,25 @@ def units(row: Row) -> int:
 
 def around(row: Row) -> str:
     found = row["around"]
-    return f"{found['bundles'] / units(row):.2f}" + "+" * (found["unread"] > 0)
+    return f"{found['cycles'] / units(row):.2f}" + "+" * bool(found["unestimated"])
 
 
-def bandwidth(row: Row, chip: Chip) -> float:
+def milliseconds(row: Row) -> str:
+    """The estimate of the whole call and its spread."""
+    found = row["milliseconds"]
+    return f"{found['estimate']:.3f} ({found['least']:.3f} to {found['most']:.3f})"
+
+
+def kernel_milliseconds(row: Row) -> float:
+    """Of all kernels, with the factor."""
+    core = CORES[row["generation"]]
+    return 1e3 * core.factor * per_token(row, "cycles") * units(row) / core.clock
+
+
+def bandwidth(row: Row, core: Core) -> float:
     """Least bytes over the bytes that HBM moves in the kernels' cycles."""
-    seconds = per_token(row, "cycles") * units(row) / chip.clock
-    return row["bytes_least"] / (chip.bandwidth / chip.cores * seconds)
+    seconds = per_token(row, "cycles") * units(row) / core.clock
+    return row["bytes_least"] / (core.bandwidth * seconds)
 
 
 def multiplying(row: Row) -> float:
@@ -125,29 +141,29 @@ def multiplying(row: Row) -> float:
     return busy / (per_token(row, "cycles") * units(row))
 
 
-def summary(rows: list[Row], chip: Chip) -> str:
-    head = ["shape", "", "bundles", "cycles", "around", "bandwidth", "MXU", "kernels MB", "around MB", "least MB"]
+def summary(rows: list[Row], core: Core) -> str:
+    head = ["shape", "", "bundles", "cycles", "around", "whole call, ms", "kernels, ms", "bandwidth", "MXU"]
     lines = []
     for row in rows:
-        if not row["kernels"]:  # XLA alone
-            lines.append([label(row), words(row["direction"]), "", "", around(row), "", "", *megabytes(row)])
-            continue
-        figures = [f"{per_token(row, what):.2f}" for what in ("bundles", "cycles")]
-        shares = [f"{bandwidth(row, chip):.0%}", f"{multiplying(row):.0%}"]
-        lines.append([label(row), words(row["direction"]), *figures, around(row), *shares, *megabytes(row)])
-    return table(head, lines)
+        figures, shares = ["", ""], ["", "", ""]  # of XLA alone
+        if row["kernels"]:
+            figures = [f"{per_token(row, what):.2f}" for what in ("bundles", "cycles")]
+            shares = [f"{kernel_milliseconds(row):.3f}", f"{bandwidth(row, core):.0%}", f"{multiplying(row):.0%}"]
+        about = [label(row), words(row["direction"]), *figures, around(row), milliseconds(row)]
+        lines.append([*about, *shares, *megabytes(row)])
+    return table([*head, "kernels MB", "around MB", "least MB"], lines)
 
 
 def megabytes(row: Row) -> list[str]:
     moved = sum(kernel["bytes"] for kernel in row["kernels"])
-    return ["" if x is None else f"{x / 1e6:.0f}" for x in (moved, row["around_bytes"], row["bytes_least"])]
+    return [f"{x / 1e6:.0f}" for x in (moved, row["around"]["bytes"], row["bytes_least"])]
 
 
 def words(direction: str) -> str:
     return direction.replace("_", " + ")
 
 
-def kernels(rows: list[Row], chip: Chip) -> str:
+def kernels(rows: list[Row]) -> str:
     head = ["kernel", "grid", "token-heads a step", "bundles a step", "a tile and head", "loops", "cycles a step"]
     head += ["MXU", "XLU", "VALU", "EUP", "load", "store", "spill stores", "fills", "VMEM MiB"]
     lines = []
@@ -203,35 +219,36 @@ def ratios(rows: list[Row], generations: Iterable[str]) -> str:
         if row["implementation"] == "xla":
             ours = next(o for o in rows if o["implementation"] == "pallas" and o["generation"] == row["generation"]
                         and o["case"] == row["case"] and o["direction"] == row["direction"])  # fmt: skip
-            total = per_token(ours, "bundles") + ours["around"]["bundles"] / units(ours)
-            lines.append(
-                [
-                    row["generation"],
-                    f"{label(row)} over the kernels: {words(row['direction'])}",
-                    f"{row['around']['bundles'] / units(row) / total:.2f}",
-                    "",
-                ]
-            )
-    return table(["chip", "", "bundles", "cycles"], lines)
+            about = [row["generation"], f"{label(row)} over the kernels: {words(row['direction'])}"]
+            lines.append([*about, "", "", whole_calls(row, ours)])
+    return table(["chip", "", "bundles", "cycles", "whole calls"], lines)
 
 
 def alike(row: Row, other: Row) -> bool:
-    """The same work: a gate per channel, sizes, heads, direction."""
-    keys = ("gate", "heads", "key_heads", "key", "value", "tokens", "dtype")
+    """The same work: gate, sizes, heads, segments, direction."""
+    keys = ("gate", "segments", "heads", "key_heads", "key", "value", "tokens", "dtype")
     return row["direction"] == other["direction"] and all(row["case"][key] == other["case"][key] for key in keys)
 
 
 def quotient(above: Row, below: Row) -> list[str]:
-    return [f"{per_token(above, what) / per_token(below, what):.2f}" for what in ("bundles", "cycles")]
+    shares = [f"{per_token(above, what) / per_token(below, what):.2f}" for what in ("bundles", "cycles")]
+    return [*shares, whole_calls(above, below)]
+
+
+def whole_calls(above: Row, below: Row) -> str:
+    return f"{above['milliseconds']['estimate'] / below['milliseconds']['estimate']:.2f}"
 
 
 def chips(generations: Iterable[str]) -> str:
     head = ["", "bfloat16 TFLOP/s", "HBM GB/s", "TensorCores", "MXUs a core", "clock implied, GHz"]
-    head += ["matmul to pop", "transpose", "lane permute", "EUP"]
+    head += ["matmul to pop", "transpose", "lane permute", "EUP", "factor"]
     lines = []
     for name in generations:
-        chip = CHIPS[name]
-        figures = [f"{chip.peak / 1e12:.0f}", f"{chip.bandwidth / 1e9:.0f}", str(chip.cores)]
-        figures += [f"{chip.mxus} of {chip.mxu_size} x {chip.mxu_size}", f"{chip.clock / 1e9:.2f}"]
-        lines.append([name, *figures, *(str(x) for x in (chip.matmul, chip.transpose, chip.permute, chip.eup))])
+        core = CORES[name]
+        figures = [f"{core.chip.flops / 1e12:.0f}", f"{core.chip.hbm_bytes / 1e9:.0f}", str(core.cores)]
+        figures += [f"{core.mxus} of {core.mxu_size} x {core.mxu_size}", f"{core.clock / 1e9:.2f}"]
+        figures += [str(x) for x in (core.matmul, core.transpose, core.permute, core.eup)]
+        least, most = core.spread
+        checked = "" if core.measured else ", not checked"
+        lines.append([name, *figures, f"{core.factor:.2f} ({least:.2f} to {most:.2f}{checked})"])
     return table(head, lines)

@@ -3,14 +3,13 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+from delta_jax.compiled.hlo import COLLECTIVES, computations, trips
+from delta_jax.compiled.jaxpr import inner_jaxprs, open_jaxpr
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=(%?[\w.-]+|\{[^}]*\})")
@@ -22,18 +21,7 @@ def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     Loops count as often as they run, kernels as often as their grid has steps, and what is computed again for the
     backward pass counts again. (XLA's own figure counts the body of a loop once and a kernel not at all.)
     """
-    return sum((_equation_flops(equation) for equation in _open(jaxpr).eqns), 0.0)
-
-
-def kernel_names(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[str, ...]:
-    """The names of the kernels in a jaxpr, each once, in order."""
-    names = []
-    for equation in _open(jaxpr).eqns:
-        if equation.primitive.name == "pallas_call":
-            names.append(equation.params["name"])
-        else:
-            names += [name for inner in _inner(equation) for name in kernel_names(inner)]
-    return tuple(dict.fromkeys(names))
+    return sum((_equation_flops(equation) for equation in open_jaxpr(jaxpr).eqns), 0.0)
 
 
 def collective_bytes(hlo: str) -> dict[str, float]:
@@ -77,17 +65,6 @@ def collective_bytes(hlo: str) -> dict[str, float]:
     return {kind: totals[kind] for kind in COLLECTIVES if totals[kind]}
 
 
-def _open(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-
-
-def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, Jaxpr | ClosedJaxpr):
-                yield _open(item)
-
-
 def _equation_flops(equation: JaxprEqn) -> float:
     name, params = equation.primitive.name, equation.params
     operands: list[Any] = [operand.aval for operand in equation.invars]
@@ -103,7 +80,7 @@ def _equation_flops(equation: JaxprEqn) -> float:
     if name == "conv_general_dilated":
         kernel, outputs = operands[1], params["dimension_numbers"].rhs_spec[0]
         return 2.0 * results[0].size * kernel.size / kernel.shape[outputs]
-    inner = [product_flops(jaxpr) for jaxpr in _inner(equation)]
+    inner = [product_flops(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if name == "cond":
         return max(inner)
     times = 1
@@ -116,23 +93,6 @@ def _equation_flops(equation: JaxprEqn) -> float:
     return times * sum(inner, 0.0)
 
 
-def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of the entry of a compiled program, and the lines of every computation."""
-    entry, current = "", ""
-    lines: dict[str, list[str]] = {}
-    for line in hlo.splitlines():
-        head = _COMPUTATION.match(line)
-        if head:
-            current = head.group(2)
-            lines[current] = []
-            entry = current if head.group(1) else entry
-        elif line.startswith("}"):
-            current = ""
-        elif current:
-            lines[current].append(line)
-    return entry, lines
-
-
 def _count_runs(name: str, times: int, lines: dict[str, list[str]], runs: dict[str, int]) -> None:
     runs[name] += times
     for line in lines[name]:
@@ -141,16 +101,6 @@ def _count_runs(name: str, times: int, lines: dict[str, list[str]], runs: dict[s
         for inner in called:
             if inner in lines:
                 _count_runs(inner, times * often, lines, runs)
-
-
-def trips(line: str, lines: dict[str, list[str]]) -> int:
-    """How often a loop runs: what XLA says, or the bound its counter, which starts at zero, is compared with."""
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-    if known:
-        return int(known.group(1))
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    bounds = re.findall(r"constant\((\d+)\)", "\n".join(lines[condition.group(1)])) if condition else []
-    return int(bounds[0]) if len(bounds) == 1 else 1
 
 
 def _size(shapes: str, *, halves: bool) -> float:

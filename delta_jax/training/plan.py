@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
+from delta_jax.compiled.jaxpr import kernel_calls
+from delta_jax.compiled.traffic import memory_bytes
 from delta_jax.parallel import chip_of, tpu_topology
 from delta_jax.training.config import TrainConfig
-from delta_jax.training.cost import collective_bytes, kernel_names, product_flops
+from delta_jax.training.cost import collective_bytes, product_flops
 from delta_jax.training.setup import set_up
-from delta_jax.training.traffic import memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def plan(
         devices=len(devices),
         mesh=dict(run.mesh.shape),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.parameters)),
-        kernels=kernel_names(traced.jaxpr),
+        kernels=tuple(dict.fromkeys(call.name for call in kernel_calls(traced.jaxpr))),
         flops=flops,
         hbm=chip.hbm_gib * 2**30,
         refusal=refusal,

@@ -54,7 +54,7 @@ def test_all_generations_are_the_default(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(sys, "argv", ["tpu_schedule"])
     monkeypatch.setattr(command, "collect", collect)
-    with pytest.raises(RuntimeError, match=f"^{', '.join(command.CHIPS)}$"):
+    with pytest.raises(RuntimeError, match=f"^{', '.join(command.CORES)}$"):
         command.main()
 
 

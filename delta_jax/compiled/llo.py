@@ -7,16 +7,17 @@ comparison that ends it.
 
 Bundle counts hide one thing: results of the matrix units (MXU), of the units that move lanes (XLU) and of the unit of
 transcendental functions (EUP) are fetched from queues, and a `vpop` that comes too early waits. `Kernel.cycles` replays the
-bundles with the latencies of `Chip`: an operation starts when its unit is free, a pop waits for its operation. It knows
+bundles with the latencies of `Core`: an operation starts when its unit is free, a pop waits for its operation. It knows
 nothing of DMA, of memory banks and of anything else that makes a core wait.
 """
 
 import re
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.tpu_schedule.chips import Chip
+from delta_jax.compiled.core import Core
 
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +((?:[A-Z]{2} ?)*) *: ([> ]*)\{(.*)", re.M)
@@ -94,18 +95,18 @@ class Kernel:
         slots = self.slots()
         return {name: slots[name] / (most * self.bundle_count) for name, most in self.capacity.items()}
 
-    def multiplying(self, chip: Chip) -> float:
+    def multiplying(self, core: Core) -> float:
         """Cycles that the MXUs spend on rows, over cycles there are (bundles x MXUs)."""
         cycles = sum(
-            repeat * _rows(mnemonic, chip)
+            repeat * _rows(mnemonic, core)
             for i, repeat in zip(self.step, self.repeats(), strict=True)
             for _, mnemonic, _ in self.bundles[i].operations
         )
-        return cycles / (chip.mxus * self.bundle_count)
+        return cycles / (core.mxus * self.bundle_count)
 
-    def cycles(self, chip: Chip) -> int:
+    def cycles(self, core: Core) -> int:
         """Cycles of a grid step with the waits of its pops."""
-        replay = _Replay(chip)
+        replay = _Replay(core)
         self._run(replay, self.step.start, self.step.stop, self.loops)
         return replay.now
 
@@ -181,8 +182,8 @@ def _trips(bundles: list[Bundle], start: int, stop: int) -> int | None:
 class _Replay:
     """The units of a core, bundle after bundle."""
 
-    def __init__(self, chip: Chip) -> None:
-        self.chip = chip
+    def __init__(self, core: Core) -> None:
+        self.core = core
         self.now = 0
         self.free: Counter[str] = Counter()  # unit -> cycle from which it takes the next operation
         self.ready: dict[str, int] = {}  # result -> cycle from which it can be popped
@@ -206,31 +207,31 @@ class _Replay:
         return queue.popleft() if queue else 0
 
     def _push(self, name: str, mnemonic: str, operands: str) -> None:
-        chip = self.chip
+        core = self.core
         unit = found[0] if (found := _UNIT.search(mnemonic)) else ""
         if mnemonic.startswith("vmatmul"):
             start = self._occupy(
-                unit, _rows(mnemonic, chip), self.free[unit + " weights"] if "vlgmr" in mnemonic else 0
+                unit, _rows(mnemonic, core), self.free[unit + " weights"] if "vlgmr" in mnemonic else 0
             )
-            pops = (2 if ".bf16" in mnemonic else 1) * chip.mxu_size // 128
-            ready = [start + chip.matmul + chip.matmul_pop * i for i in range(pops)]
+            pops = (2 if ".bf16" in mnemonic else 1) * core.mxu_size // 128
+            ready = [start + core.matmul + core.matmul_pop * i for i in range(pops)]
             if buffer := re.search(r"mrb\[(\d+)\]", mnemonic):
                 self.ready |= {f"{unit}[{int(buffer[1]) + i}]": cycle for i, cycle in enumerate(ready)}
             else:
                 self.queues.setdefault(f"mrf {unit}", deque()).extend(ready)
         elif mnemonic.startswith("vmatpush"):
-            self._occupy(unit + " weights", chip.weights * (2 if ".xpose" in mnemonic else 1))
+            self._occupy(unit + " weights", core.weights * (2 if ".xpose" in mnemonic else 1))
         elif mnemonic.startswith("vxpose"):
-            start = self._occupy(unit, chip.lane)
+            start = self._occupy(unit, core.lane)
             if ".end" in mnemonic:
                 pops = int(operands.rsplit(",", 1)[1].split()[0]) // (16 if ".b16" in mnemonic else 8)
                 queue = self.queues.setdefault(f"trf {unit}", deque())
-                queue.extend(start + chip.transpose + chip.lane * i for i in range(pops))
+                queue.extend(start + core.transpose + core.lane * i for i in range(pops))
         elif unit.startswith("xlu") and not mnemonic.startswith("vpop"):
-            start = self._occupy(unit, chip.lane)
-            self.ready[name] = start + (chip.reduce if ".xlane" in mnemonic else chip.permute)
+            start = self._occupy(unit, core.lane)
+            self.ready[name] = start + (core.reduce if ".xlane" in mnemonic else core.permute)
         elif mnemonic.startswith(_EUP):
-            self.ready[name] = self._occupy("eup", 1) + chip.eup
+            self.ready[name] = self._occupy("eup", 1) + core.eup
 
     def _occupy(self, unit: str, cycles: int, earliest: int = 0) -> int:
         start = max(self.now, self.free[unit], earliest)
@@ -247,11 +248,11 @@ def _queue(mnemonic: str) -> str:
     return f"{kind} {unit}"
 
 
-def _rows(mnemonic: str, chip: Chip) -> int:
+def _rows(mnemonic: str, core: Core) -> int:
     """Cycles a `vmatmul` keeps its MXU busy: 16 rows of bfloat16, 8 of float32."""
     if not mnemonic.startswith("vmatmul"):
         return 0
-    return chip.rows if ".bf16" in mnemonic else chip.rows // 2
+    return core.rows if ".bf16" in mnemonic else core.rows // 2
 
 
 def vmem_bytes(text: str) -> int:
@@ -260,15 +261,13 @@ def vmem_bytes(text: str) -> int:
     return sum(int(size, 16) for size in sizes.values())
 
 
-def read_dump(folder: Path) -> dict[str, tuple[str, str, int]]:
-    """Every program of a dump by its instruction's name: final bundles, utilization, bytes of VMEM.
-
-    The instructions that are no kernel of their own (fusions, copies) are in "TLP".
-    """
+def read_dump(folder: Path, names: Collection[str]) -> dict[str, tuple[str, str, int]]:
+    """Those programs of a dump that are named, by their instructions' names: final bundles, utilization, bytes of VMEM."""
     found = {}
     for path in sorted(folder.glob("*-final_hlo-static-per-bundle-utilization.txt")):
         name = re.fullmatch(r"\d+-(.*)-\d+-final_hlo-static-per-bundle-utilization.txt", path.name)
-        assert name is not None
+        if name is None or name[1] not in names:
+            continue
         stem = path.name[: name.end(1)]
         (bundles,) = (
             p for p in folder.glob(f"{glob_escape(stem)}-*-final_bundles.txt") if "schedule-analysis" not in p.name

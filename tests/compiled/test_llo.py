@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_schedule.chips import CHIPS
-from benchmarks.tpu_schedule.hlo import around
-from benchmarks.tpu_schedule.llo import Kernel, Loop, find_loops, parse_bundles, vmem_bytes
+from delta_jax.compiled.core import CORES
+from delta_jax.compiled.llo import Kernel, Loop, find_loops, parse_bundles, vmem_bytes
 
 SAMPLES = Path(__file__).parent / "samples"
 UTILIZATION = "== CAPACTIY:\nMXU, XLU\n    4     3\n== UTILIZATION:\n"
@@ -38,40 +37,40 @@ def test_loops_count_by_their_trips(generation: str) -> None:
 
 @pytest.mark.parametrize("generation", ["v5e", "tpu7x"])
 def test_slots_are_those_of_the_kernel(generation: str) -> None:
-    kernel, chip = sample(generation), CHIPS[generation]
+    kernel, core = sample(generation), CORES[generation]
     assert kernel.slots()["EUP"] == 3 * 2, "two registers of eight rows are raised in each trip"
     assert kernel.slots()["VSTORE:SPILL"] == 0
-    busy = kernel.multiplying(chip) * chip.mxus * kernel.bundle_count
-    assert busy == pytest.approx(3 * chip.rows), "16 rows in each trip"
+    busy = kernel.multiplying(core) * core.mxus * kernel.bundle_count
+    assert busy == pytest.approx(3 * core.rows), "16 rows in each trip"
 
 
 @pytest.mark.parametrize("generation", ["v5e", "tpu7x"])
 def test_a_chain_of_waits(generation: str) -> None:
-    kernel, chip = sample(generation), CHIPS[generation]
-    chain = 3 * (chip.matmul + chip.eup + 5 * chip.permute)
-    assert chain < kernel.cycles(chip) < chain + kernel.bundle_count + 3 * 5 * chip.lane
+    kernel, core = sample(generation), CORES[generation]
+    chain = 3 * (core.matmul + core.eup + 5 * core.permute)
+    assert chain < kernel.cycles(core) < chain + kernel.bundle_count + 3 * 5 * core.lane
 
 
 def test_pops_wait_for_their_operation() -> None:
-    chip = CHIPS["v5e"]
+    core = CORES["v5e"]
     matmul = by_hand("%1 = vmatmul.bf16.gmra.mxu0 %v1", *["%v2 = vpop.f32.mrf.mxu0"] * 2)
-    assert matmul.cycles(chip) == chip.matmul + chip.matmul_pop + 1
+    assert matmul.cycles(core) == core.matmul + core.matmul_pop + 1
     eup = by_hand("%1 = vpow2.f32 %v1", "%2 = vpow2.f32 %v2", "%v3 = vpop.eup %2", "%v4 = vpop.eup %1")
-    assert eup.cycles(chip) == 1 + chip.eup + 2
+    assert eup.cycles(core) == 1 + core.eup + 2
     permute = by_hand(
         "%1 = vperm.lane.xlu0 %2, %v1  ;;  %3 = vrot.lane.b32.xlu0 %v2, %s1", "%v4 = vpop.permute.xlu0 %3"
     )
-    assert permute.cycles(chip) == chip.lane + chip.permute + 1
+    assert permute.cycles(core) == core.lane + core.permute + 1
     transpose = by_hand("%1 = vxpose.xlu1.b32.start.end [1/1] (short) %v1, 16", *["%v2 = vpop.trf.xlu1"] * 2)
-    assert transpose.cycles(chip) == chip.transpose + chip.lane + 1
+    assert transpose.cycles(core) == core.transpose + core.lane + 1
 
 
 def test_results_with_an_address_wait_for_the_last_write() -> None:
-    chip = CHIPS["tpu7x"]
+    core = CORES["tpu7x"]
     first, again = "%1 = vmatmul.mubr.bf16.gmra.mrb[4].mxu0 %v1", "%2 = vmatmul.mubr.bf16.gmra.mrb[4].mxu0 %v2"
     assert (
-        by_hand(first, again, "%v3 = vpop.f32.mrb[6].mxu0").cycles(chip)
-        == chip.rows + chip.matmul + 2 * chip.matmul_pop + 1
+        by_hand(first, again, "%v3 = vpop.f32.mrb[6].mxu0").cycles(core)
+        == core.rows + core.matmul + 2 * core.matmul_pop + 1
     )
 
 
@@ -102,35 +101,3 @@ def test_vmem_is_the_sum_of_the_allocations() -> None:
         + line.format("5_spill", 8, "vmem", "0x8")
     )
     assert vmem_bytes(text + text) == 0x1008
-
-
-def test_instructions_of_a_while_loop_count_by_its_trips() -> None:
-    text = """HloModule sample
-
-%fused_computation (x: f32[8]) -> f32[8] {
-  ROOT %add.1 = f32[8]{0} add(%x, %x)
-}
-
-%body (x: f32[8]) -> f32[8] {
-  %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused_computation
-  ROOT %fusion.2 = f32[8]{0} fusion(%fusion.1), kind=kLoop, calls=%fused_computation
-}
-
-%condition (x: f32[8]) -> pred[] {
-  %constant.1 = s32[] constant(64)
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %while.1 = f32[8]{0} while(%x), condition=%condition, body=%body
-  %kernel.1 = f32[8]{0} custom-call(%while.1), custom_call_target="tpu_custom_call"
-  ROOT %copy.1 = f32[8]{0} copy(%kernel.1)
-}
-"""
-    bundles = {count: "".join(f"  {hex(i)}   :  {{}}\n" for i in range(1, count + 1)) for count in (3, 5, 100)}
-    programs = {
-        name: (bundles[count], UTILIZATION + "0 0\n" * count, 0)
-        for name, count in {"fusion.1": 3, "copy.1": 5, "kernel.1": 100}.items()
-    }
-    assert around(programs, text, ["kernel.1"]) == {"bundles": 64 * (3 + 3) + 5, "instructions": 3, "unread": 0}
-    del programs["fusion.1"]
-    assert around(programs, text, ["kernel.1"]) == {"bundles": 5, "instructions": 3, "unread": 2}

@@ -1,18 +1,9 @@
 """What a compiled program moves to and from the memory of its device."""
 
-import math
-import re
-from collections import defaultdict
-from collections.abc import Iterator
-from typing import NamedTuple
+from delta_jax.compiled.hlo import Instruction, computations, instructions, runs
 
-from delta_jax.training.cost import computations, trips
-
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
-_BODIES = re.compile(r"(?:body|condition|branch_computations|to_apply)=(%?[\w.-]+|\{[^}]*\})")
 # What moves nothing by itself.
-_FREE = (
+FREE = (
     "parameter",
     "constant",
     "tuple",
@@ -26,24 +17,6 @@ _FREE = (
 )
 
 
-class _Instruction(NamedTuple):
-    root: bool
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    text: str
-
-    def sizes(self) -> Iterator[tuple[int, bool]]:
-        """Bytes of each array of the result, and whether it lies in the device's main memory."""
-        for dtype, bits, dims, layout in _ARRAY.findall(self.shape):
-            size = math.prod(int(n) for n in dims.split(",") if n) * (8 if dtype == "pred" else int(bits)) // 8
-            yield size, re.search(r"S\([1-9]", layout) is None
-
-    def bytes(self) -> int:
-        """Of those in main memory."""
-        return sum(size for size, here in self.sizes() if here)
-
-
 def memory_bytes(hlo: str) -> float:
     """Bytes that each device reads from and writes to its main memory in a run of a compiled program.
 
@@ -55,56 +28,22 @@ def memory_bytes(hlo: str) -> float:
         hlo: the text of the compiled program.
     """
     entry, lines = computations(hlo)
-    parsed = {name: _parse(text) for name, text in lines.items()}
-    runs: dict[str, int] = defaultdict(int)
-    _count(entry, 1, lines, runs)
+    parsed = instructions(lines)
     moved = (
-        times * _moved(instruction, parsed[name], parsed)
-        for name, times in runs.items()
+        times * moved_bytes(instruction, parsed[name], parsed)
+        for name, times in runs(entry, lines).items()
         for instruction in parsed[name].values()
     )
     return float(sum(moved))
 
 
-def _parse(lines: list[str]) -> dict[str, _Instruction]:
-    instructions = {}
-    for line in lines:
-        found = _INSTRUCTION.match(line)
-        if found:
-            root, name, shape, opcode, rest = found.groups()
-            operands = tuple(re.findall(r"%([\w.-]+)", _until_closed(rest)))
-            instructions[name] = _Instruction(bool(root), shape, opcode, operands, rest)
-    return instructions
-
-
-def _until_closed(text: str) -> str:
-    depth = 1
-    for index, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return text[:index]
-    return text
-
-
-def _count(name: str, times: int, lines: dict[str, list[str]], runs: dict[str, int]) -> None:
-    """How often every computation runs, fusions and what reductions apply left out."""
-    runs[name] += times
-    for line in lines[name]:
-        found = _INSTRUCTION.match(line)
-        if found is None or found.group(4) not in ("while", "conditional", "call"):
-            continue
-        often = trips(line, lines) if found.group(4) == "while" else 1
-        for match in _BODIES.findall(line):
-            for inner in (part.strip(" %{}") for part in match.split(",")):
-                if inner in lines:
-                    _count(inner, times * often, lines, runs)
-
-
-def _moved(instruction: _Instruction, here: dict[str, _Instruction], parsed: dict[str, dict[str, _Instruction]]) -> int:
-    """Bytes that one run of an instruction moves."""
+def moved_bytes(
+    instruction: Instruction, here: dict[str, Instruction], parsed: dict[str, dict[str, Instruction]]
+) -> int:
+    """Bytes that one run of an instruction of the computation `here` moves; `parsed` are all computations."""
     opcode = instruction.opcode
     operands = [here[name] for name in instruction.operands if name in here]
-    if opcode in _FREE or opcode.endswith(("-done", "-update")) or (opcode == "custom-call" and not operands):
+    if opcode in FREE or opcode.endswith(("-done", "-update")) or (opcode == "custom-call" and not operands):
         return 0  # a custom call without operands makes room
     if opcode in ("copy-start", "slice-start"):  # source and destination are the first two arrays of the result
         ends = list(instruction.sizes())[:2]
@@ -115,15 +54,14 @@ def _moved(instruction: _Instruction, here: dict[str, _Instruction], parsed: dic
         return instruction.bytes() * (2 if operands and operands[0].bytes() else 1)
     if opcode == "dynamic-update-slice":
         return operands[1].bytes() * 2 if instruction.bytes() else 0
-    called = re.search(r"calls=%?([\w.-]+)", instruction.text)
-    if opcode != "fusion" or called is None or called.group(1) not in parsed:
+    if opcode != "fusion" or instruction.called not in parsed:
         return instruction.bytes() + sum(operand.bytes() for operand in operands)
-    inside = parsed[called.group(1)]
+    inside = parsed[instruction.called]
     read = sum(_read(index, operand, inside) for index, operand in enumerate(operands))
     return read + _written(instruction, inside)
 
 
-def _read(index: int, operand: _Instruction, inside: dict[str, _Instruction]) -> int:
+def _read(index: int, operand: Instruction, inside: dict[str, Instruction]) -> int:
     """Bytes that a fusion reads of an operand."""
     whole = operand.bytes()
     if not whole:
@@ -146,7 +84,7 @@ def _read(index: int, operand: _Instruction, inside: dict[str, _Instruction]) ->
     return min(part, whole)
 
 
-def _written(fusion: _Instruction, inside: dict[str, _Instruction]) -> int:
+def _written(fusion: Instruction, inside: dict[str, Instruction]) -> int:
     """Bytes that a fusion writes; of an array that it updates in place, the update."""
     root = next(i for i in inside.values() if i.root)
     results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]

@@ -1,26 +1,20 @@
-"""The chips the kernels are compiled for: published figures, and the latencies that the compiler itself assumes."""
+"""One TensorCore of each generation, as its compiler sees it, and how its figures become milliseconds."""
 
 from dataclasses import dataclass
 
-SOURCE = (
-    "Peak and bandwidth of a chip: Google Cloud TPU documentation, the pages of v5e, v5p, v6e and TPU7x. TensorCores a "
-    "chip and MXU sizes: the same pages and the architecture page. A clock is not published there for any of them: it is "
-    "the one at which the MXUs reach the published peak."
-)
+from delta_jax.parallel import CHIPS, Chip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chip:
-    """One generation, as a single TensorCore sees it.
+class Core:
+    """A TensorCore of a generation.
 
     The latencies are the compiler's own, in cycles: differences of "Length to end" in the critical-path files of
     libtpu 0.0.50.1, of small kernels that consist of one operation each.
     """
 
-    topology: str
+    chip: Chip
     cores: int  # TensorCores a chip
-    peak: float  # bfloat16 FLOP/s a chip
-    bandwidth: float  # HBM bytes/s a chip
     mxus: int  # a core
     mxu_size: int
     rows: int  # cycles that 16 rows of bfloat16 keep an MXU busy
@@ -32,19 +26,27 @@ class Chip:
     reduce: int  # from a reduction across lanes to vpop
     lane: int  # cycles an operation keeps an XLU busy
     eup: int  # from vpow2 and the like to vpop
+    factor: float = (
+        1.05  # time on hardware over cycles by the clock; where nobody has published times, that of the others
+    )
+    spread: tuple[float, float] = (0.90, 1.20)  # the smallest and the largest factor to be expected
+    measured: bool = False  # whether factor and spread are those of published times on this generation
 
     @property
     def clock(self) -> float:
         """Hertz, implied by the published peak."""
-        return self.peak / self.cores / (2 * self.mxus * self.mxu_size**2 * 16 / self.rows)
+        return self.chip.flops / self.cores / (2 * self.mxus * self.mxu_size**2 * 16 / self.rows)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second between HBM and this core."""
+        return self.chip.hbm_bytes / self.cores
 
 
-CHIPS = {
-    "v5e": Chip(
-        topology="v5e:2x2",
+CORES = {
+    "v5e": Core(
+        chip=CHIPS["v5e"],
         cores=1,
-        peak=197e12,
-        bandwidth=819e9,
         mxus=4,
         mxu_size=128,
         rows=16,
@@ -57,11 +59,9 @@ CHIPS = {
         lane=8,
         eup=7,
     ),
-    "v5p": Chip(
-        topology="v5p:2x2x1",
+    "v5p": Core(
+        chip=CHIPS["v5p"],
         cores=2,
-        peak=459e12,
-        bandwidth=2765e9,
         mxus=4,
         mxu_size=128,
         rows=16,
@@ -74,11 +74,9 @@ CHIPS = {
         lane=8,
         eup=9,
     ),
-    "v6e": Chip(
-        topology="v6e:2x2",
+    "v6e": Core(
+        chip=CHIPS["v6e"],
         cores=1,
-        peak=918e12,
-        bandwidth=1638e9,
         mxus=2,
         mxu_size=256,
         rows=8,
@@ -90,12 +88,13 @@ CHIPS = {
         reduce=137,
         lane=4,
         eup=14,
+        factor=1.03,
+        spread=(0.96, 1.10),
+        measured=True,
     ),
-    "tpu7x": Chip(
-        topology="tpu7x:2x2x1",
+    "tpu7x": Core(
+        chip=CHIPS["tpu7x"],
         cores=2,
-        peak=2307e12,
-        bandwidth=7380e9,
         mxus=2,
         mxu_size=256,
         rows=8,
@@ -107,5 +106,8 @@ CHIPS = {
         reduce=141,
         lane=4,
         eup=11,
+        factor=1.06,
+        spread=(1.02, 1.15),
+        measured=True,
     ),
 }

@@ -1,0 +1,42 @@
+"""The Pallas kernels that a jaxpr calls."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+class KernelCall(NamedTuple):
+    """A pallas_call; `steps` are those of its grid, `results` the shapes of its results."""
+
+    name: str
+    steps: int
+    results: tuple[tuple[int, ...], ...]
+    equation: JaxprEqn
+
+
+def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
+    """The jaxpr without its constants."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs among the parameters of an equation."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, Jaxpr | ClosedJaxpr):
+                yield open_jaxpr(item)
+
+
+def kernel_calls(jaxpr: Jaxpr | ClosedJaxpr, scope: str = "") -> Iterator[KernelCall]:
+    """Every pallas_call of a jaxpr in order, also inside the functions it calls; one without a name has theirs."""
+    for equation in open_jaxpr(jaxpr).eqns:
+        if equation.primitive.name == "pallas_call":
+            grid = equation.params["grid_mapping"].grid
+            results: list[Any] = [result.aval for result in equation.outvars]
+            shapes = tuple(tuple(aval.shape) for aval in results)
+            yield KernelCall(equation.params["name"] or scope, math.prod(grid), shapes, equation)
+            continue
+        for inner in inner_jaxprs(equation):
+            yield from kernel_calls(inner, equation.params.get("name") or scope)

@@ -1,0 +1,121 @@
+"""The time that a compiled TPU program should take: the cycles of its kernels, and the compiler's estimate of the rest.
+
+The estimate is static. Against the times that others have published for their own kernels on v6e and TPU7x it is good to
+about a tenth, as `Core.factor` and `Core.spread` have it; on the other generations nobody has checked it.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from delta_jax.compiled.core import Core
+from delta_jax.compiled.jaxpr import KernelCall
+from delta_jax.compiled.llo import Kernel, read_dump
+from delta_jax.compiled.work import Work, work_of
+
+_DUMPS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def dump_folder(passes: str = ".*final.*") -> Path:
+    """The folder, empty, into which libtpu writes the bundles of what it compiles next.
+
+    libtpu is told when it is loaded: where it was loaded before the first call of this function, it writes nothing.
+
+    Args:
+        passes: which passes of the compiler write, as a regular expression; heard at the first call alone.
+    """
+    if not _DUMPS:
+        _DUMPS.append(tempfile.TemporaryDirectory(prefix="delta_jax-"))
+        wanted = f"--xla_jf_dump_to={_DUMPS[0].name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_html=false"
+        wanted += f" --xla_jf_dump_llo_pass_label_regex={passes}"
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), wanted]).strip()
+    folder = Path(_DUMPS[0].name)
+    for path in folder.iterdir():
+        path.unlink()
+    return folder
+
+
+class KernelRun(NamedTuple):
+    """A kernel's instruction in a program: where it comes from, its bundles, and the cycles of a step of its grid."""
+
+    call: KernelCall
+    kernel: Kernel
+    vmem_bytes: int
+    step_cycles: int
+    runs: int
+
+    @property
+    def cycles(self) -> int:
+        """Of all steps of all runs."""
+        return self.step_cycles * self.call.steps * self.runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Where the time of a program goes, in cycles of one TensorCore.
+
+    Attributes:
+        core: whose cycles.
+        work: all that is no kernel.
+        kernels: name of a kernel's instruction -> its schedule, waits included.
+        unread: kernels whose bundles the compiler did not write, or whose grid could not be told.
+    """
+
+    core: Core
+    work: Work
+    kernels: Mapping[str, KernelRun]
+    unread: tuple[str, ...]
+
+    @property
+    def kernel_cycles(self) -> int:
+        """Of all kernels that could be read."""
+        return sum(kernel.cycles for kernel in self.kernels.values())
+
+    @property
+    def cycles(self) -> int:
+        """All of it, but for what is unread or has no estimate."""
+        return self.work.cycles + self.kernel_cycles
+
+    def seconds(self, cycles: float) -> float:
+        """What so many cycles should take on hardware."""
+        return self.core.factor * cycles / self.core.clock
+
+
+def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core) -> Schedule:
+    """Reads the schedule of a program.
+
+    Args:
+        hlo: the text of the compiled program.
+        calls: `kernel_calls` of the jaxpr that was compiled.
+        folder: `dump_folder()`, called before the program was compiled.
+        core: what it was compiled for.
+    """
+    work = work_of(hlo)
+    programs = read_dump(folder, set(work.kernels)) if work.kernels else {}
+    found: dict[str, KernelRun] = {}
+    kernels, unread = {}, []
+    for name, runs in work.kernels.items():
+        shape = work.shapes[name]
+        call = call_of(name, shape, calls)
+        if call and name in programs and shape not in found:
+            bundles, utilization, vmem = programs[name]
+            kernel = Kernel(bundles, utilization, gridded=call.steps > 1)
+            found[shape] = KernelRun(call, kernel, vmem, kernel.cycles(core), 0)
+        # Equal kernels are written once: one that is missing takes the bundles of another with its origin and results.
+        if shape in found and call == found[shape].call:
+            kernels[name] = found[shape]._replace(runs=runs)
+        else:
+            unread.append(name)
+    return Schedule(core=core, work=work, kernels=kernels, unread=tuple(unread))
+
+
+def call_of(name: str, shape: str, calls: Sequence[KernelCall]) -> KernelCall | None:
+    """The call that a kernel's instruction is, by its name and the shapes of its results; None where they do not tell."""
+    dims = tuple(tuple(int(n) for n in found.split(",") if n) for found in re.findall(r"\[([\d,]*)\]", shape))
+    named = [call for call in calls if call.name in name]  # "transpose_jvp_NAME__.1"
+    fit = named if len(named) == 1 else [call for call in named if call.results == dims]
+    return fit[0] if len({call.steps for call in fit}) == 1 else None

@@ -1,0 +1,114 @@
+"""The work of a compiled TPU program by kinds, in the cycles that its compiler estimates."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from delta_jax.compiled.hlo import COLLECTIVES, Instruction, computations, instructions, runs
+from delta_jax.compiled.traffic import FREE, moved_bytes
+
+_MOVES = ("parameter", "bitcast", "copy", "transpose", "reshape", "tuple", "get-tuple-element")
+_ROOM = ("AllocateBuffer", "ConcatBitcast")  # custom calls that only say where arrays lie
+
+
+@dataclass
+class Kind:
+    """Instructions of one kind: how many run, the compiler's estimate of their cycles, bytes to and from main memory."""
+
+    runs: int = 0
+    cycles: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Work:
+    """What a device does in a run of a program, loops as often as they run.
+
+    Attributes:
+        products: matrix products and convolutions, with what is fused into them.
+        others: all that is elementwise, reductions, and copies.
+        collectives: exchanges with other devices.
+        ahead: copies that the compiler starts early and waits for later; it estimates no cycles for them.
+        copies: how many of the others only change the layout or the place of an array.
+        kernels: name of a Pallas kernel's instruction -> runs; the compiler estimates no cycles for them.
+        unestimated: opcode (of a custom call its target) -> runs of all other instructions without an estimate. Single
+            numbers, with which loops count, are left out.
+        shapes: name of a kernel's instruction -> the shape of its results.
+    """
+
+    products: Kind = field(default_factory=Kind)
+    others: Kind = field(default_factory=Kind)
+    collectives: Kind = field(default_factory=Kind)
+    ahead: Kind = field(default_factory=Kind)
+    copies: int = 0
+    kernels: dict[str, int] = field(default_factory=dict)
+    unestimated: Counter[str] = field(default_factory=Counter)
+    shapes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cycles(self) -> int:
+        """Of all instructions that have an estimate."""
+        return self.products.cycles + self.others.cycles + self.collectives.cycles
+
+
+def work_of(hlo: str) -> Work:
+    """Sorts the instructions of a program.
+
+    Args:
+        hlo: the text of the compiled program, of a TPU; other compilers estimate nothing.
+    """
+    entry, lines = computations(hlo)
+    parsed = instructions(lines)
+    work = Work()
+    for computation, times in runs(entry, lines).items():
+        here = parsed[computation]
+        for name, instruction in here.items():
+            if times:
+                _add(work, name, instruction, times, moved_bytes(instruction, here, parsed), parsed)
+    return work
+
+
+def _add(
+    work: Work,
+    name: str,
+    instruction: Instruction,
+    times: int,
+    moved: int,
+    parsed: Mapping[str, dict[str, Instruction]],
+) -> None:
+    opcode = instruction.opcode
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.text)
+    called = target.group(1) if target else ""
+    if opcode in FREE or opcode.endswith(("-done", "-update")) or called in _ROOM:
+        return
+    if called == "tpu_custom_call":
+        work.kernels[name] = work.kernels.get(name, 0) + times
+        work.shapes[name] = instruction.shape
+        return
+    inside = {opcode} | opcodes(instruction, parsed)
+    kind = work.others
+    if any(o.removesuffix("-start") in COLLECTIVES for o in inside):
+        kind = work.collectives
+    elif inside & {"convolution", "dot"}:
+        kind = work.products
+    elif opcode in ("copy-start", "slice-start"):
+        kind = work.ahead
+    elif opcode == "copy" or (opcode == "fusion" and inside <= {"fusion", *_MOVES}):
+        work.copies += times
+    found = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+    if found is None and re.match(r"\w+\[\]", instruction.shape):
+        return
+    kind.runs += times
+    kind.bytes += times * moved
+    if found:
+        kind.cycles += times * int(found.group(1))
+    elif kind is not work.ahead:
+        within = "" if opcode == "fusion" else ", ".join(sorted(inside - {opcode} - set(_MOVES)))
+        work.unestimated[called or (f"{opcode} of {within}" if within else opcode)] += times
+
+
+def opcodes(instruction: Instruction, parsed: Mapping[str, dict[str, Instruction]]) -> set[str]:
+    """Of all instructions that one consists of."""
+    inner = parsed.get(instruction.called, {}).values()
+    return {i.opcode for i in inner}.union(*(opcodes(i, parsed) for i in inner))
