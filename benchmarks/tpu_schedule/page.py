@@ -25,10 +25,10 @@ What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anyth
   counts ("+" where it has no estimate for some, such as gathers on the SparseCore). A row of XLA is our "xla"
   implementation, all of it around.
 - A *whole call* is what a layer does: the L2 norm of queries and keys, then the public op, what it adds to the kernels
-  included (the step: the kernel alone). Its *milliseconds* are the kernels' cycles and those around by the clock, times a
-  factor, with the smallest and the largest time to be expected. Factor and spread are those between such cycles and times
-  that others have published, on v6e and TPU7x; on v5e and v5p nobody has checked them. The host's 0.1 ms a call are not in
-  it.
+  included (the step: the kernel alone). Its *milliseconds* are the kernels' cycles, or their traffic at the peak of HBM
+  where that takes longer, and the cycles around them, by the clock, times a factor, with the smallest and the largest time
+  to be expected. Factor and spread are those between such cycles and times that others have published, on v6e and TPU7x;
+  on v5e and v5p nobody has checked them. The host's 0.1 ms a call are not in it.
 - Arguments are bfloat16 arrays [batch, tokens, heads x size] with float32 beta and gates, as a projection leaves them, of
   batch 1 (the step: batch 64 and one token). "KDA with its gate" is the workload that tokamax's authors time: beta and the
   raw gate bfloat16 too, the bounded gate computed in the call, one sequence or 25 packed ones; tokamax gets its own

@@ -43,6 +43,10 @@ class Core:
         """Bytes a second between HBM and this core."""
         return self.chip.hbm_bytes / self.cores
 
+    def memory_cycles(self, size: int | float) -> float:
+        """Cycles in which a device of these cores moves so many bytes to or from HBM, at the published peak."""
+        return size / (self.together * self.bandwidth) * self.clock
+
 
 CORES = {
     "v5e": Core(

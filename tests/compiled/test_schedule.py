@@ -66,6 +66,14 @@ def test_kernels_count_by_their_grids_and_equal_ones_are_written_once(dump: Path
     assert found.spread == (0.90 / 1.05, 1.20 / 1.05)
 
 
+def test_a_kernel_takes_no_less_than_its_traffic(dump: Path) -> None:
+    large = PROGRAM.replace("64,128]", "64,128000]")
+    wide = [call._replace(results=((64, 128000),)) for call in calls(64)]
+    found = schedule_of(large, wide, dump, CORES["v5e"])
+    seconds = 2 * 2 * 64 * 128000 * 4 / 819e9
+    assert found.kernel_cycles / CORES["v5e"].clock == pytest.approx(seconds)
+
+
 def test_two_cores_of_one_device_share_the_steps_of_a_parallel_axis(dump: Path) -> None:
     for semantics, steps in ((("parallel",), 2), (("arbitrary",), 4)):
         found = schedule_of(PROGRAM, calls(64, semantics), dump, CORES["v5p"])
@@ -74,4 +82,5 @@ def test_two_cores_of_one_device_share_the_steps_of_a_parallel_axis(dump: Path) 
 
 def test_without_a_dump_every_kernel_is_named(tmp_path: Path) -> None:
     found = schedule_of(PROGRAM, calls(64), tmp_path, CORES["v6e"])
+    assert found.kernel_cycles == 0
     assert found.unread == ("rule.1", "rule.2", "rule.3") and found.cycles == 5000
