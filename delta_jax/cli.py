@@ -595,25 +595,27 @@ def _plan(arguments: argparse.Namespace) -> int:
         rows += [(kind, f"{_bytes(size)} received a step") for kind, size in result.collectives.items()]
         rows += [] if result.collectives else [("collectives", "none")]
     if estimate is not None:
+        checked = (
+            "as published times of others have it" if estimate.calibrated else "a guess: nobody has checked this chip"
+        )
+        parts = {"products": estimate.products, "kernels": estimate.kernels, "elementwise and copies": estimate.others}
+        parts["collectives"] = estimate.collectives
+        shortest, longest = (f"{ratio:.2f}" for ratio in estimate.spread)
         rows += [
-            (
-                "step time",
-                f"{_seconds(estimate.least)} to {_seconds(estimate.apart)}, an estimate: no TPU has run this",
-            ),
-            ("tokens/s", f"{estimate.tokens / estimate.apart:,.0f} to {estimate.tokens / estimate.least:,.0f} in all"),
-            ("MFU", f"{estimate.useful / estimate.apart:.0%} to {estimate.useful / estimate.least:.0%}"),
-            (
-                "made of",
-                f"products {_seconds(estimate.products)} at {_scaled(chip.flops, 'FLOP/s')} (bfloat16), memory "
-                f"{_seconds(estimate.memory)} at {_scaled(chip.hbm_bytes, 'B/s')}, exchange "
-                f"{_seconds(estimate.exchange)} at {_scaled(chip.ici_bytes, 'B/s')}",
-            ),
+            ("step time", f"{_seconds(estimate.least)} to {_seconds(estimate.most)}, an estimate: no TPU has run this"),
+            ("tokens/s", f"{estimate.tokens / estimate.most:,.0f} to {estimate.tokens / estimate.least:,.0f} in all"),
+            ("MFU", f"{estimate.useful / estimate.most:.0%} to {estimate.useful / estimate.least:.0%}"),
+            ("made of", ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items())),
             (
                 "assuming",
-                "published peaks, all links of a chip in use; the first figures if the three overlap in full, the second "
-                "if not at all; latency and vector units come on top; MFU without what is computed again",
+                f"the compiler's own schedules, {shortest} to {longest} of what they say ({checked}); links at "
+                f"{_scaled(chip.ici_bytes, 'B/s')}, which collectives fill beside the rest or before it; MFU is of "
+                f"{_scaled(chip.flops, 'FLOP/s')} (bfloat16), without what is computed again",
             ),
         ]
+        missing = [f"kernel {name}" for name in estimate.unread]
+        missing += [f"{number} {opcode}" for opcode, number in estimate.unestimated.items()]
+        rows += [("not counted", ", ".join(missing))] if missing else []
     rows.append(("compiled in", f"{result.seconds:.0f} s"))
     _print_rows(rows)
     if memory is None:

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from benchmarks.options import folder
 from benchmarks.report import write
+from benchmarks.tpu_schedule import GENERATIONS
 from benchmarks.tpu_schedule.page import page
 from benchmarks.tpu_schedule.tokamax import ROOT, WORKLOADS, records, tokamax_rows
-from delta_jax.compiled.core import CORES
 
 
 def collect(generations: list[str], console: Console) -> dict[str, Any]:
@@ -39,12 +39,12 @@ def collect(generations: list[str], console: Console) -> dict[str, Any]:
 def main() -> None:
     """Compile, print the tables, write the two files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_schedule", description=__doc__.splitlines()[0])
-    parser.add_argument("generations", nargs="*", choices=list(CORES), help="default all")
+    parser.add_argument("generations", nargs="*", choices=list(GENERATIONS), help="default all")
     parser.add_argument(
         "--output", type=folder, default=str(ROOT / "docs" / "benchmarks"), help="folder of the two files"
     )
     options = parser.parse_args()
-    generations = options.generations or list(CORES)
+    generations = options.generations or list(GENERATIONS)
     start = time.time()
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

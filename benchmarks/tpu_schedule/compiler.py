@@ -12,12 +12,11 @@ import jax  # JAX reads the environment when it is imported
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.tpu_schedule import GENERATIONS
 from delta_jax.compiled.core import CORES
 from delta_jax.compiled.jaxpr import kernel_calls
 from delta_jax.compiled.schedule import KernelRun, Schedule, dump_folder, schedule_of
 from delta_jax.parallel import tpu_topology
-
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 def compile_for(
@@ -31,7 +30,7 @@ def compile_for(
     """Compile for one chip and read the schedule.
 
     Args:
-        generation: a key of `CORES`.
+        generation: a key of `GENERATIONS`.
         function: what to compile.
         arguments: arrays or shapes with dtypes.
         donate: arguments that may be overwritten.
@@ -42,7 +41,7 @@ def compile_for(
         What was traced, what was compiled, its schedule, and the seconds of compiling.
     """
     folder = dump_folder(passes)
-    device: Any = tpu_topology(TOPOLOGIES[generation])[0]
+    device: Any = tpu_topology(GENERATIONS[generation])[0]
     described = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=described)):
         traced = jax.jit(function).trace(*arguments)
@@ -68,7 +67,7 @@ def schedule(
     Args:
         function: what to compile.
         arguments: arrays or shapes with dtypes.
-        generation: a key of `CORES`.
+        generation: a key of `GENERATIONS`.
         donate: arguments that may be overwritten.
 
     Returns:
@@ -78,20 +77,22 @@ def schedule(
     """
     traced, compiled, found, seconds = compile_for(generation, function, arguments, donate=donate, passes=".*")
     leaves = jax.tree.leaves([traced.jaxpr.in_avals, traced.jaxpr.out_avals])
-    core = found.core
-    plain = 1e3 * found.cycles / core.clock
     return {
         "kernels": [kernel_facts(run, found) for run in found.kernels.values()],
         "bytes_least": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "around": around(found),
-        "milliseconds": {
-            "estimate": core.factor * plain,
-            "least": core.spread[0] * plain,
-            "most": core.spread[1] * plain,
-        },
+        "milliseconds": milliseconds(found),
         "seconds": round(seconds, 2),
     }
+
+
+def milliseconds(found: Schedule) -> dict[str, float]:
+    """Of the whole program, and of its kernels alone."""
+    whole = 1e3 * found.seconds(found.cycles)
+    least, most = found.spread
+    kernels = 1e3 * found.seconds(found.kernel_cycles)
+    return {"estimate": whole, "least": least * whole, "most": most * whole, "kernels": kernels}
 
 
 def around(found: Schedule) -> dict[str, Any]:

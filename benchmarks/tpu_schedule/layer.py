@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.tpu_schedule import GENERATIONS
 from benchmarks.tpu_schedule.compiler import compile_for  # sets the environment: before everything that imports JAX
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 from flax import nnx  # isort: skip
 
-from delta_jax.compiled.core import CORES  # isort: skip
 from delta_jax.compiled.schedule import Schedule  # isort: skip
 from delta_jax.layers import GatedDeltaNet  # isort: skip
 
@@ -51,16 +51,16 @@ def program(name: str, direction: str) -> tuple[Callable[..., Any], list[Any]]:
 
 def line(found: Schedule) -> dict[str, Any]:
     """The figures of a program."""
-    work, core = found.work, found.core
-    plain = 1e3 * found.cycles / core.clock
+    work = found.work
+    least, most = found.spread
 
-    def milliseconds(cycles: float) -> float:
+    def milliseconds(cycles: int | float) -> float:
         return round(1e3 * found.seconds(cycles), 3)
 
     return {
         "whole_ms": milliseconds(found.cycles),
-        "least_ms": round(core.spread[0] * plain, 3),
-        "most_ms": round(core.spread[1] * plain, 3),
+        "least_ms": milliseconds(least * found.cycles),
+        "most_ms": milliseconds(most * found.cycles),
         "products_ms": milliseconds(work.products.cycles),
         "kernels_ms": milliseconds(found.kernel_cycles),
         "other_ms": milliseconds(work.others.cycles),
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tpu_schedule.layer", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("generation", choices=list(CORES))
+    parser.add_argument("generation", choices=list(GENERATIONS))
     parser.add_argument("layer", nargs="?", choices=list(LAYERS), help="default both")
     parser.add_argument("direction", nargs="?", choices=DIRECTIONS, help="default both")
     options = parser.parse_args()

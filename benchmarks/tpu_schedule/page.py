@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.report import table
+from benchmarks.tpu_schedule import GENERATIONS
 from benchmarks.tpu_schedule.calibration import calibration
 from delta_jax.compiled.core import CORES, Core
 
@@ -24,10 +25,10 @@ What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anyth
   counts ("+" where it has no estimate for some, such as gathers on the SparseCore). A row of XLA is our "xla"
   implementation, all of it around.
 - A *whole call* is what a layer does: the L2 norm of queries and keys, then the public op, what it adds to the kernels
-  included (the step: the kernel alone). Its *milliseconds* are the kernels' cycles and those around by the clock, times a
-  factor, with the smallest and the largest time to be expected. Factor and spread are those between such cycles and times
-  that others have published, on v6e and TPU7x; on v5e and v5p nobody has checked them. The host's 0.1 ms a call are not in
-  it.
+  included (the step: the kernel alone). Its *milliseconds* are the kernels' cycles, or their traffic at the peak of HBM
+  where that takes longer, and the cycles around them, by the clock, times a factor, with the smallest and the largest time
+  to be expected. Factor and spread are those between such cycles and times that others have published, on v6e and TPU7x;
+  on v5e and v5p nobody has checked them. The host's 0.1 ms a call are not in it.
 - Arguments are bfloat16 arrays [batch, tokens, heads x size] with float32 beta and gates, as a projection leaves them, of
   batch 1 (the step: batch 64 and one token). "KDA with its gate" is the workload that tokamax's authors time: beta and the
   raw gate bfloat16 too, the bounded gate computed in the call, one sequence or 25 packed ones; tokamax gets its own
@@ -38,7 +39,8 @@ What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anyth
 - *Bandwidth*: arguments and results, each moved once, over what HBM moves in the cycles above. *MXU*: the part of the cycles
   times MXUs that rows stream through, whatever part of the array they fill. The larger of the two is the fraction of the
   roofline; above 100 % of the bandwidth, memory sets the time and the cycles hide behind it. A chip with two TensorCores is
-  one of them with half the bandwidth. The shares of the units by kernel are slots in use over slots in its cycles."""
+  one of them with half the bandwidth; the milliseconds of v5p, where both are one device, are those of both at work. The
+  shares of the units by kernel are slots in use over slots in its cycles."""
 
 SOURCE = (
     "Peak and bandwidth of a chip: Google Cloud TPU documentation, the pages of v5e, v5p, v6e and TPU7x. TensorCores a "
@@ -59,7 +61,7 @@ RATIOS = (
 def page(result: Row) -> str:
     """The page that `benchmarks.tpu_schedule` prints and writes."""
     rows = [row for row in result["rows"] if "error" not in row]
-    generations = [name for name in CORES if any(generation(row) == name for row in rows)]
+    generations = [name for name in GENERATIONS if any(generation(row) == name for row in rows)]
     failed = [
         f"- {label(row)}, {row['direction']}, {generation(row)}: {row['error']}"
         for row in result["rows"]
@@ -123,12 +125,6 @@ def milliseconds(row: Row) -> str:
     return f"{found['estimate']:.3f} ({found['least']:.3f} to {found['most']:.3f})"
 
 
-def kernel_milliseconds(row: Row) -> float:
-    """Of all kernels, with the factor."""
-    core = CORES[row["generation"]]
-    return 1e3 * core.factor * per_token(row, "cycles") * units(row) / core.clock
-
-
 def bandwidth(row: Row, core: Core) -> float:
     """Least bytes over the bytes that HBM moves in the kernels' cycles."""
     seconds = per_token(row, "cycles") * units(row) / core.clock
@@ -148,7 +144,7 @@ def summary(rows: list[Row], core: Core) -> str:
         figures, shares = ["", ""], ["", "", ""]  # of XLA alone
         if row["kernels"]:
             figures = [f"{per_token(row, what):.2f}" for what in ("bundles", "cycles")]
-            shares = [f"{kernel_milliseconds(row):.3f}", f"{bandwidth(row, core):.0%}", f"{multiplying(row):.0%}"]
+            shares = [f"{row['milliseconds']['kernels']:.3f}", f"{bandwidth(row, core):.0%}", f"{multiplying(row):.0%}"]
         about = [label(row), words(row["direction"]), *figures, around(row), milliseconds(row)]
         lines.append([*about, *shares, *megabytes(row)])
     return table([*head, "kernels MB", "around MB", "least MB"], lines)

@@ -1,6 +1,6 @@
 """One TensorCore of each generation, as its compiler sees it, and how its figures become milliseconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from delta_jax.parallel import CHIPS, Chip
 
@@ -15,6 +15,7 @@ class Core:
 
     chip: Chip
     cores: int  # TensorCores a chip
+    together: int = 1  # of them that are one device, over which the compiler cuts every instruction and a kernel's grid
     mxus: int  # a core
     mxu_size: int
     rows: int  # cycles that 16 rows of bfloat16 keep an MXU busy
@@ -42,6 +43,10 @@ class Core:
         """Bytes a second between HBM and this core."""
         return self.chip.hbm_bytes / self.cores
 
+    def memory_cycles(self, size: int | float) -> float:
+        """Cycles in which a device of these cores moves so many bytes to or from HBM, at the published peak."""
+        return size / (self.together * self.bandwidth) * self.clock
+
 
 CORES = {
     "v5e": Core(
@@ -62,6 +67,7 @@ CORES = {
     "v5p": Core(
         chip=CHIPS["v5p"],
         cores=2,
+        together=2,
         mxus=4,
         mxu_size=128,
         rows=16,
@@ -111,3 +117,4 @@ CORES = {
         measured=True,
     ),
 }
+CORES["v4"] = replace(CORES["v5p"], chip=CHIPS["v4"])  # of the same build; its own latencies have not been read

@@ -1,7 +1,7 @@
 """The Pallas kernels that a jaxpr calls."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -14,6 +14,15 @@ class KernelCall(NamedTuple):
     steps: int
     results: tuple[tuple[int, ...], ...]
     equation: JaxprEqn
+
+    def steps_over(self, cores: int) -> int:
+        """Steps that each of several cores of a device takes: the longest axis that is parallel is cut over them."""
+        grid = self.equation.params["grid_mapping"].grid
+        options = self.equation.params["compiler_params"]
+        options = options.get("mosaic_tpu", options) if isinstance(options, Mapping) else options
+        semantics = getattr(options, "dimension_semantics", None) or ("arbitrary",) * len(grid)
+        longest = max((n for n, kind in zip(grid, semantics, strict=True) if str(kind) == "parallel"), default=1)
+        return self.steps // longest * -(-longest // cores)
 
 
 def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:

@@ -46,17 +46,19 @@ class KernelRun(NamedTuple):
     kernel: Kernel
     vmem_bytes: int
     step_cycles: int
+    steps: int  # of a run, on each core
     runs: int
+    memory_cycles: float  # least that all runs need for their operands and results in HBM
 
     @property
-    def cycles(self) -> int:
-        """Of all steps of all runs."""
-        return self.step_cycles * self.call.steps * self.runs
+    def cycles(self) -> float:
+        """Of all steps of all runs; where memory is the limit, its."""
+        return max(float(self.step_cycles * self.steps * self.runs), self.memory_cycles)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Where the time of a program goes, in cycles of one TensorCore.
+    """Where the time of a program goes, in cycles of a TensorCore, or of those that are one device.
 
     Attributes:
         core: whose cycles.
@@ -71,18 +73,24 @@ class Schedule:
     unread: tuple[str, ...]
 
     @property
-    def kernel_cycles(self) -> int:
+    def kernel_cycles(self) -> float:
         """Of all kernels that could be read."""
-        return sum(kernel.cycles for kernel in self.kernels.values())
+        return sum((kernel.cycles for kernel in self.kernels.values()), 0.0)
 
     @property
-    def cycles(self) -> int:
+    def cycles(self) -> float:
         """All of it, but for what is unread or has no estimate."""
         return self.work.cycles + self.kernel_cycles
 
-    def seconds(self, cycles: float) -> float:
+    def seconds(self, cycles: int | float) -> float:
         """What so many cycles should take on hardware."""
         return self.core.factor * cycles / self.core.clock
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The shortest and the longest time to be expected, over the one that is estimated."""
+        least, most = self.core.spread
+        return least / self.core.factor, most / self.core.factor
 
 
 def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core) -> Schedule:
@@ -98,16 +106,16 @@ def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core)
     programs = read_dump(folder, set(work.kernels)) if work.kernels else {}
     found: dict[str, KernelRun] = {}
     kernels, unread = {}, []
-    for name, runs in work.kernels.items():
+    for name, kind in work.kernels.items():
         shape = work.shapes[name]
         call = call_of(name, shape, calls)
         if call and name in programs and shape not in found:
             bundles, utilization, vmem = programs[name]
             kernel = Kernel(bundles, utilization, gridded=call.steps > 1)
-            found[shape] = KernelRun(call, kernel, vmem, kernel.cycles(core), 0)
+            found[shape] = KernelRun(call, kernel, vmem, kernel.cycles(core), call.steps_over(core.together), 0, 0.0)
         # Equal kernels are written once: one that is missing takes the bundles of another with its origin and results.
         if shape in found and call == found[shape].call:
-            kernels[name] = found[shape]._replace(runs=runs)
+            kernels[name] = found[shape]._replace(runs=kind.runs, memory_cycles=core.memory_cycles(kind.bytes))
         else:
             unread.append(name)
     return Schedule(core=core, work=work, kernels=kernels, unread=tuple(unread))

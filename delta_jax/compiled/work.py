@@ -28,10 +28,10 @@ class Work:
     Attributes:
         products: matrix products and convolutions, with what is fused into them.
         others: all that is elementwise, reductions, and copies.
-        collectives: exchanges with other devices.
-        ahead: copies that the compiler starts early and waits for later; it estimates no cycles for them.
+        collectives: exchanges with other devices; the compiler estimates no cycles for most of them.
+        ahead: copies that the compiler starts early and waits for later; it estimates no cycles for them either.
         copies: how many of the others only change the layout or the place of an array.
-        kernels: name of a Pallas kernel's instruction -> runs; the compiler estimates no cycles for them.
+        kernels: name of a Pallas kernel's instruction -> its runs and bytes; the compiler estimates no cycles for them.
         unestimated: opcode (of a custom call its target) -> runs of all other instructions without an estimate. Single
             numbers, with which loops count, are left out.
         shapes: name of a kernel's instruction -> the shape of its results.
@@ -42,7 +42,7 @@ class Work:
     collectives: Kind = field(default_factory=Kind)
     ahead: Kind = field(default_factory=Kind)
     copies: int = 0
-    kernels: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, Kind] = field(default_factory=dict)
     unestimated: Counter[str] = field(default_factory=Counter)
     shapes: dict[str, str] = field(default_factory=dict)
 
@@ -83,27 +83,27 @@ def _add(
     if opcode in FREE or opcode.endswith(("-done", "-update")) or called in _ROOM:
         return
     if called == "tpu_custom_call":
-        work.kernels[name] = work.kernels.get(name, 0) + times
+        work.kernels[name] = Kind(runs=times, bytes=times * moved)
         work.shapes[name] = instruction.shape
         return
     inside = {opcode} | opcodes(instruction, parsed)
     kind = work.others
-    if any(o.removesuffix("-start") in COLLECTIVES for o in inside):
-        kind = work.collectives
-    elif inside & {"convolution", "dot"}:
+    if inside & {"convolution", "dot"}:  # also those beside which a collective is under way
         kind = work.products
+    elif any(o.removesuffix("-start") in COLLECTIVES for o in inside):
+        kind = work.collectives
     elif opcode in ("copy-start", "slice-start"):
         kind = work.ahead
     elif opcode == "copy" or (opcode == "fusion" and inside <= {"fusion", *_MOVES}):
         work.copies += times
     found = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
-    if found is None and re.match(r"\w+\[\]", instruction.shape):
+    if found is None and re.match(r"\w+\[[1,]*\]", instruction.shape):
         return
     kind.runs += times
     kind.bytes += times * moved
     if found:
         kind.cycles += times * int(found.group(1))
-    elif kind is not work.ahead:
+    elif kind in (work.products, work.others):
         within = "" if opcode == "fusion" else ", ".join(sorted(inside - {opcode} - set(_MOVES)))
         work.unestimated[called or (f"{opcode} of {within}" if within else opcode)] += times
 

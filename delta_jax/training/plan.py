@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 
+from delta_jax.compiled.core import CORES
 from delta_jax.compiled.jaxpr import kernel_calls
+from delta_jax.compiled.schedule import Schedule, dump_folder, schedule_of
 from delta_jax.compiled.traffic import memory_bytes
 from delta_jax.parallel import chip_of, tpu_topology
 from delta_jax.training.config import TrainConfig
@@ -40,31 +42,42 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """How long a step should take, from what it does and the chip's published peaks; no TPU has run it.
+    """How long a step should take, by the schedules that the TPU's compiler makes; no TPU has run it.
 
     Attributes:
-        products: seconds for the matrix products, all in one bfloat16 pass.
-        memory: seconds for what passes between the chip and its memory, as `memory_bytes` counts it.
-        exchange: seconds for what a chip receives from others, over all of its links at once.
+        products: seconds of the matrix products and what is fused into them, by the compiler's own estimate.
+        kernels: seconds of the Pallas kernels, by the cycles of their bundles.
+        others: seconds of all else: elementwise work, reductions, copies; by the compiler's own estimate.
+        collectives: seconds for what a chip receives from others over all of its links at once, at their published peak.
+        unread: names of kernels whose bundles the compiler did not write, for libtpu had been loaded before; no time has
+            been counted for them.
+        unestimated: opcode -> runs of instructions without an estimate, for which no time has been counted either.
+        spread: the shortest and the longest time to be expected over the one estimated, of all but the collectives.
+        calibrated: whether that spread is one of published times on this generation.
         tokens: tokens of a step.
-        useful: seconds for three times the products of the forward pass, what is computed again left out.
+        useful: seconds at the chip's peak for three times the products of the forward pass, what is computed again left out.
     """
 
     products: float
-    memory: float
-    exchange: float
+    kernels: float
+    others: float
+    collectives: float
+    unread: tuple[str, ...]
+    unestimated: Mapping[str, int]
+    spread: tuple[float, float]
+    calibrated: bool
     tokens: int
     useful: float
 
     @property
     def least(self) -> float:
-        """Seconds if the three overlap in full; no step of this program is faster."""
-        return max(self.products, self.memory, self.exchange)
+        """Seconds if all goes well and the collectives pass beside the rest."""
+        return max(self.spread[0] * (self.products + self.kernels + self.others), self.collectives)
 
     @property
-    def apart(self) -> float:
-        """Seconds if nothing overlaps, each at its peak. What no peak bounds (latency, vector units) comes on top."""
-        return self.products + self.memory + self.exchange
+    def most(self) -> float:
+        """Seconds if all goes slowly and the rest waits for the collectives."""
+        return self.spread[1] * (self.products + self.kernels + self.others) + self.collectives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +142,7 @@ def plan(
             for another reason than memory.
     """
     chip = chip_of(topology)
+    folder = dump_folder()  # before libtpu is loaded
     devices = tpu_topology(topology)
     chips = len({tuple(device.coords) for device in devices})
     run = set_up(config, devices)
@@ -140,16 +154,13 @@ def plan(
     cores = len(devices) // chips
     text = "" if compiled is None else compiled.as_text() or ""
     received = {kind: cores * size for kind, size in collective_bytes(text).items()} if text else {}
-    flops = product_flops(traced.jaxpr) / chips
-    traffic = cores * memory_bytes(text) if text else 0.0
+    calls = list(kernel_calls(traced.jaxpr))
     forward = run.evaluation_step.trace(run.state.parameters, run.evaluation_batch).jaxpr
-    estimate = Estimate(
-        products=flops / chip.flops,
-        memory=traffic / chip.hbm_bytes,
-        exchange=sum(received.values()) / chip.ici_bytes,
-        tokens=config.batch_size * config.sequence_length,
-        useful=3 * config.gradient_accumulation * product_flops(forward) / chips / chip.flops,
-    )
+    useful = 3 * config.gradient_accumulation * product_flops(forward) / chips / chip.flops
+    estimate = None
+    if text:
+        schedule = schedule_of(text, calls, folder, CORES[topology.partition(":")[0]])
+        estimate = _estimate(schedule, sum(received.values()) / chip.ici_bytes, config, useful)
     return Plan(
         topology=topology,
         device_kind=devices[0].device_kind,
@@ -157,14 +168,14 @@ def plan(
         devices=len(devices),
         mesh=dict(run.mesh.shape),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.parameters)),
-        kernels=tuple(dict.fromkeys(call.name for call in kernel_calls(traced.jaxpr))),
-        flops=flops,
+        kernels=tuple(dict.fromkeys(call.name for call in calls)),
+        flops=product_flops(traced.jaxpr) / chips,
         hbm=chip.hbm_gib * 2**30,
         refusal=refusal,
         memory=None if compiled is None else _memory(compiled, cores),
         collectives=received,
-        traffic=traffic,
-        estimate=estimate if text else None,
+        traffic=cores * memory_bytes(text) if text else 0.0,
+        estimate=estimate,
         seconds=seconds,
     )
 
@@ -177,6 +188,22 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, s
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise ValueError(f"the TPU's compiler refuses this step: {str(error).splitlines()[0]}") from error
         return None, str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+
+
+def _estimate(schedule: Schedule, collectives: float, config: TrainConfig, useful: float) -> Estimate:
+    work = schedule.work
+    return Estimate(
+        products=schedule.seconds(work.products.cycles),
+        kernels=schedule.seconds(schedule.kernel_cycles),
+        others=schedule.seconds(work.others.cycles),
+        collectives=collectives,
+        unread=schedule.unread,
+        unestimated=dict(work.unestimated),
+        spread=schedule.spread,
+        calibrated=schedule.core.measured,
+        tokens=config.batch_size * config.sequence_length,
+        useful=useful,
+    )
 
 
 def _memory(compiled: jax.stages.Compiled, cores: int) -> Memory:

@@ -26,6 +26,8 @@ from benchmarks.options import folder, number, seconds
         ("gpu_check --checks nothing", 2, "argument --checks: none has one of ['nothing'] in its name"),
         ("tpu_schedule.__main__ --help", 0, "usage: python -m benchmarks.tpu_schedule"),
         ("tpu_schedule.__main__ v9", 2, "invalid choice: 'v9'"),
+        ("tpu_schedule.layer v6e softmax", 2, "argument layer: invalid choice: 'softmax'"),
+        ("tpu_schedule.calibration --help", 0, "usage: python -m benchmarks.tpu_schedule.calibration"),
     ],
 )
 def test_a_command(
@@ -54,7 +56,7 @@ def test_all_generations_are_the_default(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(sys, "argv", ["tpu_schedule"])
     monkeypatch.setattr(command, "collect", collect)
-    with pytest.raises(RuntimeError, match=f"^{', '.join(command.CORES)}$"):
+    with pytest.raises(RuntimeError, match=f"^{', '.join(command.GENERATIONS)}$"):
         command.main()
 
 

@@ -1,6 +1,8 @@
 """`delta-jax plan`: rows, one clear line and an exit code."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -30,9 +32,20 @@ def test_a_plan_that_fits(libtpu, capsys):
     least, most = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{2,}", shown["tokens/s"]))
     assert 0 < least <= most < 1e9
     assert re.fullmatch(r"\d+% to \d+%", shown["MFU"])
-    assert "197 TFLOP/s" in shown["made of"] and "819 GB/s" in shown["made of"]
+    time = r"[\d.]+ [um]?s"
+    parts = ", ".join(f"{name} {time}" for name in ("products", "kernels", "elementwise and copies", "collectives"))
+    assert re.fullmatch(parts, shown["made of"]) and shown["made of"].endswith("collectives 0 us")
+    assert "197 TFLOP/s" in shown["assuming"] and "nobody has checked this chip" in shown["assuming"]
     assert shown["collectives"] == "none"
     assert re.fullmatch(r"fits: [\d.]+ [MG]iB of the 16 GiB of a chip", lines[-1])
+
+
+@pytest.mark.slow  # libtpu is told to write bundles when it is loaded, so this needs a process of its own
+def test_the_time_of_the_kernels_is_known_in_a_process_of_its_own(libtpu):
+    command = [sys.executable, "-m", "delta_jax.cli", *TINY, "--topology", "v5e:1x1"]
+    done = subprocess.run(command, text=True, capture_output=True, check=True)
+    assert re.search(r"^made of .*kernels [1-9][\d.]* [um]s", done.stdout, re.M)
+    assert "kernel delta_rule" not in done.stdout
 
 
 def test_a_plan_that_does_not_fit(libtpu, capsys):

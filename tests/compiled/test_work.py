@@ -82,7 +82,7 @@ def test_kinds_count_as_often_as_they_run() -> None:
 
 def test_what_has_no_estimate_is_counted_by_name() -> None:
     work = work_of(PROGRAM)
-    assert work.kernels == {"rule.1": 24}
+    assert work.kernels == {"rule.1": Kind(runs=24, bytes=24 * 2 * 8 * 16 * 2)}
     assert work.unestimated == Counter({"SparseGather": 1, "reverse": 1})
 
 

@@ -38,12 +38,17 @@ def test_one_chip() -> None:
     # At least the state is read and written; at most a few hundred numbers a token and layer of the width besides.
     assert 24 * one.parameters < one.traffic < 24 * one.parameters + 2 * tokens * 256 * 4 * 300
     estimate = one.estimate
-    assert estimate is not None and estimate.tokens == tokens and estimate.exchange == 0
-    assert estimate.products == pytest.approx(one.flops / 197e12)
-    assert estimate.memory == pytest.approx(one.traffic / 819e9)
-    assert max(estimate.products, estimate.memory) == estimate.least < estimate.apart
+    assert estimate is not None and estimate.tokens == tokens and estimate.collectives == 0
+    # All products at the peak of the chip are the least they can take; elementwise work is most of so small a step.
+    assert one.flops / 197e12 < estimate.products + estimate.kernels < estimate.others
+    assert not estimate.calibrated
+    whole = estimate.products + estimate.kernels + estimate.others
+    assert (estimate.least, estimate.most) == pytest.approx((whole * 0.9 / 1.05, whole * 1.2 / 1.05))
+    # Bundles are written where libtpu was told so when it was loaded; another test may have loaded it.
+    unread = {name.rpartition(".")[0] for name in estimate.unread}
+    assert (estimate.kernels > 0) if not unread else unread == set(one.kernels)
     # Three times the forward pass: the step without the second forward of rematerialisation.
-    assert 0.6 < estimate.useful / estimate.products < 0.9
+    assert 0.6 < estimate.useful / (one.flops / 197e12) < 0.9
 
 
 def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -> None:
@@ -58,7 +63,7 @@ def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -
     gathered = 3 / 4 * 2 * (cut.parameters - 2 * 512 * 256) / 2
     assert 2 * gathered < cut.collectives["all-gather"] < 4 * gathered
     assert cut.collectives["all-reduce"] > 0
-    assert cut.estimate is not None and cut.estimate.exchange == pytest.approx(sum(cut.collectives.values()) / 200e9)
+    assert cut.estimate is not None and cut.estimate.collectives == pytest.approx(sum(cut.collectives.values()) / 200e9)
 
 
 @pytest.mark.slow  # compiles for two kinds of chip
