@@ -141,7 +141,8 @@ def _tile_backward(
     _values_backward(plan, tokens, stash.prepared, d_state, scratch)
     for h in range(plan.heads):
         d_tokens.v[:, h * value : (h + 1) * value] = scratch.d_b[h, :TILE].astype(d_tokens.v.dtype)
-    _scores_cotangents(plan, tokens, stash, d_tokens.scalars, scratch)
+    _of_outputs(plan, tokens, stash, scratch)
+    _scores_cotangents(plan, tokens, stash.prepared, d_tokens.scalars, scratch)
     if steep is not None:
         backward_channel.scores_backward(plan, tokens, stash.prepared, scratch, steep)
     else:
@@ -198,15 +199,21 @@ def _solve_backward(plan: Plan, tokens: Tokens, done: Prepared, scratch: Backwar
         scratch.solve[h, :HALF] = solve_product(plan, scratch.x_turned[h, :HALF], scratch.solve[h, :HALF])
 
 
-def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, scratch: BackwardScratch) -> None:
-    """dA and dP, times the decay of a gate per head; the parts of beta's and a gate's cotangents that lie in the scores."""
-    done, exact = stash.prepared, plan.exact
-    row, lane = rows(TILE, TILE), lanes(TILE, TILE)
+def _of_outputs(plan: Plan, tokens: Tokens, stash: Stash, scratch: BackwardScratch) -> None:
+    """What Y and the state before the tile are read with, from dO and dB: one product, for MXUs take 256 columns at once."""
     for h in range(plan.heads):
-        raw = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.y_of(plan, tokens, h), exact, transpose_b=True)
-        scratch.raw_p[h] = raw[:TILE]
+        read = jnp.concatenate([stash.y_of(plan, tokens, h), stash.states[h]], 0)
+        found = product(reads_of(plan, scratch.d_o, scratch.d_b, h), read, plan.exact, transpose_b=True)
+        scratch.raw_p[h], scratch.query_reads[h] = found[:TILE, :TILE], found[:TILE, TILE:]
         if plan.erases:
-            scratch.raw_a[h] = _joined(raw[TILE:])
+            found = _joined(found[TILE:])
+            scratch.raw_a[h], scratch.erase_reads[h] = found[:, :TILE], found[:, TILE:]
+
+
+def _scores_cotangents(plan: Plan, tokens: Tokens, done: Prepared, d_scalars: Ref, scratch: BackwardScratch) -> None:
+    """dA and dP, times the decay of a gate per head; the parts of beta's and a gate's cotangents that lie in the scores."""
+    exact = plan.exact
+    row, lane = rows(TILE, TILE), lanes(TILE, TILE)
     for h in range(plan.heads):
         weight = scalar_row(plan, tokens, BETA, h)
         scale = weight if done.decay is None else done.decay[h] * weight
@@ -288,13 +295,6 @@ def _reads_backward(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, sc
     def start_of(h: int) -> Array:
         return done.factors.start[h] if columns is None else column(columns, h, plan.key)
 
-    for h in range(plan.heads):
-        d_reads = product(
-            reads_of(plan, scratch.d_o, scratch.d_b.at[:, :TILE], h), stash.states[h], exact, transpose_b=True
-        )
-        scratch.query_reads[h] = d_reads[:TILE]
-        if plan.erases:
-            scratch.erase_reads[h] = d_reads[TILE:]
     for h in range(plan.heads):
         d_read = scratch.query_reads[h]
         add(plan, scratch.d_q, h, d_read if plan.gate == "none" else d_read * start_of(h), start=False)

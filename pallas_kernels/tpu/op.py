@@ -14,7 +14,7 @@ from pallas_kernels.tpu.backward import backward as backward_kernel
 from pallas_kernels.tpu.backward import backward_bytes
 from pallas_kernels.tpu.forward import Kept, forward_bytes
 from pallas_kernels.tpu.forward import forward as forward_kernel
-from pallas_kernels.tpu.plan import MAX_GROUP, MAX_HEADS, Plan, head_counts, vmem_bytes
+from pallas_kernels.tpu.plan import FEW_HEADS, MAX_GROUP, MAX_HEADS, WIDE_HEADS, Plan, head_counts, vmem_bytes
 from pallas_kernels.tpu.products import TILE
 from pallas_kernels.tpu.tile import Tokens
 
@@ -34,7 +34,7 @@ def forward(
     `[batch, time]` is true where a segment starts; `plan.unsupported` tells what the kernels cannot take. Without
     `keep` nothing is kept for `backward`.
     """
-    inputs = _inputs(arrays, reset)
+    inputs = _inputs(arrays, reset, erases)
 
     def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         plan = plan_of(inputs, scale, erases, forward_bytes)
@@ -62,15 +62,15 @@ def backward(
     They follow from what `forward` kept, and the cotangents of its results. Once: this has no gradient itself.
     """
     del initial_state
-    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), arrays)
+    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset, erases), arrays)
     d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - arrays.v.shape[1]), (0, 0), (0, 0)))
     d_inputs, d_state = joins_batch(functools.partial(_cotangents, scale, erases))(inputs, kept, d_o, d_state)
     (d_arrays,) = pull(d_inputs)
     return d_arrays, d_state
 
 
-def _inputs(arrays: Inputs, reset: Array | None) -> Inputs:
-    """The op's arrays as the kernels take them: few value heads a key head, resets in the gates, whole tiles of tokens."""
+def _inputs(arrays: Inputs, reset: Array | None, erases: bool) -> Inputs:
+    """The op's arrays as the kernels take them: few value heads a key head, resets in the gates, whole grid steps."""
     q, k, v, beta, g, erase = arrays
     per_key = v.shape[2] // k.shape[2]
     if per_key > MAX_HEADS:
@@ -78,37 +78,45 @@ def _inputs(arrays: Inputs, reset: Array | None) -> Inputs:
         q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
         if erase is not None and erase.shape[2] != v.shape[2]:
             erase = jnp.repeat(erase, repeats, axis=2)
-    tiles = -(-v.shape[1] // TILE)
-    padding = -(-tiles // _groups(tiles)) * _groups(tiles) * TILE - v.shape[1]
-    return padded(Inputs(q, k, v, beta, with_resets(g, reset, v), erase), padding)
+    inputs = Inputs(q, k, v, beta, with_resets(g, reset, v), erase)
+    return padded(inputs, -v.shape[1] % (_tiles_a_step(inputs, erases) * TILE))
 
 
-def _groups(tiles: int) -> int:
-    return -(-tiles // MAX_GROUP)
+def _tiles_a_step(inputs: Inputs, erases: bool) -> int:
+    """As many as leave the backward, which needs more memory, the most heads; padding does not change the number."""
+    tiles = -(-inputs.v.shape[1] // TILE)
+    even = {-(-tiles // -(-tiles // most)) for most in range(1, MAX_GROUP + 1)}
+    plans = [plan for group in even for plan in _plans(inputs, 1.0, erases, group)]
+    fitting = [(plan.heads, plan.group) for plan in plans if backward_bytes(plan) <= vmem_bytes()]
+    return max(fitting, default=(0, 1))[1]
 
 
 def plan_of(inputs: Inputs, scale: float, erases: bool, needs: Callable[[Plan], int]) -> Plan:
     """How a call with these arrays is cut for a kernel that `needs` so many bytes: into steps of the most heads that fit."""
-    key_heads, key = inputs.k.shape[2:]
-    counts = head_counts(key_heads, inputs.v.shape[2], key, inputs.v.shape[3])
-    plans = [_plan_of(inputs, scale, erases, n) for n in counts if n <= MAX_HEADS or n == counts[0]]
+    plans = _plans(inputs, scale, erases, _tiles_a_step(inputs, erases))
     return max((p for p in plans if needs(p) <= vmem_bytes()), default=plans[0], key=lambda plan: plan.heads)
 
 
-def _plan_of(inputs: Inputs, scale: float, erases: bool, here: int) -> Plan:
+def _plans(inputs: Inputs, scale: float, erases: bool, group: int) -> list[Plan]:
+    """Those with so many tiles a grid step, the fewest heads first."""
+    counts = head_counts(inputs.k.shape[2], inputs.v.shape[2], inputs.k.shape[3], inputs.v.shape[3])
+    most = MAX_HEADS if any(FEW_HEADS <= n <= MAX_HEADS for n in counts) else WIDE_HEADS
+    return [_plan_of(inputs, scale, erases, n, group) for n in counts if n <= most or n == counts[0]]
+
+
+def _plan_of(inputs: Inputs, scale: float, erases: bool, here: int, group: int) -> Plan:
     batch, time, heads, value = inputs.v.shape
     key_heads, key = inputs.k.shape[2:]
     gate: Literal["none", "head", "channel"] = "none"
     if inputs.g is not None:
         gate = "channel" if inputs.g.ndim == 4 else "head"
-    groups = _groups(time // TILE)
     return Plan(
         batch=batch,
         key_heads=here * key_heads // heads,
         heads=here,
         programs=heads // here,
-        group=time // TILE // groups,
-        groups=groups,
+        group=group,
+        groups=-(-time // (group * TILE)),
         key=key,
         value=value,
         gate=gate,

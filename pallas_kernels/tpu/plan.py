@@ -9,7 +9,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.products import TILE
 
 SIZES = (64, 128, 192, 256, 384, 512)
-MAX_HEADS, MAX_GROUP = 8, 4
+MAX_GROUP = 4
+FEW_HEADS, MAX_HEADS = 4, 8  # fewer leave a step waiting for its products; more gain nothing, and compile longer
+WIDE_HEADS = 13  # what a step takes of heads that cannot be cut into so many: 10 of odd sizes, 11, 13, 22
 _MOST_HEADS = 32  # the loop over heads is unrolled
 
 

@@ -263,7 +263,8 @@ BOTH = ("gated_delta_net", "gated_delta_net_2")
     ],
 )
 def test_head_groups_and_sizes(implementation, time, shape, members, monkeypatch):
-    monkeypatch.setattr("pallas_kernels.tpu.op.MAX_HEADS", 2)
+    for name in ("MAX_HEADS", "WIDE_HEADS"):
+        monkeypatch.setattr(f"pallas_kernels.tpu.op.{name}", 2)
     for member in members:
         inputs, cotangents = problem(member, time=time, shape=shape)
         got = evaluate(member, inputs, np.float32, cotangents, implementation=implementation)
