@@ -24,6 +24,7 @@ from delta_jax.inference.reading import (
 )
 from delta_jax.inference.sampling import Sampling, SamplingNumbers, draw
 from delta_jax.inference.text import Decoder, Detokenizer, Piece, Row, stop_strings
+from delta_jax.inference.weights import in_compute_dtype
 from delta_jax.layers.checks import require_positive_integers
 from delta_jax.models import LanguageModel, ModelCache
 
@@ -211,7 +212,7 @@ def _blocks(
     max_new_tokens: int,
     block: int,
 ) -> Iterator[list[Piece]]:
-    reading = read()
+    reading, model = read(), in_compute_dtype(model)
     for start in range(0, max_new_tokens, block):
         count = min(block, max_new_tokens - start)
         reading = with_room(model, reading, count)

@@ -13,6 +13,7 @@ from delta_jax.layers.checks import (
     require_rngs,
 )
 from delta_jax.layers.contained import contained
+from delta_jax.layers.projection import project
 from delta_jax.ops.arguments import checked_array
 from delta_jax.parallel import by_compiler, cut_batch, spec_of
 
@@ -56,6 +57,7 @@ class SwiGLU(nnx.Module):
                 kernel_init=nnx.initializers.normal(initializer_std),
                 dtype=dtype,
                 param_dtype=param_dtype,
+                dot_general=project,
                 rngs=rngs,
             )
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.checks import require_cache
+from delta_jax.layers.projection import project
 from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.padding import to_front
 from delta_jax.parallel import ParameterRule, by_compiler, spec_of
@@ -145,6 +146,7 @@ class TokenMixer(nnx.Module):
             kernel_init=nnx.initializers.normal(self.initializer_std),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            dot_general=project,
             rngs=rngs,
         )
 

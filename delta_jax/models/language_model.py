@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from delta_jax.layers import AttentionCache, ExpertBias, MixerCache, MixtureOfExperts, RMSNorm, SwiGLU
 from delta_jax.layers.checks import require_cache, require_positive_integers, require_rngs
 from delta_jax.layers.contained import contained
+from delta_jax.layers.projection import project
 from delta_jax.models.config import Layer, ModelConfig
 from delta_jax.models.stack import Run
 from delta_jax.ops.arguments import as_array, checked_array
@@ -124,6 +125,7 @@ class LanguageModel(nnx.Module):
                 dtype=jnp.dtype(config.dtype),
                 param_dtype=param_dtype,
                 preferred_element_type=jnp.float32,
+                dot_general=project,
                 rngs=rngs,
             )
 
