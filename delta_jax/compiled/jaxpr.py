@@ -39,13 +39,18 @@ def inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
 
 
 def kernel_calls(jaxpr: Jaxpr | ClosedJaxpr, scope: str = "") -> Iterator[KernelCall]:
-    """Every pallas_call of a jaxpr in order, also inside the functions it calls; one without a name has theirs."""
+    """Every pallas_call of a jaxpr in order, also inside the functions it calls; one without a name has theirs.
+
+    What a flag alone decides, a loop that runs in no ordinary step, is left out.
+    """
     for equation in open_jaxpr(jaxpr).eqns:
         if equation.primitive.name == "pallas_call":
             grid = equation.params["grid_mapping"].grid
             results: list[Any] = [result.aval for result in equation.outvars]
             shapes = tuple(tuple(aval.shape) for aval in results)
             yield KernelCall(equation.params["name"] or scope, math.prod(grid), shapes, equation)
+            continue
+        if equation.primitive.name == "while" and not equation.params["cond_jaxpr"].eqns:
             continue
         for inner in inner_jaxprs(equation):
             yield from kernel_calls(inner, equation.params.get("name") or scope)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from delta_jax.compiled.core import Core
 from delta_jax.compiled.jaxpr import KernelCall
@@ -104,18 +104,19 @@ def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core)
     """
     work = work_of(hlo)
     programs = read_dump(folder, set(work.kernels)) if work.kernels else {}
-    found: dict[str, KernelRun] = {}
+    found: dict[Any, KernelRun] = {}
     kernels, unread = {}, []
     for name, kind in work.kernels.items():
         shape = work.shapes[name]
         call = call_of(name, shape, calls)
-        if call and name in programs and shape not in found:
+        key = (call.name, call.results) if call else None
+        if call and name in programs and key not in found:
             bundles, utilization, vmem = programs[name]
             kernel = Kernel(bundles, utilization, gridded=call.steps > 1)
-            found[shape] = KernelRun(call, kernel, vmem, kernel.cycles(core), call.steps_over(core.together), 0, 0.0)
+            found[key] = KernelRun(call, kernel, vmem, kernel.cycles(core), call.steps_over(core.together), 0, 0.0)
         # Equal kernels are written once: one that is missing takes the bundles of another with its origin and results.
-        if shape in found and call == found[shape].call:
-            kernels[name] = found[shape]._replace(runs=kind.runs, memory_cycles=core.memory_cycles(kind.bytes))
+        if key in found and call == found[key].call:
+            kernels[name] = found[key]._replace(runs=kind.runs, memory_cycles=core.memory_cycles(kind.bytes))
         else:
             unread.append(name)
     return Schedule(core=core, work=work, kernels=kernels, unread=tuple(unread))
