@@ -39,6 +39,9 @@ def compile_for(
 
     Returns:
         What was traced, what was compiled, its schedule, and the seconds of compiling.
+
+    Raises:
+        ValueError: the compiler did not write the bundles of a kernel.
     """
     folder = dump_folder(passes)
     device: Any = tpu_topology(GENERATIONS[generation])[0]
@@ -53,9 +56,8 @@ def compile_for(
     seconds = time.time() - start
     calls = list(kernel_calls(traced.jaxpr))
     schedule = schedule_of(compiled.as_text() or "", calls, folder, CORES[generation])
-    if schedule.unread or len(schedule.work.kernels) < len(calls):
-        names = ", ".join(call.name for call in calls)
-        raise ValueError(f"the bundles of these kernels could not be read: {', '.join(schedule.unread) or names}")
+    if schedule.unread:
+        raise ValueError(f"the bundles of these kernels could not be read: {', '.join(schedule.unread)}")
     return traced, compiled, schedule, seconds
 
 

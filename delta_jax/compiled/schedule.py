@@ -125,6 +125,7 @@ def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core)
 def call_of(name: str, shape: str, calls: Sequence[KernelCall]) -> KernelCall | None:
     """The call that a kernel's instruction is, by its name and the shapes of its results; None where they do not tell."""
     dims = tuple(tuple(int(n) for n in found.split(",") if n) for found in re.findall(r"\[([\d,]*)\]", shape))
-    named = [call for call in calls if call.name in name]  # "transpose_jvp_NAME__.1"
+    longest = max((len(call.name) for call in calls if call.name in name), default=0)  # "transpose_jvp_NAME__.1"
+    named = [call for call in calls if call.name in name and len(call.name) == longest]
     fit = named if len(named) == 1 else [call for call in named if call.results == dims]
     return fit[0] if len({call.steps for call in fit}) == 1 else None

@@ -32,8 +32,8 @@ class Work:
         ahead: copies that the compiler starts early and waits for later; it estimates no cycles for them either.
         copies: how many of the others only change the layout or the place of an array.
         kernels: name of a Pallas kernel's instruction -> its runs and bytes; the compiler estimates no cycles for them.
-        unestimated: opcode (of a custom call its target) -> runs of all other instructions without an estimate. Single
-            numbers, with which loops count, are left out.
+        unestimated: opcode (of a custom call its target) -> runs of all other instructions without an estimate, such as the
+            calls of the SparseCore. Single numbers, with which loops count, are left out.
         shapes: name of a kernel's instruction -> the shape of its results.
     """
 
@@ -104,8 +104,8 @@ def _add(
     if found:
         kind.cycles += times * int(found.group(1))
     elif kind in (work.products, work.others):
-        within = "" if opcode == "fusion" else ", ".join(sorted(inside - {opcode} - set(_MOVES)))
-        work.unestimated[called or (f"{opcode} of {within}" if within else opcode)] += times
+        thread = re.search(r'async_execution_thread="([^"]*)"', instruction.text)
+        work.unestimated[called or (f"{thread.group(1)} {opcode}" if thread else opcode)] += times
 
 
 def opcodes(instruction: Instruction, parsed: Mapping[str, dict[str, Instruction]]) -> set[str]:

@@ -46,7 +46,8 @@ class Estimate:
 
     Attributes:
         products: seconds of the matrix products and what is fused into them, by the compiler's own estimate.
-        kernels: seconds of the Pallas kernels, by the cycles of their bundles.
+        kernels: seconds of the Pallas kernels, by the cycles of their bundles, every branch as if it were taken: those with
+            a gate per channel, whose tiles choose one of two ways as they run, take less.
         others: seconds of all else: elementwise work, reductions, copies; by the compiler's own estimate.
         collectives: seconds for what a chip receives from others over all of its links at once, at their published peak.
         unread: names of kernels whose bundles the compiler did not write, for libtpu had been loaded before; no time has

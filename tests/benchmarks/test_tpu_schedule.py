@@ -1,9 +1,13 @@
 """The page of static schedules and its calibration, from rows as the compiling processes print them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from benchmarks.tpu_schedule import __main__ as command
+from benchmarks.tpu_schedule import tokamax
 from benchmarks.tpu_schedule.calibration import points
 from benchmarks.tpu_schedule.page import page
 from delta_jax.compiled.core import CORES
@@ -57,3 +61,16 @@ def test_the_page_compares_whole_calls_beside_kernels_alone() -> None:
     assert "| pallas KDA | forward | 1.53 | 3.05 | 6.10 | 1.156 (1.113 to 1.254) | 1.000 |" in text
     assert "| tpu7x | tokamax KDA over pallas KDA: forward | 2.00 | 2.00 | 1.00 |" in text
     assert "- tokamax: reason" in text
+
+
+def test_what_cannot_be_compiled_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"generation": "v5e"}]
+    monkeypatch.setattr(command, "records", lambda *_: rows)
+    monkeypatch.setattr(tokamax, "PYTHON", tmp_path / "python")
+    found = command.collect(["v5e", "tpu7x"], Console(quiet=True))
+    assert found["rows"] == 2 * rows
+    assert found["left_out"] == {
+        "tokamax on v5e": "its kernels ask for v6e or newer",
+        "tokamax with 32 heads on tpu7x": "its environment is not built: make peers",
+        "tokamax with 32 heads and 25 segments on tpu7x": "its environment is not built: make peers",
+    }

@@ -63,7 +63,9 @@ ENTRY %main (a: bf16[8,16], b: bf16[2,16]) -> bf16[8,16] {
   %while.2 = (pred[], bf16[8,16]{1,0}) while(%while.1), condition=%flag, body=%repair
   %fusion.2 = bf16[8,16]{1,0} fusion(%b), kind=kCustom, calls=%fused_gather, backend_config={"estimated_cycles":"50"}
   %sparse = bf16[8,16]{1,0} custom-call(%fusion.2), custom_call_target="SparseGather"
-  %reverse.1 = bf16[8,16]{1,0} reverse(%sparse), dimensions={0}
+  %call-start.1 = ((bf16[8,16]{1,0}), bf16[8,16]{0,1}, u32[]{:S(8)}) call-start(%sparse), async_execution_thread="sparsecore"
+  %call-done.1 = bf16[8,16]{0,1} call-done(%call-start.1)
+  %reverse.1 = bf16[8,16]{1,0} reverse(%call-done.1), dimensions={0}
   ROOT %tanh.1 = bf16[8,16]{1,0} tanh(%reverse.1), backend_config={"estimated_cycles":"20"}
 }
 """  # noqa: E501
@@ -76,14 +78,14 @@ def test_kinds_count_as_often_as_they_run() -> None:
     assert work.collectives == Kind(runs=1, cycles=50, bytes=one + one // 4)
     assert work.ahead == Kind(runs=1, cycles=0, bytes=one), "it writes into a faster memory"
     assert work.copies == 24 * 2, "a copy, and a fusion that only transposes"
-    assert (work.others.runs, work.others.cycles) == (24 * 2 + 3, 24 * (7 + 8) + 20)
+    assert (work.others.runs, work.others.cycles) == (24 * 2 + 4, 24 * (7 + 8) + 20)
     assert work.cycles == 2400 + 50 + 24 * 15 + 20
 
 
 def test_what_has_no_estimate_is_counted_by_name() -> None:
     work = work_of(PROGRAM)
     assert work.kernels == {"rule.1": Kind(runs=24, bytes=24 * 2 * 8 * 16 * 2)}
-    assert work.unestimated == Counter({"SparseGather": 1, "reverse": 1})
+    assert work.unestimated == Counter({"SparseGather": 1, "sparsecore call-start": 1, "reverse": 1})
 
 
 def test_a_loop_that_a_flag_decides_makes_up_for_what_is_not_finite_and_does_not_run() -> None:
