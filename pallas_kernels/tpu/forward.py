@@ -49,6 +49,7 @@ from pallas_kernels.tpu.tile import (
     prepared_shapes,
     scalar_row,
     start_columns,
+    start_of,
     tile_scratch_shapes,
 )
 
@@ -306,9 +307,7 @@ def _carry(
 
     def decayed(known: Array, h: int) -> Array:
         """What a state read gives once the state has decayed up to each token."""
-        if done.start is None:
-            return known
-        return known * jnp.concatenate([done.start[h]] * -(-value // TILE), 1)[:, :value]
+        return known if done.start is None else known * start_of(done, h, value)
 
     for h in range(plan.heads):
         old = state[h].astype(operand(plan))
