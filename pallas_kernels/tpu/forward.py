@@ -57,7 +57,8 @@ from pallas_kernels.tpu.tile import (
 class Kept(NamedTuple):
     """What the forward leaves of every tile for the backward: arrays, or their references, shapes or blocks.
 
-    Without erasing Y is V, and nothing is inverted.
+    Without erasing Y is V, and nothing is inverted. In bfloat16 a token and head takes `key * value / 64 + 2 * value + 256`
+    bytes, 768 of 128 x 128. To carry the states once more in the backward would take half, and a fifth of its time.
     """
 
     states: Ref  # before the tile, as operands, [batch, heads, tiles, key, value]
