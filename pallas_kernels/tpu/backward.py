@@ -39,7 +39,7 @@ from pallas_kernels.tpu.forward import (
     tokens_specs,
 )
 from pallas_kernels.tpu.plan import Plan, vmem_bytes
-from pallas_kernels.tpu.products import TILE, column, lanes, product, rows, split, transposed
+from pallas_kernels.tpu.products import TILE, column, lanes, product, row_sums, rows, split, transposed
 from pallas_kernels.tpu.tile import (
     BETA,
     END,
@@ -53,7 +53,7 @@ from pallas_kernels.tpu.tile import (
     of_key,
     operand,
     scalar_row,
-    start_columns,
+    start_of,
 )
 
 PAIRS, READS, WRITES, WHOLE = range(1, 5)  # the rows of a gate per head in the cotangents of the scalars, after beta's
@@ -141,8 +141,7 @@ def _tile_backward(
     _values_backward(plan, tokens, stash.prepared, d_state, scratch)
     for h in range(plan.heads):
         d_tokens.v[:, h * value : (h + 1) * value] = scratch.d_b[h, :TILE].astype(d_tokens.v.dtype)
-    _of_outputs(plan, tokens, stash, scratch)
-    _scores_cotangents(plan, tokens, stash.prepared, d_tokens.scalars, scratch)
+    _scores_cotangents(plan, tokens, stash, d_tokens.scalars, scratch)
     if steep is not None:
         backward_channel.scores_backward(plan, tokens, stash.prepared, scratch, steep)
     else:
@@ -199,21 +198,15 @@ def _solve_backward(plan: Plan, tokens: Tokens, done: Prepared, scratch: Backwar
         scratch.solve[h, :HALF] = solve_product(plan, scratch.x_turned[h, :HALF], scratch.solve[h, :HALF])
 
 
-def _of_outputs(plan: Plan, tokens: Tokens, stash: Stash, scratch: BackwardScratch) -> None:
-    """What Y and the state before the tile are read with, from dO and dB: one product, for MXUs take 256 columns at once."""
-    for h in range(plan.heads):
-        read = jnp.concatenate([stash.y_of(plan, tokens, h), stash.states[h]], 0)
-        found = product(reads_of(plan, scratch.d_o, scratch.d_b, h), read, plan.exact, transpose_b=True)
-        scratch.raw_p[h], scratch.query_reads[h] = found[:TILE, :TILE], found[:TILE, TILE:]
-        if plan.erases:
-            found = _joined(found[TILE:])
-            scratch.raw_a[h], scratch.erase_reads[h] = found[:, :TILE], found[:, TILE:]
-
-
-def _scores_cotangents(plan: Plan, tokens: Tokens, done: Prepared, d_scalars: Ref, scratch: BackwardScratch) -> None:
+def _scores_cotangents(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, scratch: BackwardScratch) -> None:
     """dA and dP, times the decay of a gate per head; the parts of beta's and a gate's cotangents that lie in the scores."""
-    exact = plan.exact
+    done, exact = stash.prepared, plan.exact
     row, lane = rows(TILE, TILE), lanes(TILE, TILE)
+    for h in range(plan.heads):
+        raw = product(reads_of(plan, scratch.d_o, scratch.d_b, h), stash.y_of(plan, tokens, h), exact, transpose_b=True)
+        scratch.raw_p[h] = raw[:TILE]
+        if plan.erases:
+            scratch.raw_a[h] = _joined(raw[TILE:])
     for h in range(plan.heads):
         weight = scalar_row(plan, tokens, BETA, h)
         scale = weight if done.decay is None else done.decay[h] * weight
@@ -224,7 +217,7 @@ def _scores_cotangents(plan: Plan, tokens: Tokens, done: Prepared, d_scalars: Re
             d_a = scratch.raw_a[h] if plan.gate == "channel" else jnp.where(row > lane, scratch.raw_a[h], 0.0)
             scratch.d_a[h] = (d_a * -scale).astype(scratch.d_a.dtype)
             terms = terms - d_a * done.a[h]
-        _put(plan, d_scalars, BETA, h, jnp.sum(terms, 0, keepdims=True))
+        _of_kind(plan, d_scalars, BETA)[pl.ds(h, 1)] = jnp.sum(terms, 0, keepdims=True)
         if plan.gate == "head":
             scratch.pair_terms[h] = terms * weight
     if plan.gate != "head":
@@ -236,7 +229,7 @@ def _scores_cotangents(plan: Plan, tokens: Tokens, done: Prepared, d_scalars: Re
         scratch.pair_sums[h] = product(jnp.concatenate(parts, 1), right, exact)
     for h in range(plan.heads):
         crossing = jnp.sum(jnp.where(row >= lane, scratch.pair_sums[h], 0.0), 0, keepdims=True)
-        _put(plan, d_scalars, PAIRS, h, crossing)
+        _of_kind(plan, d_scalars, PAIRS)[pl.ds(h, 1)] = crossing
 
 
 def _head_scores_backward(plan: Plan, tokens: Tokens, scratch: BackwardScratch) -> None:
@@ -267,51 +260,49 @@ def _joined(x: Array) -> Array:
     return x if len(x) == TILE else x[:TILE] + x[TILE:]
 
 
-def _row_sums(x: Array, exact: bool, *, parted: bool = False) -> Array:
-    """The sums of the rows of a float32 matrix, as a row; with `parted` of what is not rounded to bfloat16."""
-    if parted:
-        x = jnp.concatenate(split(x), 1)
-    return product(jnp.ones((8, x.shape[1]), jnp.float32), x, exact, transpose_b=True)[:1]
-
-
 def _write_columns(plan: Plan, tokens: Tokens) -> Array:
     """What a token's write is scaled by besides the decays of channels, b exp(Z) or b, of every head as columns."""
-    scales = tokens.scalars[: plan.heads]
+    scales = _of_kind(plan, tokens.scalars, BETA)[...]
     if plan.gate == "head":
-        scales = scales * tokens.scalars[END * plan.heads : (END + 1) * plan.heads]
+        scales = scales * _of_kind(plan, tokens.scalars, END)[...]
     return transposed(scales)
 
 
-def _put(plan: Plan, d_scalars: Ref, kind: int, head: int, x: Array) -> None:
-    """Writes a row of the cotangents of the scalars, `[1, 128]`."""
-    d_scalars[pl.ds(kind * plan.heads + head, 1)] = x
+def _of_kind(plan: Plan, scalars: Ref, kind: int) -> Ref:
+    """The token scalars of a kind, or their cotangents, `[heads, 128]`."""
+    return scalars.at[pl.ds(kind * plan.heads, plan.heads)]
 
 
 def _reads_backward(plan: Plan, tokens: Tokens, stash: Stash, d_scalars: Ref, scratch: BackwardScratch) -> None:
     """What reads the state before the tile: queries and erase keys, and the gates up to them."""
-    done, exact, f32 = stash.prepared, plan.exact, jnp.float32
-    columns = start_columns(plan, tokens) if plan.gate == "head" else None
+    done, f32 = stash.prepared, jnp.float32
+    rounded = scratch.d_b.at[:, :TILE]
 
-    def start_of(h: int) -> Array:
-        return done.factors.start[h] if columns is None else column(columns, h, plan.key)
+    def start(h: int) -> Array:
+        return done.factors.start[h] if plan.gate == "channel" else start_of(done, h, plan.key)
 
     for h in range(plan.heads):
+        d_reads = product(reads_of(plan, scratch.d_o, rounded, h), stash.states[h], plan.exact, transpose_b=True)
+        scratch.query_reads[h] = d_reads[:TILE]
+        if plan.erases:
+            scratch.erase_reads[h] = d_reads[TILE:]
+    for h in range(plan.heads):
         d_read = scratch.query_reads[h]
-        add(plan, scratch.d_q, h, d_read if plan.gate == "none" else d_read * start_of(h), start=False)
+        add(plan, scratch.d_q, h, d_read if plan.gate == "none" else d_read * start(h), start=False)
         if plan.gate != "none":
             scratch.read_terms[h] = of_key(plan, tokens.q, h).astype(f32) * d_read
     for h in range(plan.heads if plan.erases else 0):
         d_read = scratch.erase_reads[h]
-        d_erase = d_read if plan.gate == "none" else d_read * start_of(h)
+        d_erase = d_read if plan.gate == "none" else d_read * start(h)
         add_erase(plan, scratch, h, -d_erase, start=False)
         if plan.gate != "none":
             scratch.read_terms[h] = scratch.read_terms[h] - erase_of(plan, tokens, h).astype(f32) * d_read
-    for h in range(plan.heads):
-        if plan.gate == "head":
-            terms = _row_sums(scratch.read_terms[h], exact)
-            _put(plan, d_scalars, READS, h, terms * scalar_row(plan, tokens, START, h))
-        elif plan.gate == "channel":
-            terms = scratch.read_terms[h] * start_of(h)
+    if plan.gate == "head":
+        terms = row_sums([scratch.read_terms[h] for h in range(plan.heads)])
+        _of_kind(plan, d_scalars, READS)[...] = terms * _of_kind(plan, tokens.scalars, START)[...]
+    elif plan.gate == "channel":
+        for h in range(plan.heads):
+            terms = scratch.read_terms[h] * start(h)
             scratch.terms(h, "reads")[...] = terms.astype(operand(plan))
 
 
@@ -333,18 +324,17 @@ def _writes_backward(
         scratch.write_terms[h] = k * d_write
         if plan.gate == "channel":
             scratch.terms(h, "writes")[...] = (k * weighted).astype(operand(plan))
-    for h in range(plan.heads):
-        weight = _row_sums(scratch.write_terms[h], exact, parted=parted(plan))
-        beta = scalar_row(plan, tokens, BETA, h)
-        if plan.gate == "head":
-            weight = weight * scalar_row(plan, tokens, END, h)
-            _put(plan, d_scalars, WRITES, h, weight * beta)
-        d_beta = d_scalars[pl.ds(h, 1)] + weight
-        if plan.erases:
-            # dB_j = beta_j U_j and d_beta_j = Y_j . U_j: where beta is not zero this needs no sum that cancels.
-            direct = _row_sums(stash.y[h].astype(f32) * scratch.solve[h], exact)
-            d_beta = jnp.where(beta == 0.0, d_beta, direct / jnp.where(beta == 0.0, 1.0, beta))
-        _put(plan, d_scalars, BETA, h, d_beta)
+    weights = row_sums([scratch.write_terms[h] for h in range(plan.heads)])
+    beta, d_beta = _of_kind(plan, tokens.scalars, BETA)[...], _of_kind(plan, d_scalars, BETA)
+    if plan.gate == "head":
+        weights = weights * _of_kind(plan, tokens.scalars, END)[...]
+        _of_kind(plan, d_scalars, WRITES)[...] = weights * beta
+    summed = d_beta[...] + weights
+    if plan.erases:
+        # dB_j = beta_j U_j and d_beta_j = Y_j . U_j: where beta is not zero this needs no sum that cancels.
+        direct = row_sums([stash.y[h].astype(f32) * scratch.solve[h] for h in range(plan.heads)])
+        summed = jnp.where(beta == 0.0, summed, direct / jnp.where(beta == 0.0, 1.0, beta))
+    d_beta[...] = summed
 
 
 def _state_backward(
@@ -366,10 +356,10 @@ def _state_backward(
         if plan.gate == "head":
             whole = scalar_row(plan, tokens, START, h)[:, TILE - 1 :]
             total = jnp.sum(old * d_new, keepdims=True) * whole
-            _put(plan, d_scalars, WHOLE, h, jnp.where(lanes(1, TILE) == 0, total, 0.0))
+            _of_kind(plan, d_scalars, WHOLE)[pl.ds(h, 1)] = jnp.where(lanes(1, TILE) == 0, total, 0.0)
             d_state[h] = d_new * whole
         elif plan.gate == "channel":
-            scratch.d_whole[h] = done.whole[h] * _row_sums(old * d_new, exact)
+            scratch.d_whole[h] = done.whole[h] * row_sums([old * d_new])
             d_state[h] = d_new * column(transposed(done.whole[h]), 0, plan.value)
     for h in range(plan.heads):
         d_reads = reads_of(plan, scratch.d_o, scratch.d_b.at[:, :TILE], h)

@@ -1,5 +1,7 @@
 """Products on the MXU at the precision of the inputs, and the index masks of a tile."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -50,3 +52,12 @@ def transposed(x: Array) -> Array:
     if missing:
         x = jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)], 0)
     return jnp.swapaxes(x, 0, 1)
+
+
+def row_sums(matrices: Sequence[Array]) -> Array:
+    """The sums over the lanes of float32 matrices of one shape, a row for each matrix."""
+    height, width = len(matrices[0]), -(-len(matrices) // 8) * 8
+    columns = jnp.zeros((height, width), jnp.float32)
+    for n, x in enumerate(matrices):
+        columns = jnp.where(lanes(height, width) == n, jnp.sum(x, 1, keepdims=True), columns)
+    return jnp.swapaxes(columns, 0, 1)[: len(matrices)]

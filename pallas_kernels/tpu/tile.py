@@ -160,6 +160,11 @@ def start_columns(plan: Plan, tokens: Tokens) -> Array:
     return transposed(tokens.scalars[START * plan.heads : (START + 1) * plan.heads])
 
 
+def start_of(done: Prepared, head: int, width: int) -> Array:
+    """exp(G) of a gate per head over so many lanes, `[128, width]`."""
+    return jnp.concatenate([done.start[head]] * -(-width // TILE), 1)[:, :width]
+
+
 def if_steep(plan: Plan, steep: Array, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
     """Runs one of two stages."""
     if plan.only_steep is not False:
