@@ -260,10 +260,8 @@ class LanguageModel(nnx.Module):
 
         def through(x: Array, blocks: tuple[Block, ...], old: ModelCache | None) -> tuple[Array, ModelCache, tuple]:
             new, loads = [], []
-            for index, block in enumerate(blocks):
-                x, block_cache, load = apply(
-                    block, x, segment_ids, None if old is None else old[index], lengths, counted
-                )
+            for block, before in zip(blocks, old or (None,) * len(blocks), strict=True):
+                x, block_cache, load = apply(block, x, segment_ids, before, lengths, counted)
                 new.append(block_cache)
                 loads.append(load)
             return x, tuple(new), tuple(loads)
@@ -290,8 +288,8 @@ class LanguageModel(nnx.Module):
             here = slice(place, place + len(run.block))
             blocks, old = tuple(self.blocks[here]), None if cache is None else cache[here]
             if old is not None and segment_ids is None and tokens.shape[1] == 1:
-                first = jnp.zeros((), jnp.int32)
-                (x, run_cache, _), run_loads = jax.lax.scan(repeat_in_place, (x, old, first), blocks)
+                carry = x, old, jnp.zeros((), jnp.int32)
+                (x, run_cache, _), run_loads = jax.lax.scan(repeat_in_place, carry, blocks)
             else:
                 x, (run_cache, run_loads) = jax.lax.scan(repeat, x, (blocks, old))
             new_cache, loads, place = new_cache + run_cache, loads + run_loads, here.stop
