@@ -1,8 +1,9 @@
 """What a token costs in the library's decode loop on a TPU that is not here, by the compiler's own estimates.
 
 Usage: python -m benchmarks.tpu_schedule.decode PRESET BATCH [BATCH ...] [--generation v6e]. For every batch one line of
-JSON: milliseconds a token of XLA's products, of copies of more than a MiB, of its other instructions, and of the
-kernels, which take their traffic or their cycles, whichever is more; and how many instructions run a token.
+JSON for each kernel, and one for the whole: milliseconds a token of XLA's products, of its copies of more than a MiB, of
+its other instructions, and of the kernels, which take their traffic or their cycles, whichever is more; and how many
+instructions run a token.
 """
 
 import argparse

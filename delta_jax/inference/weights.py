@@ -38,15 +38,15 @@ def _cast(model: LanguageModel) -> LanguageModel:
 def _wide(model: LanguageModel) -> Iterator[tuple[nnx.Param, jnp.dtype]]:
     """The weights that are wider than the dtype they are cast to before anything is done with them, and that dtype."""
     for _, part in nnx.iter_modules(model):
-        weights = []
+        weights: list[nnx.Param | None] = []
         if isinstance(part, nnx.Linear):
-            weights = [part.kernel, part.bias]
+            weights, dtype = [part.kernel, part.bias], part.dtype
         elif isinstance(part, nnx.Embed):
-            weights = [part.embedding]
+            weights, dtype = [part.embedding], part.dtype
         elif isinstance(part, MixtureOfExperts):
-            weights = list(part.experts.values())
+            weights, dtype = list(part.experts.values()), part.dtype
         for weight in weights:
-            if weight is not None and part.dtype is not None:
-                dtype = jnp.dtype(part.dtype)
-                if dtype.itemsize < weight[...].dtype.itemsize:
-                    yield weight, dtype
+            if weight is not None and dtype is not None:
+                narrow = jnp.dtype(dtype)
+                if narrow.itemsize < weight[...].dtype.itemsize:
+                    yield weight, narrow

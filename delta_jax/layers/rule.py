@@ -86,7 +86,7 @@ def _sequence(
     rule: Callable[..., tuple[Array, Array]],
     options: dict[str, Any],
     inputs: RuleInputs,
-    state: Array | None,
+    state: Any,
     segment_ids: Array | None,
 ) -> tuple[Array, Array]:
     return rule(**_given(inputs), initial_state=state, segment_ids=segment_ids, **options)
@@ -96,7 +96,7 @@ def _one_token(
     step: Callable[..., tuple[Array, Array]],
     options: dict[str, Any],
     inputs: RuleInputs,
-    state: Array | LayerState,
+    state: Any,
     segment_ids: Array | None,
 ) -> tuple[Array, Array | LayerState]:
     token = {f"{name}_t": x for name, x in jax.tree.map(lambda x: x[:, 0], _given(inputs)).items()}

@@ -258,27 +258,25 @@ class LanguageModel(nnx.Module):
             for block, block_cache in zip(self.blocks, cache, strict=True):
                 block.mixer.check_room(cache=block_cache, tokens=tokens.shape[1] if lengths is None else lengths)
 
-        # A single token leaves most of a cache as it is: the caches of all layers are carried, and each works on its own in
-        # its place. Taken apart and put together by the scan, every state would be copied twice.
-        carried = cache is not None and segment_ids is None and tokens.shape[1] == 1
-
-        def repeat(
-            carry: tuple[Array, ModelCache | None], stack: tuple
-        ) -> tuple[tuple[Array, ModelCache | None], tuple]:
-            (x, caches), (blocks, old, layer) = carry, stack
-            if caches is not None:
-                old = tuple(block.mixer.cache_of_layer(c, layer) for block, c in zip(blocks, caches, strict=True))
+        def through(x: Array, blocks: tuple[Block, ...], old: ModelCache | None) -> tuple[Array, ModelCache, tuple]:
             new, loads = [], []
-            for index, block in enumerate(blocks):
-                x, block_cache, load = apply(
-                    block, x, segment_ids, None if old is None else old[index], lengths, counted
-                )
+            for block, before in zip(blocks, old or (None,) * len(blocks), strict=True):
+                x, block_cache, load = apply(block, x, segment_ids, before, lengths, counted)
                 new.append(block_cache)
                 loads.append(load)
-            if caches is None:
-                return (x, None), (tuple(new) if keep_cache else (), tuple(loads))
+            return x, tuple(new), tuple(loads)
+
+        def repeat(x: Array, stack: tuple[tuple[Block, ...], ModelCache | None]) -> tuple[Array, tuple]:
+            x, new, loads = through(x, *stack)
+            return x, (new if keep_cache else (), loads)
+
+        def repeat_in_place(carry: tuple[Array, ModelCache, Array], blocks: tuple[Block, ...]) -> tuple[tuple, tuple]:
+            """For a single token: caches that the scan takes apart and puts together again would be copied twice."""
+            x, caches, layer = carry
+            old = tuple(b.mixer.cache_of_layer(c, layer) for b, c in zip(blocks, caches, strict=True))
+            x, new, loads = through(x, blocks, old)
             put = zip(blocks, caches, new, strict=True)
-            return (x, tuple(block.mixer.with_cache_of_layer(c, layer, n) for block, c, n in put)), ((), tuple(loads))
+            return (x, tuple(b.mixer.with_cache_of_layer(c, layer, n) for b, c, n in put), layer + 1), loads
 
         x = self._embedded(tokens)
         if lengths is not None:
@@ -288,11 +286,13 @@ class LanguageModel(nnx.Module):
         loads: Loads = ()
         for run in self.config.runs:
             here = slice(place, place + len(run.block))
-            old = None if cache is None else cache[here]
-            layers = jnp.arange(run.repeats, dtype=jnp.int32)
-            carry, stack = ((x, old), None) if carried else ((x, None), old)
-            (x, kept), (new, run_loads) = jax.lax.scan(repeat, carry, (tuple(self.blocks[here]), stack, layers))
-            new_cache, loads, place = new_cache + (kept or new), loads + run_loads, here.stop
+            blocks, old = tuple(self.blocks[here]), None if cache is None else cache[here]
+            if old is not None and segment_ids is None and tokens.shape[1] == 1:
+                carry = x, old, jnp.zeros((), jnp.int32)
+                (x, run_cache, _), run_loads = jax.lax.scan(repeat_in_place, carry, blocks)
+            else:
+                x, (run_cache, run_loads) = jax.lax.scan(repeat, x, (blocks, old))
+            new_cache, loads, place = new_cache + run_cache, loads + run_loads, here.stop
         x = self.final_norm(x)
         return x if front is None else front.back(x), new_cache if keep_cache else None, loads
 

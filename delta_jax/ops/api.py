@@ -269,8 +269,9 @@ def _run_step(
         *given, states, layer = arrays
         if layer is None or chosen.in_place:
             return chosen.step(Arrays._make((*given, states, None)), options, *([] if layer is None else [layer]))
+        # Were the old states still read when the new one is put among them, all would be copied.
         state = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
-        o, state = chosen.step(Arrays._make((*given, state, None)), options)
+        o, state = jax.lax.optimization_barrier(chosen.step(Arrays._make((*given, state, None)), options))
         return o, jax.lax.dynamic_update_index_in_dim(states, state.astype(states.dtype), layer, 0)
 
     axes, given = _axes(arguments, step=True), arguments._replace(q=q)

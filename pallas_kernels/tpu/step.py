@@ -14,8 +14,9 @@ from pallas_kernels.inputs import Inputs
 from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, vmem_bytes
 from pallas_kernels.tpu.products import TILE, column, transposed
 
-# A grid step waits for 0.15 us whatever it does, in which a TPU moves a quarter of a MiB; two more are in flight.
-_LEAST, _MOST = 2**20, 2**22  # bytes of states a grid step
+# Bytes of states a grid step. It waits for 0.15 us whatever it does, in which a TPU moves a quarter of a MiB, and what it
+# computes begins slowly: at one MiB moving takes longer than both.
+_LEAST = 2**20
 
 
 def delta_rule_step(state: Array, token: Inputs, scale: float, layer: Array | None = None) -> tuple[Array, Array]:
@@ -53,10 +54,10 @@ def _among_layers(scale: float, states: Array, layer: Array, token: Inputs) -> t
     return result
 
 
-def _rows(batch: int, row: int) -> int:
-    """Rows of the batch a grid step, each of so many bytes of states."""
-    fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * row <= _MOST] or [1]
-    return next((n for n in fitting if n * row >= _LEAST), fitting[-1])
+def _rows(batch: int, heads: int, size: int) -> int:
+    """Rows of the batch a grid step, each of so many heads with states of `size` bytes; the loop over them is unrolled."""
+    fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * heads <= 2 * MAX_HEADS] or [1]
+    return next((n for n in fitting if n * heads * size >= _LEAST), fitting[-1])
 
 
 def _step(scale: float, states: Array, layer: Array, token: Inputs) -> tuple[Array, Array]:
@@ -65,7 +66,7 @@ def _step(scale: float, states: Array, layer: Array, token: Inputs) -> tuple[Arr
     counts = head_counts(heads, heads, key, value)
     here = max((n for n in counts if n <= MAX_HEADS), default=counts[0])
     f32 = jnp.float32
-    together = _rows(batch, here * key * value * 4)
+    together = _rows(batch, here, key * value * 4)
     rows = {
         "query": scale * q.astype(f32),
         "write": k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32),

@@ -210,3 +210,27 @@ def test_a_layer_of_several_writes_is_cut_at_the_heads_of_its_writes() -> None:
         cut = jax.jit(lambda layer, x: layer(x))
         assert "shard_map" in str(jax.make_jaxpr(cut)(layer, x))
         np.testing.assert_allclose(jax.device_get(cut(layer, x)), whole, rtol=2e-5, atol=2e-6)
+
+
+def test_a_token_is_read_on_a_mesh_as_on_one_device() -> None:
+    """The states of all layers, which are carried, are cut over sequences and heads like those of one."""
+    options = (("num_heads", 2), ("head_dim", 4), ("implementation", "xla"))
+    pattern = (MixerSpec(mixer="gated_delta_net", options=options),)
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_layers": 2, "intermediate_size": 8}
+    config = ModelConfig(pattern=pattern, initializer_std=0.4, dtype="float32", **sizes)
+    model, tokens = LanguageModel(config, rngs=nnx.Rngs(0)), jnp.arange(8, dtype=jnp.int32)[:, None]
+    random = np.random.default_rng(0)
+    cache = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype) if x.dtype == jnp.float32 else x,
+        model.init_cache(8),
+    )
+
+    def read(model: LanguageModel, cache: Any) -> Any:
+        return model(tokens, cache=cache)
+
+    whole = jax.jit(read)(model, cache)
+    with jax.set_mesh(make_mesh(MESH)):
+        compiled = jax.jit(read).lower(model, cache).compile()
+        cut = compiled(model, cache)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), whole, jax.device_get(cut))
+    assert compiled.output_shardings[1][0].state.spec == P(None, ("data", "fsdp"), "tensor")
