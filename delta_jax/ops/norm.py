@@ -20,10 +20,9 @@ def unit_length(x: Float[Array, "*leading size"], eps: float) -> Float[Array, "*
 
     Where one entry is not finite all are NaN, by selection: the cotangents there are zero.
     """
-    largest = _largest(x)
-    finite = jnp.isfinite(largest)
+    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)  # on a CPU a maximum may pass over NaN
     clean = jnp.where(finite, x, jnp.zeros((), x.dtype))
-    power, rest = _factors(clean, jnp.where(finite, largest, jnp.zeros((), x.dtype)), eps, jnp.sum)
+    power, rest = inverse_length(clean, eps)
     y = (clean.astype(rest.dtype) * power * rest).astype(x.dtype)
     return jnp.where(finite, y, jnp.asarray(jnp.nan, x.dtype))
 
@@ -36,17 +35,10 @@ def inverse_length(
     The first is a power of two that brings the largest entry, or the root of eps, between a half and one: the squares of
     x times it neither overflow nor vanish, and where they did neither before, nothing is rounded in another way.
     """
-    return _factors(x, _largest(x), eps, reduce)
-
-
-def _largest(x: Array) -> Array:
-    return jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True, initial=0.0)
-
-
-def _factors(x: Array, largest: Array, eps: float, reduce: Callable[..., Array]) -> tuple[Array, Array]:
     wide = x.astype(accumulator_dtype(x.dtype))
     root = max(math.sqrt(eps), SMALLEST)
-    _, exponent = jnp.frexp(jnp.maximum(largest.astype(wide.dtype), root))
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True, initial=0.0).astype(wide.dtype)
+    _, exponent = jnp.frexp(jnp.maximum(largest, root))
     limit = -int(jnp.finfo(wide.dtype).minexp)
     power = jnp.ldexp(jnp.ones((), wide.dtype), jnp.clip(-exponent, -limit, limit))
     squares = reduce(jnp.square(wide * power), axis=-1, keepdims=True)

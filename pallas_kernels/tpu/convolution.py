@@ -192,7 +192,7 @@ def _convolve(options: Prologue, x: Array, weights: Array | None, reach: Array |
 
             @pl.when(pl.program_id(2) == 0)
             def _() -> None:
-                start[...] = cache[0]
+                start[...] = _or_nan(cache[0])
 
         def of_group(careful: bool, index: Array, seen: Array | None, at: pl.Slice) -> Iterator[None]:
             here = _chunk(plan, index)

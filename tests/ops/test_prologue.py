@@ -114,7 +114,7 @@ def test_bfloat16_is_rounded_once():
     np.testing.assert_array_equal(np.asarray(cache, np.float32), kept)
     for name in ("x", "cache"):
         assert_alike(gradient[name].astype(jnp.float32), exact[name], 2**-8)
-    assert_alike(gradient["kernel"], exact["kernel"], 1e-4)
+    assert_alike(gradient["kernel"], exact["kernel"], 2**-7)
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_the_length_of_heads_of_any_size(eps):
     wanted, expected = run("xla", x)
     np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=1e-7)
     largest = np.abs(expected).max((0, 2, 3), keepdims=True)
-    np.testing.assert_array_less(np.abs(d - expected), 2e-5 * largest + 2e-38)
+    assert (np.abs(d - expected) <= 2e-5 * largest + 2e-38).all()
 
 
 @pytest.mark.parametrize(

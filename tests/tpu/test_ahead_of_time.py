@@ -13,6 +13,7 @@ from flax import nnx
 from delta_jax import delta_rule, delta_rule_step
 from delta_jax.config import load_config
 from delta_jax.layers import GatedDeltaNet
+from delta_jax.ops.short_convolution import short_convolution
 from delta_jax.training import TrainConfig
 
 GENERATIONS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -149,3 +150,39 @@ def test_nothing_is_laid_out_anew_around_a_layer(compile_for: Any) -> None:
     every_call = text[text.index("\nENTRY") :]
     copies = re.findall(r"= \w+\[2,2048,(?:\d+,)?\d{3,}\]\S* copy\(", every_call)
     assert copies == []
+
+
+# A head of a register, of two, of one and a half; channels that fill no whole number of registers; no norm.
+PROLOGUES = [
+    ("v5e", 1536, 6, "float32"),
+    ("v5p", 1728, 9, "bfloat16"),
+    ("v6e", 1024, 8, "bfloat16"),
+    ("tpu7x", 3072, None, "bfloat16"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("generation", "channels", "heads", "dtype"), PROLOGUES)
+def test_the_prologue(compile_for: Any, generation: str, channels: int, heads: int | None, dtype: str) -> None:
+    """Convolution, bias, SiLU and norm of packed rows with padding, of a length that fills no block; all gradients."""
+    shapes = {
+        "x": jax.ShapeDtypeStruct((2, 1000, channels), dtype),
+        "kernel": jax.ShapeDtypeStruct((4, channels), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((channels,), jnp.float32),
+        "cache": jax.ShapeDtypeStruct((2, 3, channels), dtype),
+    }
+    ids, lengths = jax.ShapeDtypeStruct((2, 1000), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def loss(arrays: dict[str, jax.Array], segment_ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        y, _ = short_convolution(
+            **arrays,
+            segment_ids=segment_ids,
+            lengths=lengths,
+            activation="silu",
+            heads=heads,
+            implementation="pallas",
+        )
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    text = compile_for(generation, jax.grad(loss), shapes, ids, lengths).as_text()
+    assert all(name in text for name in ("short_convolution_forward", "short_convolution_backward"))
