@@ -93,7 +93,7 @@ class Schedule:
         return least / self.core.factor, most / self.core.factor
 
 
-def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core) -> Schedule:
+def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core, begin: str | None = None) -> Schedule:
     """Reads the schedule of a program.
 
     Args:
@@ -101,15 +101,16 @@ def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core)
         calls: `kernel_calls` of the jaxpr that was compiled.
         folder: `dump_folder()`, called before the program was compiled.
         core: what it was compiled for.
+        begin: as in `work_of`.
     """
-    work = work_of(hlo)
+    work = work_of(hlo, begin)
     programs = read_dump(folder, set(work.kernels)) if work.kernels else {}
     found: dict[Any, KernelRun] = {}
     kernels, unread = {}, []
     for name, kind in work.kernels.items():
         shape = work.shapes[name]
         call = call_of(name, shape, calls)
-        key = (call.name, call.results) if call else None
+        key = (call and call.name, _dims(shape))
         if call and name in programs and key not in found:
             bundles, utilization, vmem = programs[name]
             kernel = Kernel(bundles, utilization, gridded=call.steps > 1)
@@ -124,8 +125,13 @@ def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core)
 
 def call_of(name: str, shape: str, calls: Sequence[KernelCall]) -> KernelCall | None:
     """The call that a kernel's instruction is, by its name and the shapes of its results; None where they do not tell."""
-    dims = tuple(tuple(int(n) for n in found.split(",") if n) for found in re.findall(r"\[([\d,]*)\]", shape))
+    dims = _dims(shape)
     longest = max((len(call.name) for call in calls if call.name in name), default=0)  # "transpose_jvp_NAME__.1"
     named = [call for call in calls if call.name in name and len(call.name) == longest]
     fit = named if len(named) == 1 else [call for call in named if call.results == dims]
     return fit[0] if len({call.steps for call in fit}) == 1 else None
+
+
+def _dims(shape: str) -> tuple[tuple[int, ...], ...]:
+    """The sizes of an array, or of every array of a tuple; layouts and dtypes are left out."""
+    return tuple(tuple(int(n) for n in found.split(",") if n) for found in re.findall(r"\[([\d,]*)\]", shape))

@@ -52,16 +52,17 @@ class Work:
         return self.products.cycles + self.others.cycles + self.collectives.cycles
 
 
-def work_of(hlo: str) -> Work:
+def work_of(hlo: str, begin: str | None = None) -> Work:
     """Sorts the instructions of a program.
 
     Args:
         hlo: the text of the compiled program, of a TPU; other compilers estimate nothing.
+        begin: the computation of which one run is counted, such as the body of a loop; None is the whole program.
     """
     entry, lines = computations(hlo)
     parsed = instructions(lines)
     work = Work()
-    for computation, times in runs(entry, lines).items():
+    for computation, times in runs(begin or entry, lines).items():
         here = parsed[computation]
         for name, instruction in here.items():
             if times:
