@@ -140,8 +140,9 @@ class Mixer(TokenMixer):
         )
 
     def cache_of_layer(self, caches: Any, layer: Int[Array, ""]) -> Any:
-        small = super().cache_of_layer(caches._replace(state=()), layer)
-        return small._replace(state=LayerState(caches.state, layer))
+        small = caches._replace(state=())
+        mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), small)
+        return mine._replace(state=LayerState(caches.state, layer))
 
     def with_cache_of_layer(self, caches: Any, layer: Int[Array, ""], cache: Any) -> Any:
         small = caches._replace(state=()), layer, cache._replace(state=())

@@ -94,7 +94,11 @@ class TokenMixer(nnx.Module):
 
     def cache_of_layer(self, caches: Any, layer: Int[Array, ""]) -> Any:
         """From the caches of several such layers, arrays [L, B, ...], that of one, for `with_cache` of a single token."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), caches)
+        # Taken out before anything else: were parts still read where all lie when the new ones are put there, XLA would copy
+        # the caches of all layers first.
+        return jax.lax.optimization_barrier(
+            jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), caches)
+        )
 
     def with_cache_of_layer(self, caches: Any, layer: Int[Array, ""], cache: Any) -> Any:
         """The caches of several such layers with the new one of one, as `with_cache` returns it, in its place."""
