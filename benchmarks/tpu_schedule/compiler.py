@@ -1,6 +1,5 @@
 """The real TPU compiler on a CPU host: compiles a function for a TPU that is not there and reads what it dumps."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -121,7 +120,7 @@ def kernel_facts(run: KernelRun, found: Schedule) -> dict[str, Any]:
         "name": run.call.name,
         "grid": list(mapping.grid),
         "steps": run.call.steps * run.runs,
-        "bytes": run.runs * sum(block_bytes(block, mapping.grid) for block in mapping.block_mappings),
+        "bytes": run.runs * run.call.bytes,
         "listed": kernel.listed,
         "bundles": kernel.bundle_count,
         "loops": [[loop.stop - loop.start, loop.trips] for loop in kernel.loops],
@@ -132,32 +131,3 @@ def kernel_facts(run: KernelRun, found: Schedule) -> dict[str, Any]:
         "spills": slots["VSTORE:SPILL"],
         "vmem_bytes": run.vmem_bytes,
     }
-
-
-def block_bytes(block: Any, grid: tuple[int, ...]) -> int:
-    """Bytes between HBM and VMEM for one operand: a block moves when its index changes from one grid step to the next.
-
-    An operand that the kernel fetches itself counts once. Scalars that an index is looked up in are taken as zero: there is
-    one sequence.
-    """
-    jaxpr = block.index_map_jaxpr.jaxpr
-    steps = np.indices(grid).reshape(len(grid), math.prod(grid)).astype(np.int32)
-
-    def index_of(*at: jax.Array) -> list[Any]:
-        values = dict(zip(jaxpr.invars, at, strict=False))
-
-        def value(atom: Any) -> Any:
-            return atom.val if hasattr(atom, "val") else values[atom]
-
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "get":
-                results = [np.int32(0)]
-            else:
-                results = equation.primitive.bind(*map(value, equation.invars), **equation.params)
-                results = results if equation.primitive.multiple_results else [results]
-            values |= zip(equation.outvars, results, strict=True)
-        return [value(atom) for atom in jaxpr.outvars]
-
-    index = [np.broadcast_to(np.asarray(i), steps.shape[1:]) for i in jax.vmap(index_of)(*steps)] if grid else []
-    changes = 1 + int(sum(np.any([i[1:] != i[:-1] for i in index], axis=0))) if index else 1
-    return changes * math.prod(block.block_aval.shape) * block.array_aval.dtype.itemsize

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
@@ -14,6 +16,12 @@ class KernelCall(NamedTuple):
     steps: int
     results: tuple[tuple[int, ...], ...]
     equation: JaxprEqn
+
+    @property
+    def bytes(self) -> int:
+        """Between HBM and VMEM, of all blocks that the grid moves; an array that the kernel fetches itself moves once."""
+        mapping = self.equation.params["grid_mapping"]
+        return sum(block_bytes(block, mapping.grid) for block in mapping.block_mappings)
 
     def steps_over(self, cores: int) -> int:
         """Steps that each of several cores of a device takes: the longest axis that is parallel is cut over them."""
@@ -54,3 +62,32 @@ def kernel_calls(jaxpr: Jaxpr | ClosedJaxpr, scope: str = "") -> Iterator[Kernel
             continue
         for inner in inner_jaxprs(equation):
             yield from kernel_calls(inner, equation.params.get("name") or scope)
+
+
+def block_bytes(block: Any, grid: tuple[int, ...]) -> int:
+    """Bytes between HBM and VMEM for one operand: a block moves when its index changes from one grid step to the next.
+
+    An operand that the kernel fetches itself counts once. Scalars that an index is looked up in are taken as zero: there is
+    one sequence.
+    """
+    jaxpr = block.index_map_jaxpr.jaxpr
+    steps = np.indices(grid).reshape(len(grid), math.prod(grid)).astype(np.int32)
+
+    def index_of(*at: jax.Array) -> list[Any]:
+        values = dict(zip(jaxpr.invars, at, strict=False))
+
+        def value(atom: Any) -> Any:
+            return atom.val if hasattr(atom, "val") else values[atom]
+
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "get":
+                results = [np.int32(0)]
+            else:
+                results = equation.primitive.bind(*map(value, equation.invars), **equation.params)
+                results = results if equation.primitive.multiple_results else [results]
+            values |= zip(equation.outvars, results, strict=True)
+        return [value(atom) for atom in jaxpr.outvars]
+
+    index = [np.broadcast_to(np.asarray(i), steps.shape[1:]) for i in jax.vmap(index_of)(*steps)] if grid else []
+    changes = 1 + int(sum(np.any([i[1:] != i[:-1] for i in index], axis=0))) if index else 1
+    return changes * math.prod(block.block_aval.shape) * block.array_aval.dtype.itemsize

@@ -117,7 +117,9 @@ def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core,
             found[key] = KernelRun(call, kernel, vmem, kernel.cycles(core), call.steps_over(core.together), 0, 0.0)
         # Equal kernels are written once: one that is missing takes the bundles of another with its origin and results.
         if key in found and call == found[key].call:
-            kernels[name] = found[key]._replace(runs=kind.runs, memory_cycles=core.memory_cycles(kind.bytes))
+            # Of an operand that is larger than what the grid visits, such as states of all layers, only that moves.
+            moved = min(kind.bytes, kind.runs * call.bytes) if call else 0
+            kernels[name] = found[key]._replace(runs=kind.runs, memory_cycles=core.memory_cycles(moved))
         else:
             unread.append(name)
     return Schedule(core=core, work=work, kernels=kernels, unread=tuple(unread))

@@ -26,12 +26,12 @@ ENTRY %main (a: f32[64,128]) -> f32[64,128] {
 """
 
 
-def calls(rows: int, semantics: tuple[str, ...] = ("parallel",)) -> list[KernelCall]:
+def calls(rows: int, semantics: tuple[str, ...] = ("parallel",), columns: int = 128) -> list[KernelCall]:
     def body(x: jax.Array, out: jax.Array) -> None:
         out[...] = x[...]
 
-    block = pl.BlockSpec((16, 128), lambda i: (i, 0))
-    shape = jax.ShapeDtypeStruct((rows, 128), jnp.float32)
+    block = pl.BlockSpec((16, columns), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
     call = pl.pallas_call(
         body,
         shape,
@@ -68,10 +68,17 @@ def test_kernels_count_by_their_grids_and_equal_ones_are_written_once(dump: Path
 
 def test_a_kernel_takes_no_less_than_its_traffic(dump: Path) -> None:
     large = PROGRAM.replace("64,128]", "64,128000]")
-    wide = [call._replace(results=((64, 128000),)) for call in calls(64)]
-    found = schedule_of(large, wide, dump, CORES["v5e"])
+    found = schedule_of(large, calls(64, columns=128000), dump, CORES["v5e"])
     seconds = 2 * 2 * 64 * 128000 * 4 / 819e9
     assert found.kernel_cycles / CORES["v5e"].clock == pytest.approx(seconds)
+
+
+def test_what_a_grid_does_not_visit_of_an_operand_does_not_move(dump: Path) -> None:
+    """As of the states of all layers, of which a step reads and writes one."""
+    large = PROGRAM.replace("64,128]", "64,128000]")
+    part = [call._replace(results=((64, 128000),)) for call in calls(64)]
+    found = schedule_of(large, part, dump, CORES["v5e"])
+    assert {run.memory_cycles for run in found.kernels.values()} == {CORES["v5e"].memory_cycles(2 * 64 * 128 * 4)}
 
 
 def test_two_cores_of_one_device_share_the_steps_of_a_parallel_axis(dump: Path) -> None:
