@@ -11,6 +11,7 @@ from flax import nnx
 
 from delta_jax.inference.generate import _decode
 from delta_jax.inference.sampling import Sampling
+from delta_jax.layers.projection import project
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig
 
 BATCH, LAYERS, VOCAB = 8, 40, 16  # states of 160 MiB: fewer would be moved to vector memory as a whole
@@ -53,3 +54,12 @@ def test_no_state_is_copied(compile_for: Any, mixer: str) -> None:
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 4 * state * LAYERS
     assert memory.temp_size_in_bytes < 4 * state
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_take_a_product_with_the_weights(compile_for: Any, rows: int) -> None:
+    """Of a single row the compiler would make a loop over the weights, which the units of products have no part in."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, 1, 512), (512, 1024)))
+    compiled = compile_for("v6e", lambda x, kernel: project(x, kernel, (((2,), (0,)), ((), ()))), x, kernel)
+    assert " convolution(" in compiled.as_text()
+    assert compiled.out_info.shape == (rows, 1, 1024)
