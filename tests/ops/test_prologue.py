@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from delta_jax.layers import MIXERS, l2_normalize
-from delta_jax.ops import prologue
+from delta_jax.ops import device, prologue
 from delta_jax.ops.short_convolution import short_convolution
+from delta_jax.parallel import MeshConfig, make_mesh
 from delta_jax.testing.trials import interpreted_tpu
 from pallas_kernels.tpu import convolution
 
@@ -208,7 +210,6 @@ def test_kernels_are_for_tpus_and_names_are_known():
 @pytest.mark.parametrize("name", ["gated_delta_net", "delta_product"])
 def test_layers(name):
     """Packed rows that continue a cache, with padding: the same outputs, cache and gradients as on a CPU."""
-    from flax import nnx
 
     layer = MIXERS[name](32, num_heads=2, head_dim=64, expand_v=1.0, chunk_size=16, rngs=nnx.Rngs(0))
     keys = jax.random.split(jax.random.key(1), 2)
@@ -250,3 +251,24 @@ def _xla():
     from delta_jax.ops.implementations import IMPLEMENTATIONS
 
     return next(one for one in IMPLEMENTATIONS if one.name == "xla")
+
+
+def test_on_a_mesh_every_device_has_its_own_sequences_and_heads():
+    """Read off the program, since it cannot run here: what does not divide is left to the compiler."""
+    layer = MIXERS["gated_delta_net"](32, num_heads=2, head_dim=64, expand_v=1.0, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+
+    def program(batch):
+        def convolve(state, x):
+            one = nnx.merge(graph, state).q_conv
+            return l2_normalize(one(x, None, None, heads=2)[0].reshape(*x.shape[:2], 2, -1))
+
+        return str(jax.make_jaxpr(convolve)(state, jnp.zeros((batch, 16, 128))))
+
+    with mock.patch.object(device, "platform", return_value="tpu"):
+        assert program(4).count("pallas_call") == 2
+        with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+            even, uneven = program(4), program(3)
+    assert even.count("shard_map") == even.count("pallas_call") == 2
+    assert "f32[1,16,64]" in even
+    assert "pallas_call" not in uneven
