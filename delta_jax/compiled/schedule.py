@@ -107,19 +107,21 @@ def schedule_of(hlo: str, calls: Sequence[KernelCall], folder: Path, core: Core,
     programs = read_dump(folder, set(work.kernels)) if work.kernels else {}
     found: dict[Any, KernelRun] = {}
     kernels, unread = {}, []
-    for name, kind in work.kernels.items():
-        shape = work.shapes[name]
-        call = call_of(name, shape, calls)
-        key = (call and call.name, _dims(shape))
-        if call and name in programs and key not in found:
+    calls_of = {name: call_of(name, work.shapes[name], calls) for name in work.kernels}
+    for name, call in calls_of.items():
+        if call and name in programs:
             bundles, utilization, vmem = programs[name]
             kernel = Kernel(bundles, utilization, gridded=call.steps > 1)
-            found[key] = KernelRun(call, kernel, vmem, kernel.cycles(core), call.steps_over(core.together), 0, 0.0)
+            run = KernelRun(call, kernel, vmem, kernel.cycles(core), call.steps_over(core.together), 0, 0.0)
+            found.setdefault((call.name, _dims(work.shapes[name])), run)
+    for name, kind in work.kernels.items():
+        call = calls_of[name]
         # Equal kernels are written once: one that is missing takes the bundles of another with its origin and results.
-        if key in found and call == found[key].call:
+        equal = found.get((call.name, _dims(work.shapes[name]))) if call else None
+        if call and equal and call == equal.call:
             # Of an operand that is larger than what the grid visits, such as states of all layers, only that moves.
-            moved = min(kind.bytes, kind.runs * call.bytes) if call else 0
-            kernels[name] = found[key]._replace(runs=kind.runs, memory_cycles=core.memory_cycles(moved))
+            moved = min(kind.bytes, kind.runs * call.bytes)
+            kernels[name] = equal._replace(runs=kind.runs, memory_cycles=core.memory_cycles(moved))
         else:
             unread.append(name)
     return Schedule(core=core, work=work, kernels=kernels, unread=tuple(unread))
