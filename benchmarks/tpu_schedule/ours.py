@@ -21,6 +21,7 @@ import numpy as np  # isort: skip
 
 from benchmarks.problem import GATE_FLOOR  # isort: skip
 from delta_jax.layers import l2_normalize  # isort: skip
+from delta_jax.layers.gates import bounded_log_decay  # isort: skip
 from delta_jax.ops import delta_rule  # isort: skip
 from pallas_kernels import tpu  # isort: skip
 from pallas_kernels.inputs import Inputs  # isort: skip
@@ -97,8 +98,7 @@ def programs(case: Case, implementation: str) -> dict[str, tuple[Callable[..., A
         g = cut(g, case.key)
         if rate is None or bias is None:
             return g
-        raw = g.astype(jnp.float32) + bias.reshape(heads, case.key)
-        return GATE_FLOOR * jax.nn.sigmoid(jnp.exp(rate)[:, None] * raw)
+        return bounded_log_decay(g, rate, bias, GATE_FLOOR)
 
     def forward(
         q: jax.Array,

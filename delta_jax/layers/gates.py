@@ -16,8 +16,8 @@ def log_decay(
 
     Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv 2405.21060), the step and the rate of Mamba-2.
     """
-    logits, rate = _biased(logits, bias), _rate(log_rate, logits)
-    return -rate * jax.nn.softplus(logits)
+    flat, rate = _flat(logits, log_rate, bias)
+    return (-rate * jax.nn.softplus(flat)).reshape(logits.shape)
 
 
 def bounded_log_decay(
@@ -30,16 +30,15 @@ def bounded_log_decay(
 
     Source: released code of Kimi Delta Attention, its safe gate.
     """
-    logits, rate = _biased(logits, bias), _rate(log_rate, logits)
-    return lower_bound * jax.nn.sigmoid(rate * logits)
+    flat, rate = _flat(logits, log_rate, bias)
+    return (lower_bound * jax.nn.sigmoid(rate * flat)).reshape(logits.shape)
 
 
-def _biased(logits: Array, bias: Array) -> Array:
-    return logits.astype(jnp.float32) + bias.astype(jnp.float32).reshape(1, 1, *logits.shape[2:])
-
-
-def _rate(log_rate: Array, logits: Array) -> Array:
-    return jnp.exp(log_rate.astype(jnp.float32)).reshape(1, 1, logits.shape[2], *(1,) * (logits.ndim - 3))
+def _flat(logits: Array, log_rate: Array, bias: Array) -> tuple[Array, Array]:
+    """Logits with their bias, and the rate of each: heads and channels side by side, or a TPU would lay them out anew."""
+    flat = logits.reshape(*logits.shape[:2], -1).astype(jnp.float32) + bias.astype(jnp.float32)[None, None]
+    rate = jnp.exp(log_rate.astype(jnp.float32))
+    return flat, jnp.repeat(rate, flat.shape[2] // rate.shape[0])[None, None]
 
 
 def initial_log_rate(key: PRNGKeyArray, heads: int, low: float = 0.0) -> Float[Array, " heads"]:
