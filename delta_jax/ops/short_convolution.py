@@ -190,7 +190,9 @@ def _new_cache(x: Array, segments: Array | None, cache: Array, lengths: Array | 
 
     def at_end(x: Array, before: Array) -> Array:
         if lengths is None or not tail:
-            recent = jnp.concatenate([before, x[:, max(x.shape[1] - tail, 0) :]], axis=1)
+            if isinstance(x.shape[1], int):  # of a length that is a symbol all may be recent
+                x = x[:, max(x.shape[1] - tail, 0) :]
+            recent = jnp.concatenate([before, x], axis=1)
             return recent[:, recent.shape[1] - tail :]
         index = lengths[:, None] + jnp.arange(-tail, 0, dtype=lengths.dtype)[None]
 
