@@ -46,8 +46,15 @@ def interpreted_tpu() -> Iterator[None]:
     """
     from jax.experimental.pallas import tpu as pltpu
 
+    from pallas_kernels.tpu import layout
+
     parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with mock.patch.object(device, "platform", return_value="tpu"), pltpu.force_tpu_interpret_mode(parameters):
+    with (
+        mock.patch.object(device, "platform", return_value="tpu"),
+        # There are no layouts here, and a loop that holds an interpreted kernel cannot be mapped.
+        mock.patch.object(layout, "lying", lambda *arrays: arrays),
+        pltpu.force_tpu_interpret_mode(parameters),
+    ):
         yield
 
 

@@ -1,5 +1,7 @@
 """Where arrays lie: XLA chooses layouts for everything but the arguments and results of a kernel."""
 
+from typing import Any
+
 import jax
 from jax import Array
 from jax.experimental import pallas as pl
@@ -11,17 +13,30 @@ def as_they_lie[Tree](arrays: Tree) -> Tree:
     A kernel that does nothing, on memory where it is; a layout constraint of JAX would say the same, but is not exported.
     """
     leaves, structure = jax.tree.flatten(arrays)
-    where = [pl.BlockSpec(memory_space=pl.ANY)] * len(leaves)
+    same: Tree = jax.tree.unflatten(structure, lying(*leaves))
+    return same
+
+
+@jax.custom_batching.custom_vmap
+def lying(*arrays: Array) -> tuple[Array, ...]:
+    """`as_they_lie` of several arrays."""
+    where = [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays)
     result = pl.pallas_call(
         _nothing,
         in_specs=where,
         out_specs=where,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],
-        input_output_aliases={n: n for n in range(len(leaves))},
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
+        input_output_aliases={n: n for n in range(len(arrays))},
         name="as_they_lie",
-    )(*leaves)
-    same: Tree = jax.tree.unflatten(structure, result)
-    return same
+    )(*arrays)
+    return tuple(result)
+
+
+@lying.def_vmap
+def _(size: int, batched: Any, *arrays: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+    """Nothing depends on the axes."""
+    del size
+    return lying(*arrays), tuple(batched)
 
 
 def _nothing(*_: Array) -> None: ...
