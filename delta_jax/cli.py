@@ -585,7 +585,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             f"{_count(config.gradient_accumulation, 'micro-batch')}",
         ),
         ("parameters", f"{result.parameters:,}"),
-        ("delta rule", ", ".join(result.kernels) or "made by XLA"),
+        ("kernels", ", ".join(result.kernels) or "made by XLA"),
         ("products", f"{_scaled(result.flops, 'FLOP')} a step"),
     ]
     memory, estimate = result.memory, result.estimate

@@ -25,7 +25,7 @@ def test_a_plan_that_fits(libtpu, capsys):
     assert shown["topology"] == "v5e:1x1, 1 chip (TPU v5 lite); figures are those of one chip"
     assert shown["mesh"] == "data=1, fsdp=1, tensor=1"
     assert shown["batch"] == "4 sequences of 128 tokens in 1 micro-batch"
-    kernels = shown["delta rule"].split(", ")
+    kernels = shown["kernels"].split(", ")
     assert {"delta_rule_forward", "delta_rule_backward", "gated_norm_forward"} <= set(kernels)
     assert re.fullmatch(r"[\d.]+ [MG]FLOP a step", shown["products"])
     assert {"parameters", "arguments", "outputs", "temporaries", "program", "compiled in"} <= set(shown)
