@@ -33,12 +33,13 @@ class Passes(NamedTuple):
       forward: of arrays, options and whether anything is kept for `backward`: the outputs, the final state, what is kept.
       backward: of arrays, options, what was kept and the cotangents of both results: the cotangents of the arrays, and by
         itself, in the dtype of states, that of the initial state, which is zero where none is given.
-      as_they_lie: of a tree of arrays: the same, in the layout in which kernels have them.
+      as_they_lie: of a tree of arrays: the same, in the layout in which kernels have them; None where XLA chooses all of
+        them.
     """
 
     forward: Callable[[Arrays, Options, bool], tuple[Array, Array, Any]]
     backward: Callable[[Arrays, Options, Any, Array, Array], tuple[Arrays, Array]]
-    as_they_lie: Callable[[Any], Any] = lambda arrays: arrays
+    as_they_lie: Callable[[Any], Any] | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
@@ -166,7 +167,6 @@ def _(exact: Any, as_they_lie: Any, primals: tuple[Any, ...], tangents: tuple[An
 
 def _side_by_side[Tree](x: Tree) -> Tree:
     """Every array of four axes or more with its last two as one."""
-
     flat: Tree = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1) if x.ndim > 3 else x, x)
     return flat
 
