@@ -28,11 +28,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.batching import joins_batch
 from pallas_kernels.tpu.plan import vmem_bytes
-from pallas_kernels.tpu.products import TILE, lanes
+from pallas_kernels.tpu.products import TILE, lanes, power_below, root_of
 
 PAST = 8  # rows of a register: how many tokens before a chunk are at hand
 PACKED = 16  # rows of a register of bfloat16
-SMALLEST = 1e-35  # the root of the smallest eps that counts, which float32 still holds with all its bits
 HEADS = range(64, 513, 64)
 _WIDEST = 8192  # channels of a block that cannot be cut; the loop over its groups is unrolled
 _CHANNELS, _ROWS = 512, 512  # of a block at most, but for one that cannot be cut
@@ -479,14 +478,13 @@ class _Length(NamedTuple):
 
 def _lengths(options: Prologue, a: Array, careful: bool) -> Generator[None, None, _Length]:
     """With care the largest entry, or the root of eps, is brought between a half and one: so are its squares' sum."""
-    root = max(math.sqrt(options.eps), SMALLEST)
+    root = root_of(options.eps)
     power: Array | float = 1.0
     bad: Array | bool = False
     if careful:
         size = jnp.abs(a)
         largest = _of_heads(options, jnp.where(size < jnp.inf, size, jnp.inf), jnp.max)
-        exponent = jax.lax.bitcast_convert_type(jnp.maximum(largest, root), jnp.int32) >> 23
-        power = jax.lax.bitcast_convert_type(jnp.clip(253 - exponent, 1, 253) << 23, jnp.float32)
+        power = power_below(jnp.maximum(largest, root))
         a, bad = a * power, largest == jnp.inf
     squares = _of_heads(options, a * a, jnp.sum)
     yield

@@ -8,7 +8,6 @@ tokens, and heads lie side by side on the lanes, as the kernels of the op and th
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,10 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.batching import joins_batch
 from pallas_kernels.tpu.plan import vmem_bytes
-from pallas_kernels.tpu.products import TILE
+from pallas_kernels.tpu.products import TILE, power_below, root_of
 
 _ROWS, _WIDTH = 256, 1024  # of a grid step, at most
-_SMALLEST = 1e-35  # the root of the smallest eps that counts: float32 still holds it with all its bits
 
 
 class _Settings(NamedTuple):
@@ -162,10 +160,8 @@ def _normalised(settings: _Settings, x: Array) -> tuple[Array, Array]:
     A power of two brings the largest entry between a half and one, so that squares neither overflow nor vanish.
     """
     x = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
-    root = max(math.sqrt(settings.eps), _SMALLEST)
-    largest = jnp.maximum(jnp.max(jnp.abs(x), 1, keepdims=True), root)
-    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    power = jax.lax.bitcast_convert_type(jnp.clip(253 - exponent, 1, 254) << 23, jnp.float32)
+    root = root_of(settings.eps)
+    power = power_below(jnp.maximum(jnp.max(jnp.abs(x), 1, keepdims=True), root))
     x = x * power
     rest = jax.lax.rsqrt(jnp.mean(x * x, 1, keepdims=True) + jnp.square(root * power))
     return x * rest, power * rest

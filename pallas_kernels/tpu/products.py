@@ -1,5 +1,6 @@
 """Products on the MXU at the precision of the inputs, and the index masks of a tile."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -31,6 +32,17 @@ def float32_product(a: Array, b: tuple[Array, ...]) -> Array:
     high, low = split(a)
     both = product(jnp.concatenate([high, low], 0), b[0], exact=False)
     return both[: len(a)] + both[len(a) :] + product(high, b[1], exact=False)
+
+
+def root_of(eps: float) -> float:
+    """The root of an eps, but no less than what float32 still holds with all its bits."""
+    return max(math.sqrt(eps), 1e-35)
+
+
+def power_below(largest: Array) -> Array:
+    """The power of two that brings positive float32 numbers between a half and one, as far as float32 has such powers."""
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    return lax.bitcast_convert_type(jnp.clip(253 - exponent, 1, 253) << 23, jnp.float32)
 
 
 def rows(*shape: int) -> Array:
