@@ -23,3 +23,19 @@ def joins_batch(function: Callable[..., Any]) -> Callable[..., Any]:
         return results, jax.tree.map(lambda x: True, results)
 
     return mapped
+
+
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of trees of arrays which `jax.vmap` calls for one entry after the other."""
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def _(size: int, batched: Any, *arguments: Any) -> tuple[Any, Any]:
+        def each(x: Array, is_batched: bool) -> Array:
+            return x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
+
+        given = jax.tree.map(each, arguments, tuple(batched))
+        results = jax.lax.map(lambda one: mapped(*one), given)
+        return results, jax.tree.map(lambda x: True, results)
+
+    return mapped

@@ -123,20 +123,24 @@ def programs(case: Case, implementation: str) -> dict[str, tuple[Callable[..., A
 
 
 def step_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
-    """One token for a batch; the keys of every value head, erasing with the write key."""
+    """One token for a batch, heads side by side; a key for every value head, which also erases."""
 
     def step(
         state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array | None = None
     ) -> Any:
-        return tpu.delta_rule_step(state, Inputs(q, k, v, beta, g, k), case.key**-0.5)
+        q, k, v = (x.reshape(case.decode_batch, 1, case.heads, -1) for x in (q, k, v))
+        g = g.reshape(case.decode_batch, 1, case.heads, -1) if case.gate == "channel" and g is not None else g
+        inputs = Inputs(q, k, v, beta, g, None)
+        o, state = tpu.delta_rule_step(state, inputs, scale=case.key**-0.5, erases=True)
+        return o.reshape(*o.shape[:2], -1), state
 
-    def shape(*size: int, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((case.decode_batch, case.heads, *size), kind)
+    def shape(size: int, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((case.decode_batch, 1, case.heads * size), kind)
 
     dtype = jnp.dtype(case.dtype)
-    keys = shape(case.key, kind=dtype)
-    arguments = [shape(case.key, case.value), keys, keys, shape(case.value, kind=dtype), shape()]
-    gates = {"none": [], "head": [shape()], "channel": [shape(case.key)]}
+    state = jax.ShapeDtypeStruct((case.decode_batch, case.heads, case.key, case.value), jnp.float32)
+    arguments = [state, shape(case.key, dtype), shape(case.key, dtype), shape(case.value, dtype), shape(1)]
+    gates = {"none": [], "head": [shape(1)], "channel": [shape(case.key)]}
     return step, arguments + gates[case.gate]
 
 

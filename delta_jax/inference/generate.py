@@ -287,7 +287,7 @@ def _decode(
         logits, cache and seen afterwards, and the block's tokens.
     """
     batch, (start, count) = logits.shape[0], where
-    rows = jnp.arange(batch, dtype=jnp.int32)
+    vocabulary = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
 
     def unfinished(carry: tuple) -> Array:
         index, _, _, _, stopped, _ = carry
@@ -298,7 +298,7 @@ def _decode(
         token = draw(logits, numbers, jax.vmap(jax.random.fold_in, (0, None))(keys, start + index), seen)
         new = jax.lax.dynamic_update_slice(new, token[:, None], (jnp.zeros((), index.dtype), index))
         features, cache = model.features(token[:, None], cache=cache)
-        seen = seen.at[rows, token].set(True)
+        seen = seen | (token[:, None] == vocabulary)  # scattered, they would be laid out twice anew
         return index + 1, model.head(features[:, 0]), cache, seen, stopped | stops[token], new
 
     new = jnp.zeros((batch, BLOCK), jnp.int32)

@@ -1,19 +1,25 @@
 """What comes before the op as layers call it: the short convolution of q, k or v, and heads of unit length."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from delta_jax.layers.mixer_cache import OfLayer
 from delta_jax.layers.token_mixer import TokenMixer
 from delta_jax.ops import device
-from delta_jax.ops.prologue import KERNELS, heads_of_unit_length, takes_kernel
+from delta_jax.ops.prologue import KERNELS, heads_of_unit_length, step_by_kernel, takes_kernel
 from delta_jax.ops.short_convolution import short_convolution
-from delta_jax.parallel import by_shares, current_cut, indivisible
+from delta_jax.parallel import by_shares, current_cut, indivisible, share_of, shares
 
-__all__ = ["ShortConvolution", "of_prologue", "unit_heads"]
+__all__ = ["ShortConvolution", "convolved", "of_prologue", "unit_heads"]
+
+
+_STREAM = ("batch", None, "heads")
 
 
 class ShortConvolution(nnx.Module):
@@ -45,6 +51,30 @@ class ShortConvolution(nnx.Module):
         self.use_bias = use_bias
         self.activation = activation
 
+    def weights(self) -> tuple[Float[Array, "width channels"], Float[Array, " channels"] | None]:
+        """The kernel, and the bias if there is one."""
+        return self.kernel[...], self.bias[...] if self.use_bias else None
+
+    def takes_kernel(
+        self,
+        x: Float[Array, "batch time channels"],
+        heads: int | None,
+        implementation: str | None,
+        *,
+        step: bool = False,
+    ) -> bool:
+        """As the function of this name has it; `step` asks about that of a few tokens in place."""
+        share = share_of(x, _STREAM) if shares(x.shape[0], x.shape[2] if heads is None else heads) else x
+        return takes_kernel(
+            share,
+            width=self.kernel.shape[0],
+            bias=self.use_bias,
+            activation=self.activation,
+            heads=None if heads is None else heads * share.shape[2] // x.shape[2],
+            step=step,
+            implementation=of_prologue(implementation),
+        )
+
     def __call__(
         self,
         x: Float[Array, "batch time channels"],
@@ -56,16 +86,9 @@ class ShortConvolution(nnx.Module):
         implementation: str | None = None,
     ) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch tail channels"]]:
         """The stream after convolution and activation, and with `heads` each of so many of unit length; the new cache."""
-        kernel, bias = self.kernel[...], self.bias[...] if self.use_bias else None
-        width, parts = kernel.shape[0], x.shape[2] if heads is None else heads
-        chosen = takes_kernel(
-            x,
-            width=width,
-            bias=self.use_bias,
-            activation=self.activation,
-            heads=heads,
-            implementation=of_prologue(implementation),
-        )
+        kernel, bias = self.weights()
+        parts = x.shape[2] if heads is None else heads
+        chosen = self.takes_kernel(x, heads, implementation)
 
         def run(x: Array, kernel: Array, *rest: Array | None, implementation: str | None = None) -> tuple[Array, Array]:
             bias, segment_ids, cache, lengths = rest
@@ -85,10 +108,63 @@ class ShortConvolution(nnx.Module):
         arrays = (x, kernel, bias, segment_ids, cache, lengths)
         if not chosen or indivisible(x.shape[0], parts):
             return run(*arrays, implementation="xla")
-        stream = ("batch", None, "heads")
-        axes = (stream, (None, "heads"), ("heads",), ("batch", None), stream, ("batch",))
-        result: tuple[Array, Array] = by_shares(run, arrays, axes, (stream, stream))
+        axes = (_STREAM, (None, "heads"), ("heads",), ("batch", None), _STREAM, ("batch",))
+        result: tuple[Array, Array] = by_shares(run, arrays, axes, (_STREAM, _STREAM))
         return result
+
+
+def convolved(
+    convolutions: Sequence[ShortConvolution],
+    streams: Sequence[Float[Array, "batch time _"]],
+    segment_ids: Int[Array, "batch time"] | None,
+    caches: Sequence[Float[Array, "batch _ _"] | OfLayer],
+    lengths: Int[Array, " batch"] | None,
+    *,
+    heads: Sequence[int | None],
+    implementation: str | None,
+) -> tuple[tuple[Array, ...], tuple[Array | OfLayer, ...]]:
+    """Every stream by its convolution, and the new caches; those that lie among others stay there.
+
+    A few tokens of all streams take one kernel where it can run.
+    """
+    stacks = [cache for cache in caches if isinstance(cache, OfLayer)]
+    parts = min(x.shape[2] if n is None else n for x, n in zip(streams, heads, strict=True))
+    if stacks and segment_ids is None and lengths is None and shares(streams[0].shape[0], parts):
+        each = zip(convolutions, streams, heads, strict=True)
+        if all(f.takes_kernel(x, n, implementation, step=True) for f, x, n in each):
+            return _in_place(convolutions, streams, stacks, heads)
+    ys, tails = [], []
+    for f, x, cache, n in zip(convolutions, streams, caches, heads, strict=True):
+        before = cache.taken() if isinstance(cache, OfLayer) else cache
+        y, tail = f(x, segment_ids, before, lengths, heads=n, implementation=implementation)
+        ys.append(y)
+        tails.append(cache.put(tail) if isinstance(cache, OfLayer) else tail)
+    return tuple(ys), tuple(tails)
+
+
+def _in_place(
+    convolutions: Sequence[ShortConvolution],
+    streams: Sequence[Array],
+    stacks: Sequence[OfLayer],
+    heads: Sequence[int | None],
+) -> tuple[tuple[Array, ...], tuple[OfLayer, ...]]:
+    count, layer = len(streams), stacks[0].layer
+    sizes = [None if n is None else x.shape[2] // n for x, n in zip(streams, heads, strict=True)]
+
+    def run(*arrays: Any) -> tuple[list[Array], list[Array]]:
+        x, kernels, biases, tails = (arrays[n * count : (n + 1) * count] for n in range(4))
+        activations = [f.activation for f in convolutions]
+        return step_by_kernel(x, kernels, biases, tails, arrays[-1], activations=activations, sizes=sizes)
+
+    kernels, biases = zip(*(f.weights() for f in convolutions), strict=True)
+    tails = (None, "batch", None, "heads")
+    ys, new = by_shares(
+        run,
+        (*streams, *kernels, *biases, *(stack.stack for stack in stacks), layer),
+        (*(axes for axes in (_STREAM, (None, "heads"), ("heads",), tails) for _ in range(count)), ()),
+        ([_STREAM] * count, [tails] * count),
+    )
+    return tuple(ys), tuple(OfLayer(x, layer) for x in new)
 
 
 def of_prologue(implementation: str | None) -> str | None:

@@ -44,6 +44,8 @@ class DeltaNet(Mixer):
         (2, 2, 8, 8)
     """
 
+    weighs_streams = False
+
     def __init__(
         self,
         hidden_size: int,

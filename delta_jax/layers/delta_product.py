@@ -41,6 +41,7 @@ class DeltaProduct(Mixer):
 
     rule = Rule(delta_product, delta_product_step)
     unit_qk = True
+    weighs_streams = False
     decays: ClassVar[bool] = False
 
     def __init__(

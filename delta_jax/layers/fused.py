@@ -9,7 +9,7 @@ from delta_jax.layers.convolution import of_prologue
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.layers.options import GATE_ACTIVATIONS
 from delta_jax.ops import device
-from delta_jax.parallel import by_shares, indivisible
+from delta_jax.parallel import by_shares, share_of, shares
 
 __all__ = ["gated_norm"]
 
@@ -33,13 +33,13 @@ def gated_norm(
     batch, time, heads, size = o.shape
     flat = o.reshape(batch, time, -1)
     dtypes = {x.dtype for x in (o, gate) if x is not None}
-    here = of_prologue(implementation) is None and device.platform() == "tpu" and indivisible(batch, heads) is None
+    here = of_prologue(implementation) is None and device.platform() == "tpu" and shares(batch, heads)
     if here and len(dtypes) == 1:
         from pallas_kernels.tpu import gated_norm as kernel
 
-        if kernel.unsupported(flat.shape[-1], size, *dtypes) is None:
+        stream = ("batch", None, "heads")
+        if kernel.unsupported(share_of(flat, stream).shape[-1], size, *dtypes) is None:
             run = partial(kernel.gated_norm, eps=norm.eps, activation=activation)
-            stream = ("batch", None, "heads")
             y: Array = by_shares(run, (flat, norm.multiplier(), gate), (stream, (None,), stream), stream)
             return y
     flat = norm(select_finite(finite_tokens(o), o, 0.0)).reshape(flat.shape)

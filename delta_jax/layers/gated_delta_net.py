@@ -36,6 +36,7 @@ class GatedDeltaNet(Mixer):
     """
 
     unit_qk = True
+    weighs_streams = False
     beta_bias: ClassVar[bool] = False
 
     def __init__(

@@ -45,6 +45,8 @@ class GatedLinearAttention(LinearAttention):
         (2, 2, 4, 8)
     """
 
+    weighs_streams = False
+
     def __init__(
         self,
         hidden_size: int,

@@ -46,6 +46,7 @@ class KimiDeltaAttention(Mixer):
     """
 
     unit_qk = True
+    weighs_streams = False
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class LinearAttention(Mixer):
     """
 
     rule = Rule(linear_attention, linear_attention_step)
+    weighs_streams = False
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class RetNet(LinearAttention):
     """
 
     rope_theta = 10000.0
+    weighs_streams = False
 
     def __init__(
         self,

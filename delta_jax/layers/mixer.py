@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from delta_jax.layers.checks import require_rngs
 from delta_jax.layers.contained import contained, finite_tokens, select_finite
-from delta_jax.layers.convolution import ShortConvolution, of_prologue
+from delta_jax.layers.convolution import ShortConvolution, convolved, of_prologue
 from delta_jax.layers.fused import gated_norm
 from delta_jax.layers.low_rank import LowRank
-from delta_jax.layers.mixer_cache import LayerState, MixerCache
+from delta_jax.layers.mixer_cache import MixerCache, OfLayer
 from delta_jax.layers.norm import RMSNorm, l2_normalize
 from delta_jax.layers.options import ACTIVATIONS, GATE_ACTIVATIONS, MixerOptions, MixerSettings
 from delta_jax.layers.rule import Rule, RuleInputs, apply_rule
@@ -49,6 +49,9 @@ class Mixer(TokenMixer):
         scale: of the op.
         rope_theta: base of a rotary embedding of q and k; None is none.
         unit_qk: whether every head of q and k is divided by its length, before a rotary embedding.
+        weighs_streams: whether `rule_inputs` makes products of q, k or v with what depends on parameters, whose gradients a
+            token of them that is not finite would reach; then it sees zeros in place of such a token. True for every class
+            that has a `rule_inputs` of its own and does not say otherwise.
 
     Examples:
         >>> layer = DeltaNet(16, num_heads=2, rngs=nnx.Rngs(0))
@@ -60,6 +63,12 @@ class Mixer(TokenMixer):
     scale: ClassVar[float | None] = None
     rope_theta: ClassVar[float | None] = None
     unit_qk: bool = False
+    weighs_streams: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "rule_inputs" in vars(cls) and "weighs_streams" not in vars(cls):
+            cls.weighs_streams = True
 
     def __init__(self, settings: MixerSettings, *, rngs: nnx.Rngs):
         require_rngs(rngs)
@@ -140,13 +149,16 @@ class Mixer(TokenMixer):
         )
 
     def cache_of_layer(self, caches: Any, layer: Int[Array, ""]) -> Any:
-        small = caches._replace(state=())
+        small = caches._replace(convolution=(), state=())
         mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), small)
-        return mine._replace(state=LayerState(caches.state, layer))
+        tails = tuple(OfLayer(tail, layer) for tail in caches.convolution)
+        return mine._replace(convolution=tails, state=OfLayer(caches.state, layer))
 
     def with_cache_of_layer(self, caches: Any, layer: Int[Array, ""], cache: Any) -> Any:
-        small = caches._replace(state=()), layer, cache._replace(state=())
-        return super().with_cache_of_layer(*small)._replace(state=cache.state.states)
+        small = (x._replace(convolution=(), state=()) for x in (caches, cache))
+        tails = tuple(tail.stack for tail in cache.convolution)
+        whole = super().with_cache_of_layer(next(small), layer, next(small))
+        return whole._replace(convolution=tails, state=cache.state.stack)
 
     def with_cache(
         self,
@@ -173,7 +185,8 @@ class Mixer(TokenMixer):
         q, k, v, tails = self._project(x, finite, segment_ids, old, lengths)
         if self.rope_theta is not None:
             q, k = (rotate(y, position, theta=self.rope_theta, channels=self.key_dim) for y in (q, k))
-        inputs = contained(partial(self.rule_inputs, x), q, k, v)
+        inputs_of = partial(self.rule_inputs, x)
+        inputs = contained(inputs_of, q, k, v) if self.weighs_streams else inputs_of(q, k, v)
         if real is not None:
             inputs = RuleInputs(**skip_tokens(real, **inputs._asdict()))
         o, state = apply_rule(
@@ -199,7 +212,7 @@ class Mixer(TokenMixer):
         segment_ids: Int[Array, "batch time"] | None,
         cache: MixerCache,
         lengths: Int[Array, " batch"] | None,
-    ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+    ) -> tuple[Array, Array, Array, tuple[Array | OfLayer, ...]]:
         """q, k and v split into heads, after convolution, activation and norm, and the tails of the convolutions.
 
         Those of a layer in float16 are float32. They are NaN, from the projections on, where a token is not finite, of
@@ -207,7 +220,7 @@ class Mixer(TokenMixer):
         """
         projections = self.q_proj, self.k_proj, self.v_proj
         streams = tuple(select_finite(finite, f(x), jnp.nan) for f in projections)
-        tails: tuple[Array, ...] = ()
+        tails: tuple[Array | OfLayer, ...] = ()
         writes = () if self.settings.num_householder is None else (self.settings.num_householder,)
         implementation = self.settings.implementation
         float16 = self.dtype == jnp.float16
@@ -215,11 +228,15 @@ class Mixer(TokenMixer):
         if self.settings.use_short_conv:
             convolutions = (self.q_conv, self.k_conv, self.v_conv)
             units = (self.num_heads, math.prod(writes) * self.num_heads, None) if at_once else (None, None, None)
-            results = [
-                f(s, segment_ids, c, lengths, heads=n, implementation=implementation)
-                for f, s, c, n in zip(convolutions, streams, cache.convolution, units, strict=True)
-            ]
-            streams, tails = tuple(y for y, _ in results), tuple(tail for _, tail in results)
+            streams, tails = convolved(
+                convolutions,
+                streams,
+                segment_ids,
+                cache.convolution,
+                lengths,
+                heads=units,
+                implementation=implementation,
+            )
         else:
             chosen = self.settings.qk_activation
             of_qk = self.activation if chosen == "silu" else ACTIVATIONS[chosen]

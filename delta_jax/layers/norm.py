@@ -1,5 +1,7 @@
 """Normalisation, computed in float32 at least, for entries of any size."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -8,8 +10,11 @@ from jaxtyping import Array, Float
 from delta_jax.layers.checks import require_dtypes, require_flags, require_positive_integers, require_positive_numbers
 from delta_jax.layers.contained import contained
 from delta_jax.layers.convolution import unit_heads
+from delta_jax.ops import device
 from delta_jax.ops.arguments import checked_array
+from delta_jax.ops.implementations import FEW_TOKENS
 from delta_jax.ops.norm import EPS, inverse_length
+from delta_jax.parallel import by_shares, shares
 
 __all__ = ["RMSNorm", "inverse_length", "l2_normalize"]
 
@@ -70,6 +75,16 @@ class RMSNorm(nnx.Module):
         """
         learned = self.offset if self.zero_centered else self.scale
         x = checked_array("x", x, {"...": None, "size": learned.shape[-1]})
+        # Of the norm of a few tokens XLA makes six passes, each of which costs what one does.
+        few = x.ndim == 3 and isinstance(x.shape[1], int) and x.shape[1] <= FEW_TOKENS
+        if few and self.groups == 1 and device.platform() == "tpu" and shares(x.shape[0]):
+            from pallas_kernels.tpu import gated_norm
+
+            if gated_norm.unsupported(x.shape[2], x.shape[2], x.dtype) is None:
+                run = partial(gated_norm.gated_norm, gate=None, eps=self.eps, keeps_nan=True)
+                rows = ("batch", None, None)
+                y: Array = by_shares(run, (x, self.multiplier()), (rows, (None,)), rows)
+                return y
         return contained(self._normalise, x, tokens=x.ndim - 1)
 
     def _normalise(self, x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:

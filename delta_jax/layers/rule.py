@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from delta_jax.layers.mixer_cache import LayerState
+from delta_jax.layers.mixer_cache import OfLayer
 from delta_jax.ops.arguments import Arguments
 from delta_jax.ops.implementations import choose
 from delta_jax.parallel import by_heads, indivisible
@@ -17,7 +17,7 @@ __all__ = ["Rule", "RuleInputs", "apply_rule"]
 
 
 class Rule(NamedTuple):
-    """An op over a whole sequence, and over one token of it, by a step that can be told a layer as `delta_rule_step`."""
+    """An op over a whole sequence, and over one token of it; both can be told a layer, as `delta_rule`."""
 
     whole: Callable[..., tuple[Array, Array]]
     step: Callable[..., tuple[Array, Array]]
@@ -43,16 +43,16 @@ class RuleInputs(NamedTuple):
 def apply_rule(
     rule: Rule,
     inputs: RuleInputs,
-    state: Float[Array, "batch v_heads key value"] | LayerState | None,
+    state: Float[Array, "batch v_heads key value"] | OfLayer | None,
     segment_ids: Int[Array, "batch time"] | None,
     *,
     scale: float | None,
     chunk_size: int | None,
     implementation: str | None,
-) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"] | LayerState]:
+) -> tuple[Float[Array, "batch time v_heads value"], Float[Array, "batch v_heads key value"] | OfLayer]:
     """The output and the new state by the rule, by its step for a single token that continues a state.
 
-    A state that lies among those of all layers, for a single token alone, stays there.
+    A state that lies among those of all layers stays there.
     """
     given = Arguments(*inputs, None, segment_ids)
     chosen = choose(implementation, given)
@@ -88,8 +88,12 @@ def _sequence(
     inputs: RuleInputs,
     state: Any,
     segment_ids: Array | None,
-) -> tuple[Array, Array]:
-    return rule(**_given(inputs), initial_state=state, segment_ids=segment_ids, **options)
+) -> tuple[Array, Array | OfLayer]:
+    given = _given(inputs) | options | {"segment_ids": segment_ids}
+    if isinstance(state, OfLayer):
+        o, states = rule(**given, initial_state=state.stack, layer=state.layer)
+        return o, OfLayer(states, state.layer)
+    return rule(**given, initial_state=state)
 
 
 def _one_token(
@@ -98,10 +102,10 @@ def _one_token(
     inputs: RuleInputs,
     state: Any,
     segment_ids: Array | None,
-) -> tuple[Array, Array | LayerState]:
+) -> tuple[Array, Array | OfLayer]:
     token = {f"{name}_t": x for name, x in jax.tree.map(lambda x: x[:, 0], _given(inputs)).items()}
-    if isinstance(state, LayerState):
-        o, states = step(**token, state=state.states, layer=state.layer, **options)
-        return o[:, None], LayerState(states, state.layer)
+    if isinstance(state, OfLayer):
+        o, states = step(**token, state=state.stack, layer=state.layer, **options)
+        return o[:, None], OfLayer(states, state.layer)
     o, state = step(**token, state=state, **options)
     return o[:, None], state

@@ -93,7 +93,7 @@ class TokenMixer(nnx.Module):
         raise NotImplementedError
 
     def cache_of_layer(self, caches: Any, layer: Int[Array, ""]) -> Any:
-        """From the caches of several such layers, arrays [L, B, ...], that of one, for `with_cache` of a single token."""
+        """From the caches of several such layers, arrays [L, B, ...], that of one, for `with_cache` of a few tokens."""
         # Taken out before anything else: were parts still read where all lie when the new ones are put there, XLA would copy
         # the caches of all layers first.
         return jax.lax.optimization_barrier(

@@ -18,6 +18,7 @@ from delta_jax.layers.projection import project
 from delta_jax.models.config import Layer, ModelConfig
 from delta_jax.models.stack import Run
 from delta_jax.ops.arguments import as_array, checked_array
+from delta_jax.ops.implementations import FEW_TOKENS
 from delta_jax.ops.padding import first_tokens, select_tokens, to_front
 from delta_jax.parallel import by_compiler, cut_batch, spec_of
 
@@ -271,7 +272,7 @@ class LanguageModel(nnx.Module):
             return x, (new if keep_cache else (), loads)
 
         def repeat_in_place(carry: tuple[Array, ModelCache, Array], blocks: tuple[Block, ...]) -> tuple[tuple, tuple]:
-            """For a single token: caches that the scan takes apart and puts together again would be copied twice."""
+            """For a few tokens: caches that the scan takes apart and puts together again would be copied twice."""
             x, caches, layer = carry
             old = tuple(b.mixer.cache_of_layer(c, layer) for b, c in zip(blocks, caches, strict=True))
             x, new, loads = through(x, blocks, old)
@@ -282,12 +283,13 @@ class LanguageModel(nnx.Module):
         if lengths is not None:
             x = select_tokens(first_tokens(lengths, x.shape[1]), x)
         x, place = cut_batch(x), 0
+        few = isinstance(x.shape[1], int) and x.shape[1] <= FEW_TOKENS
         new_cache: ModelCache = ()
         loads: Loads = ()
         for run in self.config.runs:
             here = slice(place, place + len(run.block))
             blocks, old = tuple(self.blocks[here]), None if cache is None else cache[here]
-            if old is not None and segment_ids is None and tokens.shape[1] == 1:
+            if old is not None and segment_ids is None and few:
                 carry = x, old, jnp.zeros((), jnp.int32)
                 (x, run_cache, _), run_loads = jax.lax.scan(repeat_in_place, carry, blocks)
             else:

@@ -1,5 +1,6 @@
 """The public doors of the op: each checks its arguments and hands them to the implementation that runs."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from delta_jax.ops.arguments import (
     with_scale,
 )
 from delta_jax.ops.arrays import Arrays, Options
-from delta_jax.ops.implementations import choose
+from delta_jax.ops.implementations import FEW_TOKENS, Implementation, choose
 from delta_jax.ops.partition import Axes, by_parts
 from delta_jax.ops.segments import segment_starts
 
@@ -28,12 +29,13 @@ def delta_rule(
     g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None = None,
     erase: Float[Array, "batch time erase_heads key"] | None = None,
     *,
-    initial_state: Float[Array, "batch heads key value"] | None = None,
+    initial_state: Float[Array, "*layers batch heads key value"] | None = None,
+    layer: Int[Array, ""] | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
     scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "*layers batch heads key value"]]:
     """The general delta rule: every member of the family is a choice of these inputs.
 
         S_t = (I - beta_t k_t e_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
@@ -54,6 +56,9 @@ def delta_rule(
         decay. Any non-positive number is exact, -1e4 included; positive numbers work until the state overflows.
       erase: erase keys `[batch, time, key_heads or heads, key]`. Default `k`.
       initial_state: `[batch, heads, key, value]`; belongs to the first segment. Default zero.
+      layer: None, or which of `initial_state` `[layers, batch, heads, key, value]`, the states of all layers, is meant, as
+        in `delta_rule_step`: with at most 8 tokens the kernels for TPUs read and write it where it lies, and have no
+        gradient.
       segment_ids: integers `[batch, time]` of packed sequences: the state is reset to zero where the id changes.
       scale: multiplies the output; a finite number, or an array of no axes, which may be traced or learned. Default
         `key ** -0.5`.
@@ -67,7 +72,8 @@ def delta_rule(
 
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32
-      (float64 for float64 inputs). Products accumulate in that dtype too.
+      (float64 for float64 inputs). Products accumulate in that dtype too. With a `layer` all states, the new one in its
+      place.
 
     Raises:
       ValueError: for a shape, head count or dtype that does not fit, naming the argument; for lists and Python numbers in
@@ -86,8 +92,8 @@ def delta_rule(
         >>> bool(jnp.allclose(state[0, 0, :3], v[0, :, 0]))  # what was written under each key
         True
     """
-    arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids)
-    return _run(arguments, scale, chunk_size, implementation)
+    arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids, layers=layer is not None)
+    return _run(arguments, layer, scale, chunk_size, implementation)
 
 
 def delta_product(
@@ -98,12 +104,13 @@ def delta_product(
     g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None = None,
     erase: Float[Array, "batch time writes erase_heads key"] | None = None,
     *,
-    initial_state: Float[Array, "batch heads key value"] | None = None,
+    initial_state: Float[Array, "*layers batch heads key value"] | None = None,
+    layer: Int[Array, ""] | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
     scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "*layers batch heads key value"]]:
     """Several delta-rule writes a token: the gate comes before the first, the query after the last.
 
         S_{t,0} = Diag(exp g_t) S_{t-1}                                          S_t = S_{t,n}
@@ -115,7 +122,7 @@ def delta_product(
       q, g: as in `delta_rule`, one a token.
       k, v, beta, erase: as in `delta_rule`, with an axis of the token's n writes, in order, after that of time: k is
         `[batch, time, writes, key_heads, key]`.
-      initial_state, segment_ids, scale: as in `delta_rule`.
+      initial_state, layer, segment_ids, scale: as in `delta_rule`.
       chunk_size: tokens a chunk. Default: as many as have 32 writes (16 for keys of at most 16 channels), or the next
         smaller power of two.
       implementation: as in `delta_rule`. "recurrent" and "xla" keep one query, gate and output a token; the Pallas
@@ -130,8 +137,8 @@ def delta_product(
         >>> o.shape, state.shape
         ((1, 3, 1, 2), (1, 1, 4, 2))
     """
-    arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids, writes=True)
-    return _run(arguments, scale, chunk_size, implementation)
+    arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids, writes=True, layers=layer is not None)
+    return _run(arguments, layer, scale, chunk_size, implementation)
 
 
 def linear_attention(
@@ -140,12 +147,13 @@ def linear_attention(
     v: Float[Array, "batch time heads value"],
     g: Float[Array, "batch time heads"] | Float[Array, "batch time heads key"] | None = None,
     *,
-    initial_state: Float[Array, "batch heads key value"] | None = None,
+    initial_state: Float[Array, "*layers batch heads key value"] | None = None,
+    layer: Int[Array, ""] | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
     scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "*layers batch heads key value"]]:
     """The same machinery without the erase: linear attention, gated linear attention, RetNet, the Mamba-2 core.
 
         S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
@@ -158,8 +166,8 @@ def linear_attention(
         >>> state[0, 0, 0, 0].item()  # nothing is erased: three tokens add up
         3.0
     """
-    arguments = arguments_of(q, k, v, None, g, None, initial_state, segment_ids)
-    return _run(arguments, scale, chunk_size, implementation, erases=False)
+    arguments = arguments_of(q, k, v, None, g, None, initial_state, segment_ids, layers=layer is not None)
+    return _run(arguments, layer, scale, chunk_size, implementation, erases=False)
 
 
 def delta_rule_step(
@@ -259,30 +267,26 @@ def linear_attention_step(
 def _run_step(
     arguments: Arguments, layer: Any, scale: Any, implementation: str | None, *, erases: bool = True
 ) -> tuple[Array, Array]:
-    if layer is not None:
-        layer = checked_array("layer", layer, {}, "integers")
     chosen = choose(implementation, arguments)
     scale, q = with_scale(scale, arguments.q, arguments.k.shape[-1] ** -0.5)
     options = Options(scale, None, erases)
 
     def run(*arrays: Any) -> tuple[Array, Array]:
-        *given, states, layer = arrays
-        if layer is None or chosen.in_place:
-            return chosen.step(Arrays._make((*given, states, None)), options, *([] if layer is None else [layer]))
-        # Were the old states still read when the new one is put among them, all would be copied.
-        state = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
-        o, state = jax.lax.optimization_barrier(chosen.step(Arrays._make((*given, state, None)), options))
-        return o, jax.lax.dynamic_update_index_in_dim(states, state.astype(states.dtype), layer, 0)
+        *given, state, layer = arrays
+        if layer is None:
+            return chosen.step(Arrays._make((*given, state, None)), options)
+        if chosen.in_place is None:
+            return _apart(chosen.step, Arrays._make((*given, state, None)), options, layer)
+        of_time = jax.tree.map(lambda x: x[:, None], given)
+        o, state = chosen.in_place(Arrays._make((*of_time, state, None)), options, layer)
+        return o[:, 0], state
 
-    axes, given = _axes(arguments, step=True), arguments._replace(q=q)
-    if layer is not None:
-        axes = axes._replace(initial_state=(None, *axes.initial_state))
-    results = axes.q, axes.initial_state
-    return by_parts(run, (*given[:-1], layer), (*axes[:-1], ()), results, kernels=not chosen.cut_by_compiler)
+    return _by_parts(run, arguments._replace(q=q), layer, chosen, step=True)
 
 
 def _run(
     arguments: Arguments,
+    layer: Any,
     scale: Any,
     chunk_size: int | None,
     implementation: str | None,
@@ -295,16 +299,48 @@ def _run(
     options = Options(scale, chunk_size, erases)
 
     def run(*arrays: Any) -> tuple[Array, Array]:
-        *given, segment_ids = arrays
+        *given, segment_ids, layer = arrays
         reset = None
         if segment_ids is not None:
             reset = segment_starts(segment_ids)
-        return chosen.run(Arrays._make((*given, reset)), options)
+        whole = Arrays._make((*given, reset))
+        if layer is None:
+            return chosen.run(whole, options)
+        time = whole.q.shape[1]
+        if chosen.in_place is None or reset is not None or not (isinstance(time, int) and time <= FEW_TOKENS):
+            return _apart(chosen.run, whole, options, layer)
+        return chosen.in_place(whole, options, layer)
 
-    axes, given = _axes(arguments), arguments._replace(q=q)
-    results = axes.q, axes.initial_state
     with forward_mode_explained():
-        return by_parts(run, given, axes, results, kernels=not chosen.cut_by_compiler)
+        return _by_parts(run, arguments._replace(q=q), layer, chosen)
+
+
+def _apart(
+    run: Callable[[Arrays, Options], tuple[Array, Array]], arrays: Arrays, options: Options, layer: Array
+) -> tuple[Array, Array]:
+    """What `run` makes of the state of a layer, taken out from those of all, with the new one in its place."""
+    states: Any = arrays.initial_state
+    state = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
+    # Were the old states still read when the new one is put among them, all would be copied.
+    o, state = jax.lax.optimization_barrier(run(arrays._replace(initial_state=state), options))
+    return o, jax.lax.dynamic_update_index_in_dim(states, state.astype(states.dtype), layer, 0)
+
+
+def _by_parts(
+    run: Callable[..., tuple[Array, Array]],
+    arguments: Arguments,
+    layer: Any,
+    chosen: Implementation,
+    *,
+    step: bool = False,
+) -> tuple[Array, Array]:
+    """`run` of the arguments and the layer, every part of sequences and heads where it lies."""
+    axes, given = _axes(arguments, step=step), tuple(arguments)[: -1 if step else None]
+    if layer is not None:
+        layer = checked_array("layer", layer, {}, "integers")
+        axes = axes._replace(initial_state=(None, *axes.initial_state))
+    results = axes.q, axes.initial_state
+    return by_parts(run, (*given, layer), (*axes[: len(given)], ()), results, kernels=not chosen.cut_by_compiler)
 
 
 class _Axes(NamedTuple):

@@ -101,7 +101,7 @@ def arguments_of(*given: Any, step: bool = False, writes: bool = False, layers: 
     """
     names = [_shown(name, step) for name in Arguments._fields]
     arrays = [None if x is None else as_array(name, x) for name, x in zip(names, given, strict=True)]
-    for name in ("q", "k", "v", *(["initial_state"] if step else [])):
+    for name in ("q", "k", "v", *(["initial_state"] if step or layers else [])):
         if arrays[Arguments._fields.index(name)] is None:
             raise ValueError(f"{_shown(name, step)} must be an array, got None.")
     arguments = Arguments(*arrays)  # type: ignore[arg-type]

@@ -14,7 +14,9 @@ from jax import Array
 from delta_jax.ops import chunkwise, containment, device, recurrence
 from delta_jax.ops.arguments import Arguments
 from delta_jax.ops.arrays import Arrays, Options
-from delta_jax.ops.kernels import Kernels, passes_of, step_of
+from delta_jax.ops.kernels import Kernels, passes_of, step_of, steps_of
+
+FEW_TOKENS = 8  # of which every state is read and written once
 
 
 class Implementation(NamedTuple):
@@ -26,8 +28,8 @@ class Implementation(NamedTuple):
       unsupported: the sentence that says why it does not take these arguments, or None.
       run: outputs and final state of a sequence, differentiable.
       step: output and state of one token.
-      in_place: whether `step` may be told a layer: the state is then those of all layers, of which it reads one and writes
-        it in place.
+      in_place: outputs and states of at most `FEW_TOKENS` tokens, where the initial state is those of all layers, of which
+        it is told which to read and to write in place; None where there is no such way.
       automatic: whether it may run where none is asked for.
       cut_by_compiler: whether XLA can cut it over a mesh by itself.
       group: another name by which it is asked for, which it shares with others.
@@ -38,7 +40,7 @@ class Implementation(NamedTuple):
     unsupported: Callable[[Arguments], str | None]
     run: Callable[[Arrays, Options], tuple[Array, Array]]
     step: Callable[..., tuple[Array, Array]]
-    in_place: bool
+    in_place: Callable[[Arrays, Options, Array], tuple[Array, Array]] | None
     automatic: bool
     cut_by_compiler: bool
     group: str | None = None
@@ -78,8 +80,8 @@ def _of_kernels(
         unavailable=unavailable,
         unsupported=lambda given: kernels().unsupported(given.q, given.v),
         run=lambda arrays, options: containment.run(passes_of(kernels()), arrays, options),
-        step=lambda arrays, options, *layer: step_of(kernels(), arrays, options, *layer),
-        in_place=in_place,
+        step=lambda arrays, options: step_of(kernels(), arrays, options),
+        in_place=(lambda arrays, options, layer: steps_of(kernels(), arrays, options, layer)) if in_place else None,
         automatic=automatic,
         cut_by_compiler=False,
         group="pallas",
@@ -93,7 +95,7 @@ def _of_xla(name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *,
         unsupported=lambda given: None,
         run=run,
         step=recurrence.one_token,
-        in_place=False,
+        in_place=None,
         automatic=automatic,
         cut_by_compiler=True,
     )

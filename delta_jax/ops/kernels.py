@@ -10,7 +10,6 @@ from jax import Array
 
 from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.containment import Passes
-from delta_jax.ops.recurrence import Token, one_token
 from pallas_kernels.inputs import Inputs
 
 
@@ -50,7 +49,7 @@ class Kernels(Protocol):
 
     @property
     def delta_rule_step(self) -> Callable[..., tuple[Array, Array]]:
-        """Of a state, a token and the scale; those whose `Implementation` is `in_place` also take a layer."""
+        """Of a state and the inputs of a few tokens; those that work in place also take a layer."""
 
     def as_they_lie(self, arrays: Any, /) -> Any: ...
 
@@ -83,15 +82,19 @@ def passes_of(kernels: Kernels) -> Passes:
     return Passes(forward, backward, kernels.as_they_lie)
 
 
-def step_of(kernels: Kernels, arrays: Arrays, options: Options, *layer: Array) -> tuple[Array, Array]:
-    """One token by a package of kernels, write by write; with a layer among the states of all."""
+def step_of(kernels: Kernels, arrays: Arrays, options: Options) -> tuple[Array, Array]:
+    """One token by a package of kernels."""
+    of_time = jax.tree.map(lambda x: x[:, None], arrays._replace(initial_state=None))
+    o, state = steps_of(kernels, of_time._replace(initial_state=arrays.initial_state), options)
+    return o[:, 0], state
 
-    def step(state: Array, token: Token, scale: float) -> tuple[Array, Array]:
-        for write in token.write_by_write():
-            o, state = kernels.delta_rule_step(state, Inputs(*write), scale, *layer)
-        return o, state
 
-    return one_token(arrays, options, step)
+def steps_of(kernels: Kernels, arrays: Arrays, options: Options, *layer: Array) -> tuple[Array, Array]:
+    """A few tokens by a package of kernels; with a layer among the states of all."""
+    assert arrays.initial_state is not None
+    states = arrays.initial_state.astype(jnp.float32)
+    o, states = kernels.delta_rule_step(states, Inputs(*arrays[:6]), *layer, scale=options.scale, erases=options.erases)
+    return o, states
 
 
 def _inputs(arrays: Arrays) -> Inputs:

@@ -1,6 +1,7 @@
 """The kernel for TPUs of what comes between a projection and the rule: when it runs, and its gradient."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,22 +13,25 @@ from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.norm import EPS, unit_length
 from delta_jax.ops.partition import explicit_mesh
 
-__all__ = ["by_kernel", "heads_of_unit_length", "takes_kernel"]
+__all__ = ["by_kernel", "heads_of_unit_length", "step_by_kernel", "takes_kernel"]
 
 KERNELS = ("mosaic_tpu", "pallas")
 
 
 def takes_kernel(
-    x: Array,
+    x: Array | jax.ShapeDtypeStruct,
     *,
     width: int = 0,
     bias: bool = False,
     activation: str = "identity",
     heads: int | None = None,
     eps: float = EPS,
+    step: bool = False,
     implementation: str | None = None,
 ) -> bool:
     """Whether the kernel handles a stream `[batch, time, channels]`: where it can, unless "xla" is asked for.
+
+    `step` asks about `step_by_kernel`.
 
     Raises:
       ValueError: the kernel is asked for by name and cannot run; the sentence says why.
@@ -36,14 +40,15 @@ def takes_kernel(
         raise ValueError(f"implementation must be None, 'xla' or one of {', '.join(KERNELS)}, got {implementation!r}.")
     if implementation == "xla" or (implementation is None and device.platform() != "tpu"):
         return False
-    from pallas_kernels.tpu import convolution
+    from pallas_kernels.tpu import convolution, convolution_step
 
     if device.platform() != "tpu":
         why: str | None = f"the Pallas kernels of mosaic_tpu run on TPUs, and this is a {device.platform()}"
     elif activation not in ("identity", "silu"):
         why = f"the Pallas TPU kernels take the activations silu and identity, not {activation}"
     else:
-        why = convolution.unsupported(x, _options(x, width, bias, activation, heads, eps))
+        kernels = convolution_step if step else convolution
+        why = kernels.unsupported(x, _options(x, width, bias, activation, heads, eps))
     if why is not None and implementation is not None:
         raise ValueError(f"implementation={implementation!r} cannot run here: {why}.")
     return why is None
@@ -72,6 +77,34 @@ def by_kernel(
     return result
 
 
+def step_by_kernel(
+    streams: Sequence[Array],
+    kernels: Sequence[Array],
+    biases: Sequence[Array | None],
+    tails: Sequence[Array],
+    layer: Array,
+    *,
+    activations: Sequence[str],
+    sizes: Sequence[int | None],
+) -> tuple[list[Array], list[Array]]:
+    """A few tokens of several streams `[batch, time, channels]`, of which `takes_kernel` was asked about each.
+
+    `tails` are those of all layers, `[layers, batch, width - 1, channels]`, of which this one is read, and the new one put
+    in its place; `sizes` those of heads of unit length.
+    """
+    from pallas_kernels.tpu.convolution import Prologue
+    from pallas_kernels.tpu.convolution_step import Stream, convolution_step
+
+    given = tuple(Stream(*of_stream) for of_stream in zip(streams, kernels, biases, strict=True))
+    options = tuple(
+        Prologue(stream.kernel.shape[0], stream.bias is not None, activation == "silu", size or 0, EPS)
+        for stream, activation, size in zip(given, activations, sizes, strict=True)
+    )
+    before = tuple(tail.astype(x.dtype) for tail, x in zip(tails, streams, strict=True))
+    ys, after = convolution_step(options, given, before, layer)
+    return list(ys), [new.astype(old.dtype) for new, old in zip(after, tails, strict=True)]
+
+
 def heads_of_unit_length(x: Array, eps: float, implementation: str | None) -> Array:
     """`unit_length` of `[batch, time, ..., size]`, by the kernel where it can run and the compiler need not cut it."""
     if implementation in (None, "xla") and (x.ndim < 3 or explicit_mesh((x,)) is not None):
@@ -84,7 +117,9 @@ def heads_of_unit_length(x: Array, eps: float, implementation: str | None) -> Ar
     return by_kernel(flat, heads=heads, eps=eps).reshape(x.shape)
 
 
-def _options(x: Array, width: int, bias: bool, activation: str, heads: int | None, eps: float) -> Any:
+def _options(
+    x: Array | jax.ShapeDtypeStruct, width: int, bias: bool, activation: str, heads: int | None, eps: float
+) -> Any:
     from pallas_kernels.tpu.convolution import Prologue
 
     head = 0 if heads is None else x.shape[2] // heads

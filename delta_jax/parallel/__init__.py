@@ -9,6 +9,8 @@ from delta_jax.parallel.op import (
     current_cut,
     cut_batch,
     indivisible,
+    share_of,
+    shares,
     spec_of,
 )
 from delta_jax.parallel.sharding import (
@@ -47,6 +49,8 @@ __all__ = [
     "path_string",
     "replicated",
     "shard_batch",
+    "share_of",
+    "shares",
     "spec_of",
     "tpu_topology",
 ]

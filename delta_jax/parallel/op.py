@@ -136,6 +136,41 @@ def indivisible(batch: int, heads: int) -> str | None:
     return whole or _uneven(cut.mesh, cut.heads, heads, "key heads")
 
 
+def shares(batch: int, heads: int = 0) -> bool:
+    """Whether `by_shares` can run a kernel here: no mesh of several devices, or one that divides sequences and heads.
+
+    Args:
+        batch: sequences.
+        heads: what the channels are whole parts of; 0 where they are not cut.
+
+    Examples:
+        >>> shares(batch=3)  # no mesh is set
+        True
+    """
+    if current_cut() is not None:
+        return indivisible(batch, heads) is None
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual)
+
+
+def share_of(x: Array, axes: Axes) -> jax.ShapeDtypeStruct:
+    """What `by_shares` gives every device of an array with such axes, where `shares` says that it can.
+
+    Examples:
+        >>> share_of(jnp.ones((2, 3, 4)), ("batch", None, "heads")).shape  # no mesh is set
+        (2, 3, 4)
+    """
+    cut = current_cut()
+    if cut is None:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    parts = {
+        "batch": math.prod(cut.mesh.shape[axis] for axis in cut.batch) if x.shape[0] != 1 else 1,
+        "heads": math.prod(cut.mesh.shape[axis] for axis in cut.heads),
+        None: 1,
+    }
+    return jax.ShapeDtypeStruct(tuple(n // parts[of] for n, of in zip(x.shape, axes, strict=True)), x.dtype)
+
+
 def warn_uncut(reason: str, instead: str = LATER) -> None:
     """Says, while a function is traced, why something is not shared out over the mesh, and what happens in its place."""
     warnings.warn(f"{reason}: {instead}", stacklevel=3)

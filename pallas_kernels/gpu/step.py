@@ -9,6 +9,7 @@ the place of the old one: a loop over tokens, or a caller who donates the state,
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -38,12 +39,40 @@ class StepScratch(NamedTuple):
     full: Ref
 
 
-def delta_rule_step(state: Array, token: Inputs, scale: float) -> tuple[Array, Array]:
-    """One token in float32: `state` `[batch, heads, key, value]`, arrays `[batch, heads, ...]`, a key for every head.
+def delta_rule_step(state: Array, inputs: Inputs, *, scale: float, erases: bool) -> tuple[Array, Array]:
+    """Some tokens that continue a state, float32 `[batch, heads, key, value]`, write by write.
 
-    Returns the output `[batch, heads, value]` in float32 and the new state. `erase=None` erases nothing.
+    `inputs` are those of the op, `[batch, time, heads, ...]`, and where a token has several writes `[batch, time, writes,
+    heads, ...]`, but for `q` and `g`; `scale` and `erases` as `forward` has them.
+
+    Returns outputs `[batch, time, heads, value]` in the dtype of `v`, and the new state.
     """
-    return joins_batch(functools.partial(_step, scale))(state, token)
+    step, outputs = joins_batch(functools.partial(_step, scale)), []
+    for token in _tokens(inputs, erases):
+        for write in token:
+            o, state = step(state, write)
+        outputs.append(o.astype(inputs.v.dtype))
+    return jnp.stack(outputs, 1), state
+
+
+def _tokens(inputs: Inputs, erases: bool) -> list[list[Inputs]]:
+    """The writes of every token, with keys for every value head: the first has the gate, the last output is the token's.
+
+    Without an erase key nothing is erased.
+    """
+    per_key = inputs.v.shape[-2] // inputs.k.shape[-2]
+    q, k = (jnp.repeat(x, per_key, -2) for x in (inputs.q, inputs.k))
+    erase = k if inputs.erase is None else jnp.repeat(inputs.erase, inputs.v.shape[-2] // inputs.erase.shape[-2], -2)
+    written = (k, inputs.v, inputs.beta, erase if erases else None)
+    if k.ndim == q.ndim:
+        written = jax.tree.map(lambda x: x[:, :, None], written)
+
+    def token(t: int) -> Iterator[Inputs]:
+        for n in range(written[0].shape[2]):
+            k, v, beta, erase = jax.tree.map(lambda x: x[:, t, n], written)  # noqa: B023
+            yield Inputs(q[:, t], k, v, beta, inputs.g[:, t] if inputs.g is not None and n == 0 else None, erase)
+
+    return [list(token(t)) for t in range(q.shape[1])]
 
 
 def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:

@@ -59,8 +59,15 @@ class Prologue:
     eps: float = 1e-6
 
 
-def unsupported(x: Array, options: Prologue) -> str | None:
+def unsupported(x: Array | jax.ShapeDtypeStruct, options: Prologue) -> str | None:
     """Why the kernels cannot take a stream `[batch, time, channels]`; None if they can."""
+    if isinstance(x.shape[1], int) and x.shape[1] < PACKED:
+        return f"the Pallas TPU kernels take {PACKED} tokens or more, not {x.shape[1]}"
+    return unsupported_stream(x, options)
+
+
+def unsupported_stream(x: Array | jax.ShapeDtypeStruct, options: Prologue) -> str | None:
+    """The same, whatever the number of tokens."""
     if not all(isinstance(size, int) for size in x.shape):
         return f"the Pallas TPU kernels take streams of a known shape, not {x.shape}"
     if str(x.dtype) not in ("bfloat16", "float32"):
@@ -71,10 +78,8 @@ def unsupported(x: Array, options: Prologue) -> str | None:
         return (
             f"the Pallas TPU kernels take heads of {HEADS[0]}, {HEADS[1]}, ... {HEADS[-1]} channels, not {options.head}"
         )
-    if x.shape[2] % HEADS[0] or (x.shape[2] > _WIDEST and x.shape[2] % _group(options)):
+    if x.shape[2] % HEADS[0] or (x.shape[2] > _WIDEST and x.shape[2] % group_of(options)):
         return f"the Pallas TPU kernels take channels that fill half registers of {TILE} lanes, not {x.shape[2]}"
-    if x.shape[1] < PACKED:
-        return f"the Pallas TPU kernels take {PACKED} tokens or more, not {x.shape[1]}"
     return None
 
 
@@ -137,18 +142,18 @@ class _Plan:
     @property
     def groups(self) -> list[pl.Slice]:
         """Lanes of a block that are handled together."""
-        size = _group(self.options)
+        size = group_of(self.options)
         return [pl.ds(start, min(size, self.channels - start)) for start in range(0, self.channels, size)]
 
 
-def _group(options: Prologue) -> int:
+def group_of(options: Prologue) -> int:
     """Lanes that are handled together: whole heads in whole registers."""
     return math.lcm(options.head or TILE, TILE)
 
 
 def _plan(options: Prologue, x: Array, reaches: bool, *, backward: bool) -> _Plan:
     batch, time, all_channels = x.shape
-    group = _group(options)
+    group = group_of(options)
     channels = all_channels
     if all_channels % group == 0:
         whole = all_channels // group
@@ -191,20 +196,20 @@ def _convolve(options: Prologue, x: Array, weights: Array | None, reach: Array |
 
             @pl.when(pl.program_id(2) == 0)
             def _() -> None:
-                start[...] = _or_nan(cache[0])
+                start[...] = or_nan(cache[0])
 
         def of_group(careful: bool, index: Array, seen: Array | None, at: pl.Slice) -> Iterator[None]:
             here = _chunk(plan, index)
             now = x[0, here, at].astype(jnp.float32)
             if options.width:
-                now = _or_nan(now) if careful else now
+                now = or_nan(now) if careful else now
                 window = jnp.concatenate([past[:, at], now], 0)
                 past[:, at] = now[-PAST:]
                 now = _filtered(options, _taps(options, window, seen), weights, at)
             if options.silu:
                 now = now * jax.nn.sigmoid(now)
             if options.head:
-                length = yield from _lengths(options, now, careful)
+                length = yield from lengths(options, now, careful)
                 wrong[:, at] += _doubt(length, at)
                 now = jnp.where(length.bad, jnp.nan, length.unit * length.rest)
             if seen is not None:
@@ -276,7 +281,7 @@ def _cotangents(
                 outside = jnp.where(first, cache[0, :, at], outside)
                 past = jnp.where(index == 0, outside, inside)
                 if careful:
-                    now, past = _or_nan(now), _or_nan(past)
+                    now, past = or_nan(now), or_nan(past)
                 taps = _taps(options, jnp.concatenate([past, now], 0), seen)
                 z = _filtered(options, taps, weights, at)
             d = d_y[0, here, at].astype(jnp.float32)
@@ -285,7 +290,7 @@ def _cotangents(
                 gate = jax.nn.sigmoid(z)
                 a, slope = z * gate, gate * (1.0 + z * (1.0 - gate))
             if options.head:
-                length = yield from _lengths(options, a, careful)
+                length = yield from lengths(options, a, careful)
                 wrong[:, at] += _doubt(length, at)
                 y = length.unit * length.rest
                 if careful:
@@ -388,12 +393,12 @@ def _over_chunks(
         for index in indices:
             seen = _reach_of(plan, reach, index)
             for at in plan.groups:
-                under_way = _advance([of_group(index, seen, at), *under_way])
+                under_way = advance([of_group(index, seen, at), *under_way])
         while under_way:
-            under_way = _advance(under_way)
+            under_way = advance(under_way)
 
 
-def _advance(works: list[Iterator[None]]) -> list[Iterator[None]]:
+def advance(works: list[Iterator[None]]) -> list[Iterator[None]]:
     """Each goes on to where it waits next; those that are not done."""
     done = object()
     return [work for work in works if next(work, done) is not done]
@@ -442,7 +447,7 @@ def _reach_of(plan: _Plan, reach: Array | None, index: Array) -> Array | None:
     return jnp.sum(jnp.where(lanes(*block.shape) == index, block, 0.0), 1, keepdims=True)
 
 
-def _or_nan(x: Array) -> Array:
+def or_nan(x: Array) -> Array:
     """Infinity becomes NaN, which no weight of zero hides and no sum loses."""
     return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.nan)
 
@@ -463,7 +468,7 @@ def _filtered(options: Prologue, taps: list[Array], weights: Array, at: pl.Slice
     return z + weights[0, pl.ds(options.width, 1), at] if options.bias else z
 
 
-class _Length(NamedTuple):
+class Length(NamedTuple):
     """What brings heads to length one: `unit * rest`, where `unit` is the head times a power of two.
 
     Of one head the factors are columns. Without care the power is one, and `squares` says whether that was right.
@@ -476,7 +481,7 @@ class _Length(NamedTuple):
     squares: Array
 
 
-def _lengths(options: Prologue, a: Array, careful: bool) -> Generator[None, None, _Length]:
+def lengths(options: Prologue, a: Array, careful: bool) -> Generator[None, None, Length]:
     """With care the largest entry, or the root of eps, is brought between a half and one: so are its squares' sum."""
     root = root_of(options.eps)
     power: Array | float = 1.0
@@ -488,10 +493,10 @@ def _lengths(options: Prologue, a: Array, careful: bool) -> Generator[None, None
         a, bad = a * power, largest == jnp.inf
     squares = _of_heads(options, a * a, jnp.sum)
     yield
-    return _Length(a, jax.lax.rsqrt(squares + (root * power) ** 2), power, bad, squares)
+    return Length(a, jax.lax.rsqrt(squares + (root * power) ** 2), power, bad, squares)
 
 
-def _doubt(length: _Length, at: pl.Slice) -> Array:
+def _doubt(length: Length, at: pl.Slice) -> Array:
     """Zero unless a sum of squares is not finite."""
     return jnp.broadcast_to(_by_sublane(length.squares * 0.0), (PAST, at.size))
 

@@ -21,13 +21,19 @@ from pallas_kernels.batching import joins_batch
 from pallas_kernels.tpu.plan import vmem_bytes
 from pallas_kernels.tpu.products import TILE, power_below, root_of
 
-_ROWS, _WIDTH = 256, 1024  # of a grid step, at most
+_ROWS, _WIDTH = 256, 1024  # of a grid step, at most; of a head that is wider, fewer rows
+_WIDEST = 16384
 
 
 class _Settings(NamedTuple):
     size: int
     eps: float
     activation: str
+    keeps_nan: bool
+
+    @property
+    def name(self) -> str:
+        return "rms_norm" if self.keeps_nan else "gated_norm"
 
 
 def unsupported(channels: int, size: int, *dtypes: object) -> str | None:
@@ -42,9 +48,14 @@ def unsupported(channels: int, size: int, *dtypes: object) -> str | None:
     return None
 
 
-def gated_norm(x: Array, scale: Array, gate: Array | None, *, eps: float, activation: str) -> Array:
-    """`[batch, time, heads * size]` in the dtype of `x`, differentiable; `scale` is `[size]`, `gate` as `x` or None."""
-    settings = _Settings(scale.shape[0], eps, activation)
+def gated_norm(
+    x: Array, scale: Array, gate: Array | None, *, eps: float, activation: str = "silu", keeps_nan: bool = False
+) -> Array:
+    """`[batch, time, heads * size]` in the dtype of `x`, differentiable; `scale` is `[size]`, `gate` as `x` or None.
+
+    With `keeps_nan` a head of which an entry is not finite is NaN, by selection; its cotangents count as zeros.
+    """
+    settings = _Settings(scale.shape[0], eps, activation, keeps_nan)
 
     def flat(x: Array) -> Array:
         return x.reshape(1, -1, x.shape[-1])
@@ -56,7 +67,7 @@ def gated_norm(x: Array, scale: Array, gate: Array | None, *, eps: float, activa
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(settings: _Settings, x: Array, scale: Array, gate: Array | None) -> Array:
     """Of `[batch, rows, channels]`; `scale` is `[batch, 1, size]`."""
-    kernel = _Kernel(_outputs, "gated_norm_forward", settings, results=1, sums=False)
+    kernel = _Kernel(_outputs, f"{settings.name}_forward", settings, results=1, sums=False)
     y: Array = joins_batch(functools.partial(_call, kernel))(x, scale, gate)[0]
     return y
 
@@ -71,7 +82,7 @@ def _backward(
     settings: _Settings, given: tuple[Array, Array, Array | None], d_y: Array
 ) -> tuple[Array, Array, Array | None]:
     x, scale, gate = given
-    kernel = _Kernel(_cotangents, "gated_norm_backward", settings, results=1 if gate is None else 2, sums=True)
+    kernel = _Kernel(_cotangents, f"{settings.name}_backward", settings, results=1 if gate is None else 2, sums=True)
     d_x, *d_gate, d_scale = joins_batch(functools.partial(_call, kernel))(x, scale, gate, d_y)
     d_scale = jnp.sum(d_scale, (1, 2))[:, None]
     return d_x, d_scale, None if gate is None else d_gate[0].astype(gate.dtype)
@@ -95,7 +106,9 @@ def _call(kernel: _Kernel, x: Array, scale: Array, *others: Array | None) -> lis
     size = kernel.settings.size
     batch, rows, channels = x.shape
     width = _width(channels, size)
-    height = min(_ROWS, -(-rows // 16) * 16)
+    most = max(16, _ROWS * _WIDTH // max(width, _WIDTH))
+    whole = rows <= most and (rows % 8 == 0 or not kernel.sums)
+    height = rows if whole else min(most, -(-rows // 16) * 16)
     padding = -rows % height
     padded = [None if a is None else jnp.pad(a, ((0, 0), (0, padding), (0, 0))) for a in (x, *others)]
     grid = (batch, channels // width, (rows + padding) // height)
@@ -128,6 +141,8 @@ def _outputs(settings: _Settings, heads: int, scale: Array, x: Array, gate: Arra
         value = normal * scale[...]
         if gate is not None:
             value = value * _activated(settings.activation, gate[:, here].astype(jnp.float32))[0]
+        if settings.keeps_nan:
+            value = jnp.where(_lost(x[:, here]), jnp.nan, value)
         y[:, here] = value.astype(y.dtype)
 
 
@@ -144,6 +159,8 @@ def _cotangents(
         here = slice(h * settings.size, (h + 1) * settings.size)
         normal, inverse = _normalised(settings, x[:, here].astype(jnp.float32))
         d_value = d_y[:, here].astype(jnp.float32)
+        if settings.keeps_nan:
+            d_value = jnp.where(_lost(x[:, here]), 0.0, d_value)
         if gate is not None:
             active, slope = _activated(settings.activation, gate[:, here].astype(jnp.float32))
             found[1][:, here] = (d_value * (normal * scale[...]) * slope).astype(found[1].dtype)
@@ -167,6 +184,11 @@ def _normalised(settings: _Settings, x: Array) -> tuple[Array, Array]:
     return x * rest, power * rest
 
 
+def _lost(x: Array) -> Array:
+    """Of which rows an entry is not finite, a column."""
+    return jnp.max(jnp.where(jnp.abs(x.astype(jnp.float32)) < jnp.inf, 0.0, 1.0), 1, keepdims=True) > 0.0
+
+
 def _activated(activation: str, x: Array) -> tuple[Array, Array]:
     """The activation and its derivative."""
     sigmoid = jax.nn.sigmoid(x)
@@ -178,5 +200,5 @@ def _activated(activation: str, x: Array) -> tuple[Array, Array]:
 def _width(channels: int, size: int) -> int:
     """Channels of a grid step: whole heads on whole registers; 0 if there are none."""
     heads = channels // size
-    counts = [n for n in range(1, heads + 1) if heads % n == 0 and n * size % TILE == 0 and n * size <= _WIDTH]
-    return max(counts, default=0) * size
+    counts = [n for n in range(1, heads + 1) if heads % n == 0 and n * size % TILE == 0 and n * size <= _WIDEST]
+    return max((n for n in counts if n * size <= _WIDTH), default=min(counts, default=0)) * size

@@ -67,6 +67,11 @@ def vmem_bytes() -> int:
         return 60 * 2**20
 
 
+def rows_of_batch(batch: int) -> int:
+    """Sequences a grid step of a kernel that handles a token of each: those of a register, or as many as divide them all."""
+    return batch if batch < 8 else next(n for n in (8, 4, 2, 1) if batch % n == 0)
+
+
 def head_counts(key_heads: int, heads: int, key: int, value: int) -> list[int]:
     """The numbers of value heads a grid step that cut all arrays into whole registers, the smallest first."""
     per_key = heads // key_heads

@@ -1,7 +1,11 @@
-"""One token of B x H states: every state is read from memory and written back once, which is all that a step costs."""
+"""A token, or a few, of B x H states: every state is read from memory and written back once, which is all that it costs.
+
+A grid step handles some rows of the batch and some heads of each. Arrays come as projections leave them, heads side by side
+on the lanes: what there is for every token, or for every write of a token, are blocks of one array.
+"""
 
 import functools
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,127 +13,245 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.batching import joins_batch
+from pallas_kernels.batching import joins_batch, one_by_one
 from pallas_kernels.inputs import Inputs
-from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, vmem_bytes
+from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, rows_of_batch, vmem_bytes
 from pallas_kernels.tpu.products import TILE, column, transposed
+from pallas_kernels.tpu.tile import Ref
 
 # Bytes of states a grid step. It waits for 0.15 us whatever it does, in which a TPU moves a quarter of a MiB, and what it
 # computes begins slowly: at one MiB moving takes longer than both.
 _LEAST = 2**20
+_MOST = 16  # heads of all rows a grid step, the loop over which is unrolled
 
 
-def delta_rule_step(state: Array, token: Inputs, scale: float, layer: Array | None = None) -> tuple[Array, Array]:
-    """One token in float32: `state` `[batch, heads, key, value]`, arrays `[batch, heads, ...]`, a key for every head.
+def delta_rule_step(
+    state: Array, inputs: Inputs, layer: Array | None = None, *, scale: float, erases: bool
+) -> tuple[Array, Array]:
+    """Some tokens that continue a state, few enough for an unrolled loop.
 
-    Returns the output `[batch, heads, value]` in float32 and the new state. `erase=None` erases nothing. With a `layer`,
-    an integer, `state` is `[layers, batch, heads, key, value]`: the new one of this layer takes its place, and the others
-    are not touched.
+    Args:
+      state: float32, `[batch, heads, key, value]`; with a layer `[layers, batch, heads, key, value]`.
+      inputs: those of the op, with an axis of writes where it has one: `[batch, time, writes, heads, ...]`, without it for
+        `q` and `g`.
+      layer: an integer; the new state of this layer takes its place, and the others are not touched.
+      scale, erases: as `forward` has them.
+
+    Returns:
+      Outputs `[batch, time, heads, value]` in the dtype of `v`, and the new state.
     """
+    step = functools.partial(_step, scale, erases)
     if layer is not None:
-        return _among_layers(scale, state, layer, token)
+        o, states = one_by_one(step)(state, layer, repeated(inputs))
+        return o, states
 
-    def alone(state: Array, token: Inputs) -> tuple[Array, Array]:
-        o, new = _step(scale, state[None], jnp.zeros((), jnp.int32), token)
+    def alone(state: Array, inputs: Inputs) -> tuple[Array, Array]:
+        o, new = step(state[None], jnp.zeros((), jnp.int32), inputs)
         return o, new[0]
 
-    return joins_batch(alone)(state, token)
+    o, state = joins_batch(alone)(state, repeated(inputs))
+    return o, state
 
 
-def _among_layers(scale: float, states: Array, layer: Array, token: Inputs) -> tuple[Array, Array]:
-    step = jax.custom_batching.custom_vmap(functools.partial(_step, scale))
+class _Plan(NamedTuple):
+    """The static choices of a call."""
 
-    def apart(states: Array, layer: Array, token: Inputs) -> tuple[Array, Array]:
-        state = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
-        o, state = delta_rule_step(state, token, scale)
-        return o, jax.lax.dynamic_update_index_in_dim(states, state, layer, 0)
-
-    @step.def_vmap
-    def _(size: int, batched: Any, *arguments: Any) -> tuple[Any, Any]:
-        del size
-        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched))
-        return jax.vmap(apart, axes)(*arguments), (True, True)
-
-    result: tuple[Array, Array] = step(states, layer, token)
-    return result
+    tokens: int
+    writes: int  # of a token
+    rows: int  # of the batch a grid step
+    key_heads: int  # a grid step
+    heads: int  # value heads a grid step
+    key: int
+    value: int
+    gate: Literal["none", "head", "channel"]
+    erases: Literal["", "write", "own", "shared"]  # with the write key or one of its own, of every value or key head
+    scale: float
 
 
-def _rows(batch: int, heads: int, size: int) -> int:
-    """Rows of the batch a grid step, each of so many heads with states of `size` bytes; the loop over them is unrolled."""
-    fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * heads <= 2 * MAX_HEADS] or [1]
-    return next((n for n in fitting if n * heads * size >= _LEAST), fitting[-1])
+class _Blocks(NamedTuple):
+    """The blocks of a grid step, a list of one for every token or write; without a gate or the like None.
+
+    Of streams they are `[rows, heads * size]`; scalars lie together as `[rows, tokens or writes * all heads]`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    erase: Any
+    g: Any
+    decay: Any  # exp(g) of a gate of a head
+    beta: Any
 
 
-def _step(scale: float, states: Array, layer: Array, token: Inputs) -> tuple[Array, Array]:
-    q, k, v, beta, g, erase = token
-    _, batch, heads, key, value = states.shape
-    counts = head_counts(heads, heads, key, value)
-    here = max((n for n in counts if n <= MAX_HEADS), default=counts[0])
-    f32 = jnp.float32
-    together = _rows(batch, here, key * value * 4)
-    rows = {
-        "query": scale * q.astype(f32),
-        "write": k.astype(f32) if beta is None else beta.astype(f32)[..., None] * k.astype(f32),
-    }
-    if erase is not None:
-        rows["erase"] = erase.astype(f32)
-    decay = None
-    if g is not None and g.ndim == 3:
-        rows["decay"] = jnp.exp(g.astype(f32))
-    elif g is not None:
-        decay = jnp.broadcast_to(jnp.exp(g.astype(f32))[..., None], (batch, heads, TILE))
+def _plan_of(scale: float, erases: bool, states: Array, inputs: Inputs) -> _Plan:
+    batch, heads, key, value = states.shape[1:]
+    per_key = heads // inputs.k.shape[-2]
+    counts = head_counts(heads // per_key, heads, key, value)
+    rows = rows_of_batch(batch)
+    while rows > 1 and rows * counts[0] > _MOST:
+        rows = max(n for n in range(1, rows) if rows % n == 0)
+    fitting = [n for n in counts if rows * n <= _MOST] or counts[:1]
+    here = next((n for n in fitting if rows * n * key * value * 4 >= _LEAST), fitting[-1])
+    gate: Literal["none", "head", "channel"] = "none"
+    if inputs.g is not None:
+        gate = "head" if inputs.g.ndim == 3 else "channel"
+    erase: Literal["", "write", "own", "shared"] = "write" if erases else ""
+    if inputs.erase is not None:
+        erase = "own" if inputs.erase.shape[-2] == heads else "shared"
+    tokens, writes = inputs.k.shape[1:3]
+    return _Plan(tokens, writes, rows, here // per_key, here, key, value, gate, erase, scale)
 
-    def body(layer: Array, state: Array, keys: Array, v: Array, decay: Array | None, out: Array, new: Array) -> None:
-        del layer
-        for b in range(together):
-            columns = transposed(keys[b, 0])
-            for h in range(here):
-                wide = {kind: column(columns, n * here + h, TILE) for n, kind in enumerate(rows)}
-                for start in range(0, value, TILE):
-                    width = min(TILE, value - start)
-                    part = pl.ds(start, width)
-                    key_of = {kind: x[:, :width] for kind, x in wide.items()}
-                    now = state[b, h, :, part]
-                    if "decay" in rows:
-                        now = key_of["decay"] * now
-                    elif decay is not None:
-                        now = decay[b, 0, h : h + 1, :width] * now
-                    error = v[b, 0, h : h + 1, part]
-                    if erase is not None:
-                        error = error - jnp.sum(key_of["erase"] * now, 0, keepdims=True)
-                    now = now + key_of["write"] * error
-                    new[b, h, :, part] = now
-                    out[b, 0, h : h + 1, part] = jnp.sum(key_of["query"] * now, 0, keepdims=True)
 
-    def heads_of(width: int, count: int = 1) -> pl.BlockSpec:
-        return pl.BlockSpec((together, 1, count * here, width), lambda b, h, layer: (b, h, 0, 0))
+def _step(scale: float, erases: bool, states: Array, layer: Array, inputs: Inputs) -> tuple[Array, Array]:
+    if inputs.k.ndim == 4:  # one write
+        written = (inputs.k, inputs.v, inputs.beta, inputs.erase)
+        k, v, beta, erase = jax.tree.map(lambda x: x[:, :, None], written)
+        inputs = Inputs(inputs.q, k, v, beta, inputs.g, erase)
+    plan = _plan_of(scale, erases, states, inputs)
+    batch, heads = states.shape[1:3]
+    programs, rows, f32 = heads // plan.heads, plan.rows, jnp.float32
+    total = plan.tokens * plan.writes
 
-    def cut(x: Array) -> Array:
-        return x.reshape(batch, heads // here, here, -1)
+    def flat(x: Array | None) -> Array | None:
+        return None if x is None else x.reshape(batch // rows, rows, -1)
 
-    of_layer = pl.BlockSpec((None, together, here, key, value), lambda b, h, layer: (layer[0], b, h, 0, 0))
-    out, new = pl.pallas_call(
-        body,
+    def stream(x: Array | None, count: int, width: int) -> tuple[Any, Any]:
+        """An array as often as it has blocks of so many channels for a program, and the blocks."""
+        if x is None:
+            return None, None
+
+        def block(n: int) -> pl.BlockSpec:
+            return pl.BlockSpec((None, rows, width), lambda h, b, layer: (b, 0, n * programs + h))
+
+        return [flat(x)] * count, [block(n) for n in range(count)]
+
+    def scalars(x: Array | None) -> tuple[Any, Any]:
+        if x is None:
+            return None, None
+        x = x.astype(f32).reshape(batch // rows, rows, -1)
+        space = pltpu.MemorySpace.SMEM
+        return x, pl.BlockSpec((None, rows, x.shape[2]), lambda h, b, layer: (b, 0, 0), memory_space=space)
+
+    g = inputs.g
+    erase_heads = plan.heads if plan.erases == "own" else plan.key_heads
+    pairs = _Blocks(
+        q=stream(inputs.q, plan.tokens, plan.key_heads * plan.key),
+        k=stream(inputs.k, total, plan.key_heads * plan.key),
+        v=stream(inputs.v, total, plan.heads * plan.value),
+        erase=stream(inputs.erase, total, erase_heads * plan.key),
+        g=stream(g if plan.gate == "channel" else None, plan.tokens, plan.heads * plan.key),
+        decay=scalars(jnp.exp(g.astype(f32)) if g is not None and plan.gate == "head" else None),
+        beta=scalars(inputs.beta),
+    )
+    arrays, blocks = (_Blocks(*(pair[n] for pair in pairs)) for n in range(2))
+    of_layer = pl.BlockSpec((None, rows, plan.heads, plan.key, plan.value), lambda h, b, layer: (layer[0], b, h, 0, 0))
+    out = pl.BlockSpec((None, rows, plan.heads * plan.value), lambda h, b, layer: (b, 0, h))
+    o, new = pl.pallas_call(
+        functools.partial(_body, plan, heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch // together, heads // here),
-            in_specs=[of_layer, heads_of(key, len(rows)), heads_of(value), None if decay is None else heads_of(TILE)],
-            out_specs=[heads_of(value), of_layer],
+            grid=(programs, batch // rows),
+            in_specs=[of_layer, blocks],
+            out_specs=[[out] * plan.tokens, of_layer],
+            scratch_shapes=[pltpu.VMEM((plan.tokens, rows, plan.value), f32)],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads // here, here, value), f32),
+            [jax.ShapeDtypeStruct((batch // rows, rows, heads * plan.value), inputs.v.dtype)] * plan.tokens,
             jax.ShapeDtypeStruct(states.shape, f32),
         ],
-        input_output_aliases={1: 1},
+        input_output_aliases={1: plan.tokens},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes()
         ),
         name="delta_rule_step",
-    )(
-        layer.astype(jnp.int32).reshape(1),
-        states.astype(f32),
-        jnp.concatenate([cut(x) for x in rows.values()], 2),
-        cut(v.astype(f32)),
-        None if decay is None else cut(decay),
-    )
-    return out.reshape(batch, heads, value), new
+    )(layer.astype(jnp.int32).reshape(1), states.astype(f32), arrays)
+    return jnp.stack([x.reshape(batch, heads, plan.value) for x in o], 1), new
+
+
+class _Head(NamedTuple):
+    """What a value head's tokens bring, of all rows."""
+
+    columns: dict[str, list[Array]]  # float32 `[key, rows]` for every token or write, by what is done with them
+    values: list[Array]  # float32 `[rows, value]` for every write
+    decay: list[list[Array]] | None  # for every token and row a number; None without a gate of a head
+    beta: list[list[Array]] | None  # for every write and row
+
+
+def _body(
+    plan: _Plan, all_heads: int, layer: Ref, state: Ref, given: _Blocks, out: list[Ref], new: Ref, o: Ref
+) -> None:
+    del layer
+    first = pl.program_id(0) * plan.heads
+    for h in range(plan.heads):
+
+        def scalars(x: Ref | None, count: int, h: int = h) -> list[list[Array]] | None:
+            if x is None:
+                return None
+            return [[x[b, n * all_heads + first + h] for b in range(plan.rows)] for n in range(count)]
+
+        of_value = slice(h * plan.value, (h + 1) * plan.value)
+        head = _Head(
+            _columns(plan, given, h),
+            [v[:, of_value].astype(jnp.float32) for v in given.v],
+            scalars(given.decay, plan.tokens),
+            scalars(given.beta, plan.tokens * plan.writes),
+        )
+        for b in range(plan.rows):
+            for start in range(0, plan.value, TILE):
+                part = slice(start, min(start + TILE, plan.value))
+                new[b, h, :, part] = _continued(plan, head, state[b, h, :, part], b, part, o)
+        for t in range(plan.tokens):
+            out[t][:, of_value] = o[t].astype(out[t].dtype)
+
+
+def _continued(plan: _Plan, head: _Head, state: Array, b: int, part: slice, o: Ref) -> Array:
+    """Some columns of a state after all tokens of a row; what they read goes to `o`, `[tokens, rows, value]`."""
+    width = part.stop - part.start
+
+    def key(kind: str, n: int) -> Array:
+        return column(head.columns[kind][n], b, width)
+
+    for t in range(plan.tokens):
+        if plan.gate == "channel":
+            state = key("decay", t) * state
+        elif head.decay is not None:
+            state = head.decay[t][b] * state
+        for n in range(t * plan.writes, (t + 1) * plan.writes):
+            error = head.values[n][b : b + 1, part]
+            if plan.erases:
+                error = error - jnp.sum(key("erase", n) * state, 0, keepdims=True)
+            if head.beta is not None:
+                error = head.beta[n][b] * error
+            state = state + key("write", n) * error
+        o[t, b : b + 1, part] = jnp.sum(key("query", t) * state, 0, keepdims=True)
+    return state
+
+
+def _columns(plan: _Plan, given: _Blocks, h: int) -> dict[str, list[Array]]:
+    """Those of a value head."""
+
+    def columns(blocks: list[Ref], head: int) -> list[Array]:
+        here = slice(head * plan.key, (head + 1) * plan.key)
+        return [transposed(x[:, here].astype(jnp.float32)) for x in blocks]
+
+    shared = h * plan.key_heads // plan.heads
+    write = columns(given.k, shared)
+    found = {"query": [plan.scale * x for x in columns(given.q, shared)], "write": write, "erase": write}
+    if given.erase is not None:
+        found["erase"] = columns(given.erase, h if plan.erases == "own" else shared)
+    if plan.gate == "channel":
+        found["decay"] = [jnp.exp(x) for x in columns(given.g, h)]
+    return found
+
+
+def repeated(inputs: Inputs) -> Inputs:
+    """With so few value heads for every key head that a grid step can have all of one."""
+    per_key = inputs.v.shape[-2] // inputs.k.shape[-2]
+    if per_key <= MAX_HEADS:
+        return inputs
+    repeats = per_key // max(n for n in range(1, MAX_HEADS + 1) if per_key % n == 0)
+    q, k = (jnp.repeat(x, repeats, axis=-2) for x in (inputs.q, inputs.k))
+    erase = inputs.erase
+    if erase is not None and erase.shape[-2] != inputs.v.shape[-2]:
+        erase = jnp.repeat(erase, repeats, axis=-2)
+    return inputs._replace(q=q, k=k, erase=erase)
