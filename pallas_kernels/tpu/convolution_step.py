@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.batching import one_by_one
 from pallas_kernels.tpu.convolution import Prologue, advance, group_of, lengths, or_nan, unsupported_stream
-from pallas_kernels.tpu.plan import rows_of_batch, vmem_bytes
+from pallas_kernels.tpu.plan import rows_of_batch, side_by_side, vmem_bytes
 from pallas_kernels.tpu.tile import Ref
 
 _MOST = 8  # tokens, the loop over which is unrolled
@@ -77,8 +77,9 @@ def _step(
     for x, kernel, bias in streams:
         channels = x.shape[2]
         bias = None if bias is None else bias[None]
-        given.append(Stream([cut(x.reshape(batch, -1))] * time, kernel, bias))
-        specs.append(Stream([of_token(channels, t) for t in range(time)], whole(kernel), whole(bias)))
+        parts = side_by_side(x, rows)
+        given.append(Stream([part for part, _ in parts], kernel, bias))
+        specs.append(Stream([of_token(channels, t) for _, t in parts], whole(kernel), whole(bias)))
         outs.append([of_token(channels)] * time)
         shapes.append([jax.ShapeDtypeStruct((batch // rows, rows, channels), x.dtype)] * time)
     places = [of_layer(x) for x in aged]

@@ -72,6 +72,18 @@ def rows_of_batch(batch: int) -> int:
     return batch if batch < 8 else next(n for n in (8, 4, 2, 1) if batch % n == 0)
 
 
+def side_by_side(x: Array, rows: int) -> list[tuple[Array, int]]:
+    """For each token of `[batch, tokens, channels]` an array `[batch / rows, rows, ...]`, and where it lies on its lanes.
+
+    It is all tokens side by side, and the place counts tokens, where channels fill registers.
+    """
+    batch, tokens, channels = x.shape
+    if channels % TILE:
+        return [(x[:, n].reshape(batch // rows, rows, channels), 0) for n in range(tokens)]
+    whole = x.reshape(batch // rows, rows, tokens * channels)
+    return [(whole, n) for n in range(tokens)]
+
+
 def head_counts(key_heads: int, heads: int, key: int, value: int) -> list[int]:
     """The numbers of value heads a grid step that cut all arrays into whole registers, the smallest first."""
     per_key = heads // key_heads

@@ -15,14 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.batching import joins_batch, one_by_one
 from pallas_kernels.inputs import Inputs
-from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, rows_of_batch, vmem_bytes
+from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, rows_of_batch, side_by_side, vmem_bytes
 from pallas_kernels.tpu.products import TILE, column, transposed
 from pallas_kernels.tpu.tile import Ref
 
 # Bytes of states a grid step. It waits for 0.15 us whatever it does, in which a TPU moves a quarter of a MiB, and what it
 # computes begins slowly: at one MiB moving takes longer than both.
 _LEAST = 2**20
-_MOST = 16  # heads of all rows a grid step, the loop over which is unrolled
+_MOST, _MOST_WRITES = 16, 64  # heads of all rows a grid step, and writes of them: the loops over them are unrolled
 
 
 def delta_rule_step(
@@ -87,10 +87,12 @@ def _plan_of(scale: float, erases: bool, states: Array, inputs: Inputs) -> _Plan
     batch, heads, key, value = states.shape[1:]
     per_key = heads // inputs.k.shape[-2]
     counts = head_counts(heads // per_key, heads, key, value)
+    tokens, writes = inputs.k.shape[1:3]
+    most = min(_MOST, _MOST_WRITES // (tokens * writes))
     rows = rows_of_batch(batch)
-    while rows > 1 and rows * counts[0] > _MOST:
+    while rows > 1 and rows * counts[0] > most:
         rows = max(n for n in range(1, rows) if rows % n == 0)
-    fitting = [n for n in counts if rows * n <= _MOST] or counts[:1]
+    fitting = [n for n in counts if rows * n <= most] or counts[:1]
     here = next((n for n in fitting if rows * n * key * value * 4 >= _LEAST), fitting[-1])
     gate: Literal["none", "head", "channel"] = "none"
     if inputs.g is not None:
@@ -98,7 +100,6 @@ def _plan_of(scale: float, erases: bool, states: Array, inputs: Inputs) -> _Plan
     erase: Literal["", "write", "own", "shared"] = "write" if erases else ""
     if inputs.erase is not None:
         erase = "own" if inputs.erase.shape[-2] == heads else "shared"
-    tokens, writes = inputs.k.shape[1:3]
     return _Plan(tokens, writes, rows, here // per_key, here, key, value, gate, erase, scale)
 
 
@@ -112,18 +113,14 @@ def _step(scale: float, erases: bool, states: Array, layer: Array, inputs: Input
     programs, rows, f32 = heads // plan.heads, plan.rows, jnp.float32
     total = plan.tokens * plan.writes
 
-    def flat(x: Array | None) -> Array | None:
-        return None if x is None else x.reshape(batch // rows, rows, -1)
-
     def stream(x: Array | None, count: int, width: int) -> tuple[Any, Any]:
-        """An array as often as it has blocks of so many channels for a program, and the blocks."""
+        """An array for each of so many tokens or writes, and its blocks: channels of a program."""
         if x is None:
             return None, None
-
-        def block(n: int) -> pl.BlockSpec:
-            return pl.BlockSpec((None, rows, width), lambda h, b, layer: (b, 0, n * programs + h))
-
-        return [flat(x)] * count, [block(n) for n in range(count)]
+        parts = side_by_side(x.reshape(batch, count, -1), rows)
+        return [part for part, _ in parts], [
+            pl.BlockSpec((None, rows, width), lambda h, b, layer, n=n: (b, 0, n * programs + h)) for _, n in parts
+        ]
 
     def scalars(x: Array | None) -> tuple[Any, Any]:
         if x is None:

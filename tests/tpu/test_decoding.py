@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from delta_jax import delta_product
 from delta_jax.inference.generate import _decode
 from delta_jax.inference.sampling import Sampling
 from delta_jax.layers.projection import project
 from delta_jax.models import LanguageModel, MixerSpec, ModelConfig
+from delta_jax.ops.prologue import step_by_kernel
 
 BATCH, LAYERS, VOCAB = 8, 40, 16  # states of 160 MiB: fewer would be moved to vector memory as a whole
 MIXERS = {
@@ -63,3 +66,26 @@ def test_few_rows_take_a_product_with_the_weights(compile_for: Any, rows: int) -
     compiled = compile_for("v6e", lambda x, kernel: project(x, kernel, (((2,), (0,)), ((), ()))), x, kernel)
     assert " convolution(" in compiled.as_text()
     assert compiled.out_info.shape == (rows, 1, 1024)
+
+
+def test_a_few_tokens_of_sizes_that_fill_no_registers(compile_for: Any) -> None:
+    """Three tokens of two writes with heads of 64 channels, of which one is half a register, and their convolutions."""
+
+    def shape(*axes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, jnp.bfloat16)
+
+    def float32(*axes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, jnp.float32)
+
+    layer, written = jax.ShapeDtypeStruct((), jnp.int32), shape(3, 3, 2, 1, 64)
+    op = partial(delta_product, scale=1.0, implementation="mosaic_tpu")
+    step = compile_for(
+        "v6e",
+        lambda q, k, v, beta, g, states, layer: op(q, k, v, beta, g, initial_state=states, layer=layer),
+        *(shape(3, 3, 1, 64), written, written, float32(3, 3, 2, 1), float32(3, 3, 1), float32(2, 3, 1, 64, 64), layer),
+    )
+    assert "delta_rule_step" in step.as_text()
+    streams, kernels, tails = ([shape(*axes, n) for n in (64, 192)] for axes in ((3, 3), (4,), (2, 3, 3)))
+    around = partial(step_by_kernel, activations=["silu"] * 2, sizes=[64, 64])
+    convolution = compile_for("v6e", around, streams, kernels, [shape(64), None], tails, layer)
+    assert "short_convolution_step" in convolution.as_text()
