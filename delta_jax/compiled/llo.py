@@ -161,22 +161,54 @@ def find_loops(bundles: list[Bundle]) -> list[Loop]:
 
 
 def _trips(bundles: list[Bundle], start: int, stop: int) -> int | None:
-    """Trips of a loop that counts upwards from a constant to a constant: phi, addition and comparison in its body."""
-    before = {name: operands for b in bundles[:stop] for name, op, operands in b.operations if op == "smov"}
+    """Trips of a loop that counts upwards from a constant to a constant: phi, addition and comparison in its body.
+
+    Of two constants to begin with the higher one counts: a kernel may take a turn more in its first grid step.
+    """
+    before = {name: (op, operands) for b in bundles[:stop] for name, op, operands in b.operations if name}
     body = {name: (op, operands) for b in bundles[start:stop] for name, op, operands in b.operations if name}
     for counter, op, operands in bundles[start].operations:
         phi = re.fullmatch(r"\s*%(\S+), %(\S+)", operands.rstrip())
         if op != "sphi" or phi is None:
             continue
-        first = re.fullmatch(r"(?:\s*\(\S+\),)?\s*(\d+)\s*", before.get(phi[1], ""))
-        step = re.search(rf"(?:^|[ )])(\d+), %{re.escape(counter)}\b", body.get(phi[2], ("", ""))[1])
-        if first is None or step is None or body[phi[2]][0] != "sadd.s32":
+        first, following = _constant(*before.get(phi[1], ("", ""))), _origin(phi[2], body)
+        added, by = body.get(following, ("", ""))
+        step = re.search(r"(?:^|[ )])(\d+), %(\S+)\s*$", by)
+        if first is None or added != "sadd.s32" or step is None or _origin(step[2], body) != counter:
             continue
         for op, operands in body.values():
-            bound = re.search(rf"%{re.escape(phi[2])}, (\d+)\s*$", operands)
-            if op.startswith("scmp.ge.s32") and bound is not None:
-                return -(-(int(bound[1]) - int(first[1])) // int(step[1]))
+            bound = re.search(r"%(\S+), (\d+)\s*$", operands)
+            if op.startswith("scmp.ge.s32") and bound is not None and _origin(bound[1], body) == following:
+                return -(-(int(bound[2]) - first) // int(step[1]))
     return None
+
+
+def _constant(op: str, operands: str) -> int | None:
+    """The number that a scalar begins with, the higher one of two; None where it is no constant."""
+    numbers = {
+        "smov": re.fullmatch(r"(?:\s*\(\S+\),)?\s*(\d+)\s*", operands),
+        "scalar_select": re.fullmatch(r"\s*%\S+, (\d+), (\d+)\s*", operands),
+    }.get(op)
+    return None if numbers is None else max((int(x) + 2**31) % 2**32 - 2**31 for x in numbers.groups())
+
+
+def _origin(name: str, body: dict[str, tuple[str, str]]) -> str:
+    """What a scalar is a copy of, moved or spilled."""
+    spilled = {
+        found[1]: found[2]
+        for op, operands in body.values()
+        if op == "sst" and (found := re.fullmatch(r"\s*(\[smem:\[\S+_spill\]\]) %(\S+)\s*", operands))
+    }
+    for _ in body:
+        op, operands = body.get(name, ("", ""))
+        moved = re.fullmatch(r"\s*%(\S+)\s*", operands)
+        if op == "smov" and moved is not None:
+            name = moved[1]
+        elif op == "sld" and operands.strip() in spilled:
+            name = spilled[operands.strip()]
+        else:
+            break
+    return name
 
 
 class _Replay:

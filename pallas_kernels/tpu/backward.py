@@ -32,13 +32,13 @@ from pallas_kernels.tpu.forward import (
     kept_bytes,
     kept_specs,
     of_tile,
-    prepare,
     solve_product,
     state_spec,
     tokens_bytes,
     tokens_specs,
 )
 from pallas_kernels.tpu.plan import Plan, vmem_bytes
+from pallas_kernels.tpu.prepare import complete, prepare
 from pallas_kernels.tpu.products import TILE, column, lanes, product, row_sums, rows, split, transposed
 from pallas_kernels.tpu.tile import (
     BETA,
@@ -49,6 +49,7 @@ from pallas_kernels.tpu.tile import (
     Ref,
     Tokens,
     erase_of,
+    finished,
     of_head,
     of_key,
     operand,
@@ -63,7 +64,7 @@ def backward_bytes(plan: Plan) -> int:
     """VMEM that `backward` needs: its scratch, and its blocks twice."""
     states = 2 * plan.heads * plan.key * plan.value * 4
     d_out = plan.group * TILE * plan.heads * plan.value * operand(plan).itemsize
-    blocks = 2 * tokens_bytes(plan) + d_out + states + kept_bytes(plan)
+    blocks = 2 * tokens_bytes(plan, plan.group) + d_out + states + kept_bytes(plan)
     return bytes_of(BackwardScratch.shapes(plan)) + 2 * blocks
 
 
@@ -97,7 +98,8 @@ def backward(plan: Plan, tokens: Tokens, kept: Kept, d_o: Array, d_state: Array)
             tile, d_tile, here = of_tile(tokens, index), of_tile(d_tokens, index), in_memory(scratch, step)
             left = jax.tree.map(lambda ref: ref.at[0, :, index], kept)
             stash = Stash(here.prepared._replace(x=left.inverses), left.states, left.y)
-            is_steep = prepare(plan, tile, stash.prepared, here.tile)
+            is_steep = finished(prepare(plan, tile, stash.prepared, here.tile))
+            finished(complete(plan, tile, stash.prepared, here.tile, inverts=False))
             d_tile_o = d_o.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
             _tile_backward(plan, tile, stash, d_tile_o, d_state.at[0], d_tile, here, is_steep)
 

@@ -15,34 +15,37 @@ b scales columns only, so it is never needed as a column: a token's scalars lie 
 half of Y is solved before the second, with the inverses of the two diagonal blocks of 64.
 
 Every stage runs over all heads before the next one starts: the heads are independent, and a stage of eight hides the
-latency of one. What passes between stages lies in VMEM (`pallas_kernels.tpu.tile` has the shapes).
+latency of one. What passes between stages lies in VMEM (`pallas_kernels.tpu.tile` has the shapes). The inverse is latency
+throughout, so while the state passes one tile the next one is prepared, a head of the one and a head of the other in turns.
+To that end the state's way begins with taking what was prepared to a place of its own; in every run of the kernel over a
+sequence the first turn only prepares, and what it writes besides is written again or masked.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.tpu import inverse, scores
-from pallas_kernels.tpu.forward_channel import channel_scores
 from pallas_kernels.tpu.plan import Plan, vmem_bytes
-from pallas_kernels.tpu.products import TILE, column, float32_product, lanes, product, rows, split, transposed
+from pallas_kernels.tpu.prepare import complete, prepare
+from pallas_kernels.tpu.products import TILE, column, float32_product, product, split, transposed
 from pallas_kernels.tpu.tile import (
     BETA,
-    END,
-    GATE,
     HALF,
     Prepared,
     Ref,
+    Stages,
     TileScratch,
     Tokens,
     erase_of,
+    in_turns,
     of_head,
     of_key,
     operand,
@@ -66,9 +69,20 @@ class Kept(NamedTuple):
     inverses: Ref  # `Prepared.x`, float32 [batch, heads, tiles, 64, 128]
 
 
+class Taken(NamedTuple):
+    """What the state's way took of `Prepared`, which meanwhile is filled for the next tile."""
+
+    weights: Ref  # P diag(b), an operand, [heads, 128, 128]
+    keys: Ref  # `Prepared.keys`
+    x: Ref  # `Prepared.x`
+    corner: Ref  # the block of A diag(b) left below the two inverted ones, in the left half of float32 [heads, 64, 128]
+    whole: Ref  # `Prepared.whole`
+
+
 class ForwardScratch(NamedTuple):
     prepared: Prepared
     tile: TileScratch
+    taken: Taken
     solve: Ref  # B, and solved in place Y, float32 [heads, 128, value]
     y: Ref  # Y as an operand, likewise
     reads: Ref  # (exp(G) Q) S, float32 likewise
@@ -94,6 +108,38 @@ def tokens_specs(plan: Plan, time: Callable[[Array], Array] = lambda t: t) -> To
     )
 
 
+def ahead_start(plan: Plan, t: Array) -> Array:
+    """The tile at which the blocks of `ahead_specs` begin."""
+    return jnp.minimum(t * plan.group, plan.tiles - _ahead_tiles(plan))
+
+
+def _ahead_tiles(plan: Plan) -> int:
+    """How many they hold."""
+    return min(plan.group + plan.ahead, plan.tiles)
+
+
+def ahead_specs(plan: Plan) -> Tokens:
+    """As `tokens_specs`; but all that a tile is prepared from reaches as far as tiles are prepared ahead."""
+
+    def reaching(spec: Any, axis: int) -> pl.BlockSpec:
+        shape: list[Any] = list(spec.block_shape)
+        a_tile = shape[axis] // plan.group
+
+        def start(b: Array, h: Array | int, t: Array) -> tuple[Array, ...]:
+            h = h if plan.programs > 1 else 0  # for a width that is no whole registers
+            indices = spec.index_map(b, h, t)
+            starts = [size * i for size, i in zip(spec.block_shape, indices, strict=True)]
+            starts[axis] = a_tile * ahead_start(plan, t)
+            return tuple(starts)
+
+        shape[axis] = a_tile * _ahead_tiles(plan)
+        return pl.BlockSpec(tuple(map(pl.Element, shape)), start)
+
+    specs = tokens_specs(plan)
+    tokens = jax.tree.map(lambda spec: reaching(spec, 1), specs._replace(v=None, scalars=None))
+    return tokens._replace(v=specs.v, scalars=reaching(specs.scalars, 2))
+
+
 def bytes_of(shapes: object) -> int:
     """Bytes of a tree of VMEM shapes, lanes filled up."""
     return sum(
@@ -102,21 +148,23 @@ def bytes_of(shapes: object) -> int:
     )
 
 
-def tokens_bytes(plan: Plan) -> int:
-    """Bytes of the blocks of the inputs of a grid step."""
-    operands = (2 * plan.key_heads + plan.erase_heads) * plan.key + plan.heads * plan.value
+def tokens_bytes(plan: Plan, tiles: int) -> int:
+    """Bytes of the blocks of the inputs of a grid step, with so many tiles of all but the values."""
+    operands = (2 * plan.key_heads + plan.erase_heads) * plan.key * operand(plan).itemsize
     gates = plan.heads * plan.key * 4 * (plan.gate == "channel")
-    return plan.group * TILE * (operands * operand(plan).itemsize + gates + 16 * plan.heads)
+    values = plan.heads * plan.value * operand(plan).itemsize
+    return TILE * (tiles * (operands + gates + 16 * plan.heads) + plan.group * values)
 
 
 def of_tile(tokens: Tokens, index: Array) -> Tokens:
     """The refs of one tile of a grid step's blocks."""
-    start = pl.multiple_of(index * TILE, TILE)
+    here = jax.tree.map(lambda ref: rows_of_tile(ref, index), tokens._replace(scalars=None))
+    return here._replace(scalars=tokens.scalars.at[0, 0, index])
 
-    def part(ref: Ref) -> Ref:
-        return ref.at[0, pl.ds(start, TILE)]
 
-    return jax.tree.map(part, tokens._replace(scalars=None))._replace(scalars=tokens.scalars.at[0, 0, index])
+def rows_of_tile(ref: Ref, index: Array) -> Ref:
+    """One tile of a block `[1, tiles * 128, width]`."""
+    return ref.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
 
 
 def held[T](shapes: T) -> T:
@@ -162,16 +210,17 @@ def kept_bytes(plan: Plan) -> int:
 def _scratch_shapes(plan: Plan) -> ForwardScratch:
     wide = pltpu.VMEM((plan.heads, TILE, plan.value), jnp.float32)
     y = pltpu.VMEM(wide.shape, operand(plan))
-    return ForwardScratch(
-        prepared_shapes(plan, inverts=True), tile_scratch_shapes(plan, inverts=plan.erases), wide, y, wide
-    )
+    prepared, p = prepared_shapes(plan, inverts=True), pltpu.VMEM((plan.heads, TILE, TILE), operand(plan))
+    taken = Taken(p, prepared.keys, prepared.x, prepared.x, prepared.whole)
+    return ForwardScratch(prepared, tile_scratch_shapes(plan, inverts=plan.erases), taken, wide, y, wide)
 
 
 def forward_bytes(plan: Plan) -> int:
     """VMEM that `forward` needs: its scratch, and its blocks twice."""
     states = 2 * plan.heads * plan.key * plan.value * 4
+    tokens = tokens_bytes(plan, _ahead_tiles(plan))
     outputs = plan.group * TILE * plan.heads * plan.value * operand(plan).itemsize
-    return bytes_of(_scratch_shapes(plan)) + 2 * (tokens_bytes(plan) + outputs + states + kept_bytes(plan))
+    return bytes_of(_scratch_shapes(plan)) + 2 * (tokens + outputs + states + kept_bytes(plan))
 
 
 def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool) -> tuple[Array, Array, Kept | None]:
@@ -183,24 +232,38 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
     square = (heads, plan.key, plan.value)
 
     def body(tokens: Tokens, first: Ref, out: Ref, state: Ref, kept: Kept | None, scratch: ForwardScratch) -> None:
-        @pl.when(pl.program_id(2) == 0)
+        step = pl.program_id(2)
+
+        @pl.when(step == 0)
         def _() -> None:
             state[0] = jnp.zeros(state.shape[1:], state.dtype) if first is None else first[0]
 
-        @pl.loop(0, plan.group)
-        def _(index: Array) -> None:
-            tile, here = of_tile(tokens, index), in_memory(scratch, index)
-            before, done = None, here.prepared
+        def turn(index: Array) -> Array:
+            own, here = jnp.maximum(index, 0), in_memory(scratch, index + plan.ahead)
+            before = None
             if kept is not None:
-                left = jax.tree.map(lambda ref: ref.at[0, :, index], kept)
+                left = jax.tree.map(lambda ref: ref.at[0, :, own], kept)
                 before = left.states
                 if plan.erases:
-                    done, here = done._replace(x=left.inverses), here._replace(y=left.y)
-            prepare(plan, tile, done, here.tile)
-            if plan.erases:
-                invert(plan, tile, done, here.tile)
-            tile_out = out.at[0, pl.ds(pl.multiple_of(index * TILE, TILE), TILE)]
-            _carry(plan, tile, done, state.at[0], before, here, tile_out)
+                    here = here._replace(y=left.y, taken=here.taken._replace(x=left.inverses))
+
+            def tile(ahead: int) -> Tokens:
+                at = jnp.clip(step * plan.group + index + ahead, 0, plan.tiles - 1) - ahead_start(plan, step)
+                return of_tile(tokens._replace(v=None), at)._replace(v=rows_of_tile(tokens.v, own))
+
+            now, next_one = tile(0), tile(plan.ahead)
+            reads = _read(plan, now, state.at[0], before, here)
+            writes = _write(plan, now, state.at[0], here, rows_of_tile(out, own), live=index >= 0)
+            prepares = prepare(plan, next_one, here.prepared, here.tile)
+            completes = complete(plan, next_one, here.prepared, here.tile)
+            if plan.ahead:
+                in_turns(reads, prepares)
+                in_turns(completes, writes)
+            else:
+                in_turns(itertools.chain(prepares, completes, reads, writes))
+            return index + 1
+
+        lax.while_loop(lambda index: index < plan.group, turn, jnp.where(step == 0, -plan.ahead, 0))
 
     time = plan.tiles * TILE
     f32 = jnp.float32
@@ -210,7 +273,7 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
     return pl.pallas_call(
         body,
         grid=(plan.batch, plan.programs, plan.groups),
-        in_specs=[tokens_specs(plan), None if initial_state is None else state_spec(plan)],
+        in_specs=[ahead_specs(plan), None if initial_state is None else state_spec(plan)],
         out_specs=[tokens_specs(plan).v, state_spec(plan), kept_specs(plan) if keep else None],
         out_shape=[
             jax.ShapeDtypeStruct((plan.batch, time, heads * plan.value), tokens.v.dtype),
@@ -225,92 +288,30 @@ def forward(plan: Plan, tokens: Tokens, initial_state: Array | None, keep: bool)
     )(tokens, initial_state)
 
 
-def prepare(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> Array | None:
-    """Fills `done` for one tile, but for the inverses; returns whether the tile is steep, with a gate per channel."""
-    if plan.gate == "channel":
-        return channel_scores(plan, tokens, done, scratch)
-    _head_scores(plan, tokens, done)
-    return None
-
-
-def _head_scores(plan: Plan, tokens: Tokens, done: Prepared) -> None:
-    lower = rows(TILE, TILE) >= lanes(TILE, TILE)
-    if done.decay is not None:
-        columns = start_columns(plan, tokens)
-        for h in range(plan.heads):
-            done.start[h] = column(columns, h, TILE)
-            done.decay[h] = scores.pair_decay(scalar_row(plan, tokens, GATE, h), plan.exact)
-
-    def decayed(raw: Array, h: int) -> Array:
-        return jnp.where(lower, raw, 0.0) if done.decay is None else raw * done.decay[h]
-
-    for j in range(plan.key_heads):
-        heads = range(j * plan.per_key, (j + 1) * plan.per_key)
-        reads = [of_head(tokens.q, j, plan.key)]
-        if plan.erases:
-            own = heads if plan.erase_heads == plan.heads else heads[:1]
-            reads += [erase_of(plan, tokens, h) for h in own]
-        raw = product(jnp.concatenate(reads, 0), of_head(tokens.k, j, plan.key), plan.exact, transpose_b=True)
-        for n, h in enumerate(heads):
-            if plan.erases:
-                place = TILE * (1 + min(n, len(reads) - 2))
-                done.a[h] = decayed(raw[place : place + TILE], h)
-            done.p[h] = decayed(raw[:TILE], h)
-    for j in range(plan.key_heads):
-        k = transposed(of_head(tokens.k, j, plan.key)).astype(jnp.float32)
-        for h in range(j * plan.per_key, (j + 1) * plan.per_key):
-            scale = scalar_row(plan, tokens, BETA, h)
-            if plan.gate == "head":
-                scale = scale * scalar_row(plan, tokens, END, h)
-            done.keys[h] = (k * scale).astype(done.keys.dtype)
-
-
-def invert(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> None:
-    """Fills `done.x`, from `done.a`."""
-
-    def blocks(h: int, size: int, period: int, offset: int) -> Array:
-        """The blocks at rows n * period + offset and the lanes of n, side by side, times beta."""
-        lane, result = lanes(size, TILE) // period, done.a[h, offset : offset + size]
-        for n in range(1, TILE // period):
-            result = jnp.where(lane == n, done.a[h, n * period + offset : n * period + offset + size], result)
-        return result * scalar_row(plan, tokens, BETA, h)
-
-    for h in range(plan.heads):
-        inverse.base_columns(blocks(h, 16, 16, 0), scratch.lower_columns.at[h], scratch.upper_columns.at[h])
-    for h in range(plan.heads):
-        top, bottom = inverse.invert_base(scratch.lower_columns.at[h], scratch.upper_columns.at[h])
-        scratch.inverse_16[h, :8], scratch.inverse_16[h, 8:] = top, bottom
-    pairs = [(h, min(h + 1, plan.heads - 1)) for h in range(0, plan.heads, 2)]
-    for size, source, merged in ((16, scratch.inverse_16, scratch.inverse_32), (32, scratch.inverse_32, done.x)):
-        for n, (first, second) in enumerate(pairs):
-            corners = [blocks(h, size, 2 * size, size) for h in (first, second)]
-            right = inverse.merge_right(source[first], source[second], corners[0], corners[1], plan.exact)
-            scratch.crossing[n, :size] = right
-        for n, (first, second) in enumerate(pairs):
-            right = scratch.crossing[n, :size]
-            merged[first], merged[second] = inverse.merge_left(source[first], source[second], right, plan.exact)
-
-
 def solve_product(plan: Plan, a: Array, b: Array) -> Array:
     """A product of the triangular solve, float32 whatever the inputs: with eigenvalues below zero its sums cancel."""
     return float32_product(a, (b,) if plan.exact else split(b))
 
 
-def _carry(
-    plan: Plan, tokens: Tokens, done: Prepared, state: Ref, before: Ref, scratch: ForwardScratch, out: Ref
-) -> None:
-    """Carries the states of all heads, float32 `[heads, key, value]`, through one tile, and writes its outputs.
+def _read(plan: Plan, tokens: Tokens, state: Ref, before: Ref, scratch: ForwardScratch) -> Stages[None]:
+    """Takes what was prepared, and reads the states of all heads, float32 `[heads, key, value]`: B, or without erasing Y.
 
-    `out` is `[128, heads * value]`. B is solved in place; Y is left in `scratch.y`, and the states in `before`, if given.
+    The states are left in `before`, if given.
     """
-    columns = start_columns(plan, tokens) if plan.gate == "head" else None
-    value, solve, y = plan.value, scratch.solve, scratch.y
+    done, taken, value, y = scratch.prepared, scratch.taken, plan.value, scratch.y
 
     def decayed(known: Array, h: int) -> Array:
         """What a state read gives once the state has decayed up to each token."""
         return known if done.start is None else known * start_of(done, h, value)
 
     for h in range(plan.heads):
+        beta = scalar_row(plan, tokens, BETA, h)
+        taken.weights[h] = (done.p[h] * beta).astype(y.dtype)
+        taken.keys[h] = done.keys[h]
+        if plan.erases:
+            taken.x[h], taken.corner[h] = done.x[h], done.a[h, HALF:] * beta
+        if done.whole is not None:
+            taken.whole[h] = done.whole[h]
         old = state[h].astype(operand(plan))
         if before is not None:
             before[h] = old
@@ -320,26 +321,43 @@ def _carry(
         known = product(jnp.concatenate(read, 0), old, plan.exact)
         scratch.reads[h] = decayed(known[:TILE], h)
         if plan.erases:
-            solve[h] = of_head(tokens.v, h, value).astype(jnp.float32) - decayed(known[TILE:], h)
+            scratch.solve[h] = of_head(tokens.v, h, value).astype(jnp.float32) - decayed(known[TILE:], h)
         else:
             y[h] = of_head(tokens.v, h, value).astype(y.dtype)
+        yield
+
+
+def _write(
+    plan: Plan, tokens: Tokens, state: Ref, scratch: ForwardScratch, out: Ref, live: bool | Array
+) -> Stages[None]:
+    """Solves for Y in place of B, writes the outputs, `[128, heads * value]`, and, if `live`, the states after the tile.
+
+    Y is left in `scratch.y`.
+    """
+    columns = start_columns(plan, tokens) if plan.gate == "head" else None
+    taken, value, solve, y = scratch.taken, plan.value, scratch.solve, scratch.y
     if plan.erases:
         for h in range(plan.heads):
-            solve[h, :HALF] = solve_product(plan, done.x[h][:, :HALF], solve[h, :HALF])
+            solve[h, :HALF] = solve_product(plan, taken.x[h][:, :HALF], solve[h, :HALF])
+            yield
         for h in range(plan.heads):
-            corner = (done.a[h, HALF:] * scalar_row(plan, tokens, BETA, h))[:, :HALF]
-            solve[h, HALF:] = solve[h, HALF:] - solve_product(plan, corner, solve[h, :HALF])
+            solve[h, HALF:] = solve[h, HALF:] - solve_product(plan, taken.corner[h][:, :HALF], solve[h, :HALF])
+            yield
         for h in range(plan.heads):
-            solve[h, HALF:] = solve_product(plan, done.x[h][:, HALF:], solve[h, HALF:])
+            solve[h, HALF:] = solve_product(plan, taken.x[h][:, HALF:], solve[h, HALF:])
+            yield
         for h in range(plan.heads):
             y[h] = solve[h].astype(y.dtype)
     for h in range(plan.heads):
-        weights = (done.p[h] * scalar_row(plan, tokens, BETA, h)).astype(y.dtype)
-        o = (scratch.reads[h] + product(weights, y[h], plan.exact)) * plan.scale
+        o = (scratch.reads[h] + product(taken.weights[h], y[h], plan.exact)) * plan.scale
         out[:, h * value : (h + 1) * value] = o.astype(out.dtype)
         old = state[h]
         if columns is not None:
             old = old * jnp.broadcast_to(columns[TILE - 1 :, h : h + 1], (1, value))
-        elif done.whole is not None:
-            old = old * column(transposed(done.whole[h]), 0, value)
-        state[h] = old + product(done.keys[h], y[h], plan.exact)
+        elif taken.whole is not None:
+            old = old * column(transposed(taken.whole[h]), 0, value)
+        new = old + product(taken.keys[h], y[h], plan.exact)
+        for start in range(0, plan.key, value):  # the interpreter takes no mask that is higher than wide
+            part = slice(start, min(start + value, plan.key))
+            pltpu.store(state.at[h, part], new[part], mask=jnp.broadcast_to(live, new[part].shape))
+        yield

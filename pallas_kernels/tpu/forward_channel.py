@@ -16,21 +16,24 @@ from pallas_kernels.tpu.tile import (
     BETA,
     Prepared,
     Ref,
+    Stages,
     TileScratch,
     Tokens,
     erase_of,
     if_steep,
+    in_turns,
     of_head,
     of_key,
     scalar_row,
 )
 
 
-def channel_scores(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> Array:
-    """Fills `done.a` and `done.p` `[heads, 128, 128]`, and the keys; returns whether the tile is steep, a boolean."""
+def channel_scores(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> Stages[Array]:
+    """Fills `done.a` and `done.p` `[heads, 128, 128]`; returns whether the tile is steep, a boolean."""
     before, after = scratch.before, scratch.after
     for h in range(plan.heads):
         before[h], after[h] = scores.near_sums(base_two(of_head(tokens.g, h, plan.key)))
+        yield
     is_steep = scores.steep([before[h] for h in range(plan.heads)], plan.exact)
 
     def steep() -> None:
@@ -38,7 +41,7 @@ def channel_scores(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScra
         for h in range(plan.heads):
             before[h], after[h] = base_two(of_head(tokens.g, h, plan.key)), jnp.zeros((TILE, plan.key), jnp.float32)
         for block in scores.NEAR_BLOCKS:
-            _level(plan, tokens, done, scratch, block)
+            in_turns(_level(plan, tokens, done, scratch, block))
 
     def gentle() -> None:
         _near(plan, tokens, done, scratch)
@@ -47,8 +50,7 @@ def channel_scores(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScra
 
     if_steep(plan, is_steep, steep, gentle)
     for block in scores.FAR_BLOCKS:
-        _level(plan, tokens, done, scratch, block)
-    _decayed_keys(plan, tokens, done, scratch)
+        yield from _level(plan, tokens, done, scratch, block)
     return is_steep
 
 
@@ -84,7 +86,7 @@ def _near(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> N
             done.a[h] = jnp.where(earlier, part[TILE:], 0.0)
 
 
-def _level(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch, block: int) -> None:
+def _level(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch, block: int) -> Stages[None]:
     """Puts the pairs that meet at a level into the scores, and doubles the blocks of the sums."""
     before, after = scratch.before, scratch.after
     for h in range(plan.heads):
@@ -103,8 +105,10 @@ def _level(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch, blo
         _place(done.p, h, block, part)
         if done.a is not None:
             _place(done.a, h, block, part[len(erase) :])
+        yield
     for h in range(plan.heads):
         before[h], after[h] = scores.next_level(before[h], after[h], block)
+        yield
 
 
 def _place(ref: Ref, head: int, block: int, part: Array) -> None:
@@ -114,8 +118,8 @@ def _place(ref: Ref, head: int, block: int, part: Array) -> None:
         pltpu.store(ref.at[head, there], part[here], mask=meets[here])
 
 
-def _decayed_keys(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> None:
-    """Fills `done` with the keys as they meet the state, from the sums over the whole tile."""
+def channel_keys(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScratch) -> Stages[None]:
+    """Fills `done` with the keys and queries as they meet the state, from the sums over the whole tile."""
     for h in range(plan.heads):
         start, end = jnp.exp2(scratch.before[h]), jnp.exp2(scratch.after[h])
         if done.factors is not None:
@@ -126,3 +130,4 @@ def _decayed_keys(plan: Plan, tokens: Tokens, done: Prepared, scratch: TileScrat
         done.query_in[h] = (_wide(plan, tokens.q, h) * start).astype(done.query_in.dtype)
         if done.erase_in is not None:
             done.erase_in[h] = (erase_of(plan, tokens, h).astype(jnp.float32) * start).astype(done.erase_in.dtype)
+        yield

@@ -11,6 +11,7 @@ from pallas_kernels.tpu.products import TILE
 SIZES = (64, 128, 192, 256, 384, 512)
 MAX_GROUP = 4
 FEW_HEADS, MAX_HEADS = 4, 8  # fewer leave a step waiting for its products; more gain nothing, and compile longer
+FEW_TILES, FEW_EXACT_TILES = 12, 32  # fewer cost more by the turn that only prepares than preparing ahead gives
 WIDE_HEADS = 13  # what a step takes of heads that cannot be cut into so many: 10 of odd sizes, 11, 13, 22
 _MOST_HEADS = 32  # the loop over heads is unrolled
 
@@ -42,6 +43,11 @@ class Plan:
     @property
     def tiles(self) -> int:
         return self.group * self.groups
+
+    @property
+    def ahead(self) -> int:
+        """How many tiles the forward prepares ahead of the state: one, but not with few tiles or without an inverse."""
+        return int(self.erases and self.tiles >= (FEW_EXACT_TILES if self.exact else FEW_TILES))
 
 
 def unsupported(q: Array, v: Array) -> str | None:

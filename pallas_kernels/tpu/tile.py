@@ -4,7 +4,8 @@ Shapes are those of one tile, as a stage sees it; the symbols are those of `pall
 None where a plan (`pallas_kernels.tpu.plan`) has no use for them.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +20,22 @@ from pallas_kernels.tpu.products import TILE, transposed
 
 HALF = TILE // 2
 Ref = Any  # Pallas has no public type for references. None where a member or a call has no use for one
+type Stages[T] = Generator[None, None, T]  # stops after every head of a stage, so that `in_turns` can mix two
+
+
+def in_turns(*stages: Iterable[None]) -> None:
+    """Emits stages a head at a time in turns, the first ones first: the compiler does not reach across whole stages."""
+    for _ in itertools.zip_longest(*stages):
+        pass
+
+
+def finished[T](stages: Stages[T]) -> T:
+    """Emits stages one after another; returns what they return."""
+    while True:
+        try:
+            next(stages)
+        except StopIteration as end:
+            return end.value
 
 
 class Tokens(NamedTuple):
@@ -68,7 +85,7 @@ class Prepared(NamedTuple):
 
 
 class TileScratch(NamedTuple):
-    """Scratch between the stages of `forward.prepare` and `forward.invert`, float32."""
+    """Scratch between the stages of `pallas_kernels.tpu.prepare`, float32."""
 
     lower_columns: Ref  # `inverse.base_columns` of rows 8 to 15 of every block of 16: [heads, 15, 8, 128]
     upper_columns: Ref  # likewise of rows 0 to 7: [heads, 7, 8, 128]

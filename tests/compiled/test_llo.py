@@ -79,6 +79,18 @@ def test_an_unreadable_loop_says_so() -> None:
     assert [loop.trips for loop in find_loops(parse_bundles(text))] == [None, None, None]
 
 
+def test_a_loop_with_a_turn_more_in_the_first_grid_step_counts_that_of_the_others() -> None:
+    text = """
+     0   :  { %s1_s0 = scalar_select %p1_p0, 4294967295, 0 }
+   0x1 LB: > { %s2_s1 = sphi %s1_s0, %s5_s1  ;;  %9 = sst [smem:[#allocation3_spill]] %s2_s1 }
+   0x2   : > { %s3_s2 = sld [smem:[#allocation3_spill]] }
+   0x3   : > { %s4_s3 = sadd.s32 1, %s3_s2 }
+   0x4   : > { %p2_p1 = scmp.ge.s32.totalorder %s4_s3, 4  ;;  %s5_s1 = smov %s4_s3 }
+"""
+    assert find_loops(parse_bundles(text)) == [Loop(1, 5, 4)]
+    assert find_loops(parse_bundles(text.replace("%s3_s2 }", "%s7_s2 }"))) == [Loop(1, 5, None)]
+
+
 def test_empty_bundles_and_comments() -> None:
     bundles = parse_bundles(
         "     0   :  {} /* Start\nregion */\n   0x1 LB: > { %s1 = smov 0 /* } ;; */  ;;  %2 = sst [%s1] }\n   0x2   :  {}\n"

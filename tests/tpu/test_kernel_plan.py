@@ -9,8 +9,8 @@ import pytest
 from pallas_kernels.inputs import Inputs
 from pallas_kernels.tpu import op
 from pallas_kernels.tpu.backward import backward_bytes
-from pallas_kernels.tpu.forward import forward_bytes
-from pallas_kernels.tpu.plan import MAX_GROUP
+from pallas_kernels.tpu.forward import ahead_specs, ahead_start, forward_bytes
+from pallas_kernels.tpu.plan import FEW_TILES, MAX_GROUP
 from pallas_kernels.tpu.products import TILE
 
 MIB = 2**20
@@ -59,3 +59,16 @@ def test_padding_to_whole_steps_changes_no_plan(monkeypatch: pytest.MonkeyPatch)
             steps = -(-tiles // group)
             plan = op.plan_of(_arrays(6, 256, 512, time=steps * group * TILE), 1.0, True, forward_bytes)
             assert (plan.group, plan.groups) == (group, steps)
+
+
+def test_blocks_hold_the_tile_that_is_prepared_ahead() -> None:
+    for tiles in range(1, 4 * MAX_GROUP):
+        for erases in (False, True):
+            plan = op.plan_of(_arrays(6, 256, 512, time=tiles * TILE), 1.0, erases, forward_bytes)
+            assert plan.ahead == (erases and plan.tiles >= FEW_TILES)
+            (_, block, _) = ahead_specs(plan).q.block_shape
+            for step in range(plan.groups):
+                first = int(ahead_start(plan, jnp.int32(step)))
+                reached = min((step + 1) * plan.group + plan.ahead, plan.tiles)
+                assert 0 <= first <= step * plan.group
+                assert reached <= first + block.block_size // TILE <= plan.tiles
