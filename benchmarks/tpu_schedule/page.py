@@ -16,7 +16,8 @@ What the TPU compiler makes of the kernels, read on a CPU host: no TPU ran anyth
 
 - A *bundle* is one instruction word of a TensorCore, issued in at least one cycle. A grid step's bundles are those between
   the ends of the grid's own loop, loops inside by their trip counts, every branch as if it were taken. A gate per channel
-  has two rows: tiles decide as they run which way they take, and each row has one way and the decision.
+  has two rows: tiles decide as they run which way they take, and each row has one way and the decision. The forward's first
+  step of a sequence prepares a tile more than the others, which is in no figure: 1.6 % of the kernel at 8192 tokens.
 - *Cycles* are the bundles replayed in order with the compiler's own latencies: a result popped from a queue of the MXU, XLU
   or EUP before it is there makes the core wait. Not in it: DMA, conflicts of memory banks, instruction fetch, the pipeline's
   first and last step. Where memory is the limit, "bandwidth" says so.
