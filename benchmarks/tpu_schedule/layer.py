@@ -9,44 +9,15 @@ these: the figures are estimates, with the calibrated factor of the generation, 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.tpu_schedule import GENERATIONS
 from benchmarks.tpu_schedule.compiler import compile_for  # sets the environment: before everything that imports JAX
 
-import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
-from flax import nnx  # isort: skip
 
+from benchmarks.layer import DIRECTIONS, LAYERS, program  # isort: skip
 from delta_jax.compiled.schedule import Schedule  # isort: skip
-from delta_jax.layers import GatedDeltaNet  # isort: skip
-
-TOKENS, HIDDEN = 4096, 2048
-LAYERS: dict[str, dict[str, Any]] = {
-    "gated_delta_net_1.3b": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0},
-    "qwen3_next_80b_a3b": {"num_heads": 16, "head_dim": 128, "num_v_heads": 32, "expand_v": 1.0},
-}
-DIRECTIONS = ("forward", "forward_backward")
-
-
-def program(name: str, direction: str) -> tuple[Callable[..., Any], list[Any]]:
-    """The function of a layer with the shapes of its arguments: parameters and tokens, all of them bfloat16."""
-    make = lambda: GatedDeltaNet(  # noqa: E731
-        HIDDEN, **LAYERS[name], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
-    structure, state = nnx.split(nnx.eval_shape(make), nnx.Param)
-    parameters = nnx.to_pure_dict(state)
-    x = jax.ShapeDtypeStruct((1, TOKENS, HIDDEN), jnp.bfloat16)
-
-    def forward(parameters: Any, x: jax.Array) -> Any:
-        return nnx.merge(structure, parameters)(x)
-
-    def forward_backward(parameters: Any, x: jax.Array, d_y: jax.Array) -> Any:
-        y, pull = jax.vjp(forward, parameters, x)
-        return y, pull(d_y)
-
-    return (forward, [parameters, x]) if direction == "forward" else (forward_backward, [parameters, x, x])
 
 
 def line(found: Schedule) -> dict[str, Any]:
@@ -84,7 +55,7 @@ def main() -> None:
     for name in [options.layer] if options.layer else LAYERS:
         for direction in [options.direction] if options.direction else DIRECTIONS:
             print(f"compiling {name}, {direction}, for {options.generation} ...", file=sys.stderr, flush=True)
-            _, _, found, seconds = compile_for(options.generation, *program(name, direction))
+            _, _, found, seconds = compile_for(options.generation, *program(name, direction, jnp.bfloat16))
             about = {"generation": options.generation, "layer": name, "direction": direction}
             print(json.dumps(about | line(found) | {"compiled_in_s": round(seconds)}), flush=True)
 

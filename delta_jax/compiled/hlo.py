@@ -72,6 +72,17 @@ def runs(entry: str, lines: dict[str, list[str]]) -> dict[str, int]:
     return count
 
 
+def within(scope: str, lines: Mapping[str, list[str]]) -> set[str]:
+    """The computations that instructions whose names hold `scope` run, and those that these run in turn."""
+    named = re.compile(f'op_name="[^"]*{re.escape(scope)}')
+    found: set[str] = set()
+    new = {inner for text in lines.values() for line in text if named.search(line) for inner in _inner(line, lines)}
+    while new:
+        found |= new
+        new = {inner for name in new for line in lines[name] for inner in _inner(line, lines)} - found
+    return found
+
+
 def trips(line: str, lines: dict[str, list[str]]) -> int:
     """How often a loop runs: what XLA says, or the bound its counter, which starts at zero, is compared with.
 
@@ -112,11 +123,16 @@ def _until_closed(text: str) -> str:
 def _count(name: str, times: int, lines: dict[str, list[str]], count: dict[str, int]) -> None:
     count[name] += times
     for line in lines[name]:
-        found = _INSTRUCTION.match(line)
-        if found is None or found.group(4) not in ("while", "conditional", "call"):
-            continue
-        often = trips(line, lines) if found.group(4) == "while" else 1
-        for match in _BODIES.findall(line):
-            for inner in (part.strip(" %{}") for part in match.split(",")):
-                if inner in lines:
-                    _count(inner, times * often, lines, count)
+        inside = _inner(line, lines)
+        often = trips(line, lines) if inside and " while(" in line else 1
+        for inner in inside:
+            _count(inner, times * often, lines, count)
+
+
+def _inner(line: str, lines: Mapping[str, list[str]]) -> list[str]:
+    """The computations that a loop, a condition or a call runs."""
+    found = _INSTRUCTION.match(line)
+    if found is None or found.group(4) not in ("while", "conditional", "call"):
+        return []
+    parts = (part.strip(" %{}") for match in _BODIES.findall(line) for part in match.split(","))
+    return [part for part in parts if part in lines]

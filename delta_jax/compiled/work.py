@@ -1,11 +1,11 @@
-"""The work of a compiled TPU program by kinds, in the cycles that its compiler estimates."""
+"""The work of a compiled program by kinds: bytes, and the cycles that a TPU's compiler estimates."""
 
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from delta_jax.compiled.hlo import COLLECTIVES, Instruction, computations, instructions, runs
+from delta_jax.compiled.hlo import COLLECTIVES, Instruction, computations, instructions, runs, within
 from delta_jax.compiled.traffic import FREE, moved_bytes
 
 _MOVES = ("parameter", "bitcast", "copy", "transpose", "reshape", "tuple", "get-tuple-element")
@@ -30,6 +30,7 @@ class Work:
         others: all that is elementwise, reductions, and copies.
         collectives: exchanges with other devices; the compiler estimates no cycles for most of them.
         ahead: copies that the compiler starts early and waits for later; it estimates no cycles for them either.
+        apart: what lies in the scope that was to be told apart, whatever it is.
         copies: how many of the others only change the layout or the place of an array.
         kernels: name of a Pallas kernel's instruction -> its runs and bytes; the compiler estimates no cycles for them.
         unestimated: opcode (of a custom call its target) -> runs of all other instructions without an estimate, such as the
@@ -41,6 +42,7 @@ class Work:
     others: Kind = field(default_factory=Kind)
     collectives: Kind = field(default_factory=Kind)
     ahead: Kind = field(default_factory=Kind)
+    apart: Kind = field(default_factory=Kind)
     copies: int = 0
     kernels: dict[str, Kind] = field(default_factory=dict)
     unestimated: Counter[str] = field(default_factory=Counter)
@@ -52,22 +54,33 @@ class Work:
         return self.products.cycles + self.others.cycles + self.collectives.cycles
 
 
-def work_of(hlo: str, begin: str | None = None) -> Work:
+def work_of(hlo: str, begin: str | None = None, *, apart: str | None = None) -> Work:
     """Sorts the instructions of a program.
 
     Args:
-        hlo: the text of the compiled program, of a TPU; other compilers estimate nothing.
+        hlo: the text of the compiled program; of cycles only the TPU's compiler says anything.
         begin: the computation of which one run is counted, such as the body of a loop; None is the whole program.
+        apart: what the names of instructions hold that are to be told apart from all others, such as "jit(run)".
     """
     entry, lines = computations(hlo)
     parsed = instructions(lines)
     work = Work()
+    apart_computations = set() if apart is None else within(apart, lines)
     for computation, times in runs(begin or entry, lines).items():
         here = parsed[computation]
         for name, instruction in here.items():
-            if times:
-                _add(work, name, instruction, times, moved_bytes(instruction, here, parsed), parsed)
+            moved = moved_bytes(instruction, here, parsed) if times else 0
+            if computation in apart_computations or (apart is not None and _named(instruction, apart)):
+                work.apart.runs += times if moved else 0
+                work.apart.bytes += times * moved
+            elif times:
+                _add(work, name, instruction, times, moved, parsed)
     return work
+
+
+def _named(instruction: Instruction, scope: str) -> bool:
+    found = re.search(r'op_name="([^"]*)"', instruction.text)
+    return found is not None and scope in found.group(1)
 
 
 def _add(
@@ -89,7 +102,9 @@ def _add(
         return
     inside = {opcode} | opcodes(instruction, parsed)
     kind = work.others
-    if inside & {"convolution", "dot"}:  # also those beside which a collective is under way
+    if inside & {"convolution", "dot"} or re.search(
+        "gemm|matmul", called
+    ):  # also those beside which a collective is under way
         kind = work.products
     elif any(o.removesuffix("-start") in COLLECTIVES for o in inside):
         kind = work.collectives

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from delta_jax.layers import AttentionCache, ExpertBias, MixerCache, MixtureOfExperts, RMSNorm, SwiGLU
 from delta_jax.layers.checks import require_cache, require_positive_integers, require_rngs
 from delta_jax.layers.contained import contained
-from delta_jax.layers.projection import project
+from delta_jax.layers.projection import embedded, project
 from delta_jax.models.config import Layer, ModelConfig
 from delta_jax.models.stack import Run
 from delta_jax.ops.arguments import as_array, checked_array
@@ -317,7 +317,7 @@ class LanguageModel(nnx.Module):
 
     def _embedded(self, tokens: Array) -> Array:
         if jnp.issubdtype(tokens.dtype, jnp.integer):
-            return self.embed(tokens)
+            return embedded(self.embed, tokens)
         return tokens.astype(self.embed.dtype) @ self.embed.embedding[: tokens.shape[-1]].astype(self.embed.dtype)
 
     def head(self, x: Float[Array, "*leading hidden"]) -> Float[Array, "*leading vocab"]:

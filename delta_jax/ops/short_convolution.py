@@ -167,7 +167,8 @@ def _convolve(
     y = y.astype(x.dtype)
     if bias is not None:
         y = y + bias.astype(y.dtype)[None, None]
-    y = jnp.where(lost, jnp.asarray(jnp.nan, y.dtype), activation(y))
+    # Selected before the activation, which keeps NaN: for its gradient one array is kept in place of two.
+    y = activation(jnp.where(lost, jnp.asarray(jnp.nan, y.dtype), y))
     if heads is not None:
         y = unit_length(y.reshape(*y.shape[:2], heads, -1), EPS).reshape(y.shape)
     return y if lengths is None else select_tokens(first_tokens(lengths, time), y)

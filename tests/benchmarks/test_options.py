@@ -24,6 +24,8 @@ from benchmarks.options import folder, number, seconds
         ("gpu --cases nothing", 2, "argument --cases: none has one of ['nothing'] in its name"),
         ("gpu_check --processes 0", 2, "argument --processes: wanted a whole number of at least 1, got '0'"),
         ("gpu_check --checks nothing", 2, "argument --checks: none has one of ['nothing'] in its name"),
+        ("layer --help", 0, "usage: python -m benchmarks.layer"),
+        ("layer softmax", 2, "argument layer: invalid choice: 'softmax'"),
         ("tpu_schedule.__main__ --help", 0, "usage: python -m benchmarks.tpu_schedule"),
         ("tpu_schedule.__main__ v9", 2, "invalid choice: 'v9'"),
         ("tpu_schedule.layer v6e softmax", 2, "argument layer: invalid choice: 'softmax'"),

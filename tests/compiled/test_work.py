@@ -2,6 +2,9 @@
 
 from collections import Counter
 
+import jax
+import jax.numpy as jnp
+
 from delta_jax.compiled.work import Kind, work_of
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -92,3 +95,18 @@ def test_a_loop_that_a_flag_decides_makes_up_for_what_is_not_finite_and_does_not
     assert work_of(PROGRAM).cycles < 1_000_000
     compared = PROGRAM.replace("get-tuple-element(%f.1), index=0", "compare(%f.1, %f.1), direction=LT")
     assert work_of(compared).cycles > 1_000_000, "a bound that cannot be read counts once"
+
+
+def test_a_scope_is_told_apart_with_the_loops_inside() -> None:
+    def op(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda carry, row: (carry + jnp.sin(row), carry * row), x[0], x)[1]
+
+    def layer(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.cos(jax.jit(op)(x @ w))
+
+    x, w = jnp.ones((40, 16)), jnp.ones((16, 16))
+    text = jax.jit(layer).lower(x, w).compile().as_text() or ""
+    whole, work = work_of(text), work_of(text, apart="jit(op)")
+    assert work.products == whole.products and work.products.bytes == 4 * (2 * x.size + w.size)
+    assert work.others.bytes == 2 * 4 * x.size, "the cosine"
+    assert work.apart.bytes >= 2 * 4 * x.size and work.apart.runs >= 40

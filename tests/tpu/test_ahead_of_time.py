@@ -13,6 +13,7 @@ from flax import nnx
 from delta_jax import delta_rule, delta_rule_step
 from delta_jax.config import load_config
 from delta_jax.layers import GatedDeltaNet
+from delta_jax.layers.projection import embedded
 from delta_jax.ops.short_convolution import short_convolution
 from delta_jax.training import TrainConfig
 
@@ -186,3 +187,16 @@ def test_the_prologue(compile_for: Any, generation: str, channels: int, heads: i
 
     text = compile_for(generation, jax.grad(loss), shapes, ids, lengths).as_text()
     assert all(name in text for name in ("short_convolution_forward", "short_convolution_backward"))
+
+
+def test_the_gradient_of_an_embedding_is_a_product(compile_for: Callable[..., jax.stages.Compiled]) -> None:
+    """A scatter would be sorted and unrolled, which takes the compiler longer than the kernels of a layer."""
+    embed = nnx.eval_shape(lambda: nnx.Embed(512, 256, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    structure, table = nnx.split(embed)
+
+    def gradient(table: Any, ids: jax.Array, d_y: jax.Array) -> Any:
+        return jax.vjp(lambda table: embedded(nnx.merge(structure, table), ids), table)[1](d_y)
+
+    shapes = jax.ShapeDtypeStruct((2, 64), jnp.int32), jax.ShapeDtypeStruct((2, 64, 256), jnp.bfloat16)
+    text = compile_for("v6e", gradient, table, *shapes).as_text()
+    assert " convolution(" in text and " scatter(" not in text and " sort(" not in text
