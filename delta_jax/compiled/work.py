@@ -102,9 +102,8 @@ def _add(
         return
     inside = {opcode} | opcodes(instruction, parsed)
     kind = work.others
-    if inside & {"convolution", "dot"} or re.search(
-        "gemm|matmul", called
-    ):  # also those beside which a collective is under way
+    # Also those beside which a collective is under way, and those of the libraries that CPUs and GPUs call.
+    if inside & {"convolution", "dot"} or re.search("gemm|matmul", called):
         kind = work.products
     elif any(o.removesuffix("-start") in COLLECTIVES for o in inside):
         kind = work.collectives
