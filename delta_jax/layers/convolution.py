@@ -51,30 +51,6 @@ class ShortConvolution(nnx.Module):
         self.use_bias = use_bias
         self.activation = activation
 
-    def weights(self) -> tuple[Float[Array, "width channels"], Float[Array, " channels"] | None]:
-        """The kernel, and the bias if there is one."""
-        return self.kernel[...], self.bias[...] if self.use_bias else None
-
-    def takes_kernel(
-        self,
-        x: Float[Array, "batch time channels"],
-        heads: int | None,
-        implementation: str | None,
-        *,
-        step: bool = False,
-    ) -> bool:
-        """As the function of this name has it; `step` asks about that of a few tokens in place."""
-        share = share_of(x, _STREAM) if shares(x.shape[0], x.shape[2] if heads is None else heads) else x
-        return takes_kernel(
-            share,
-            width=self.kernel.shape[0],
-            bias=self.use_bias,
-            activation=self.activation,
-            heads=None if heads is None else heads * share.shape[2] // x.shape[2],
-            step=step,
-            implementation=of_prologue(implementation),
-        )
-
     def __call__(
         self,
         x: Float[Array, "batch time channels"],
@@ -86,9 +62,9 @@ class ShortConvolution(nnx.Module):
         implementation: str | None = None,
     ) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch tail channels"]]:
         """The stream after convolution and activation, and with `heads` each of so many of unit length; the new cache."""
-        kernel, bias = self.weights()
+        kernel, bias = _weights(self)
         parts = x.shape[2] if heads is None else heads
-        chosen = self.takes_kernel(x, heads, implementation)
+        chosen = _takes_kernel(self, x, heads, implementation)
 
         def run(x: Array, kernel: Array, *rest: Array | None, implementation: str | None = None) -> tuple[Array, Array]:
             bias, segment_ids, cache, lengths = rest
@@ -131,7 +107,7 @@ def convolved(
     parts = min(x.shape[2] if n is None else n for x, n in zip(streams, heads, strict=True))
     if stacks and segment_ids is None and lengths is None and shares(streams[0].shape[0], parts):
         each = zip(convolutions, streams, heads, strict=True)
-        if all(f.takes_kernel(x, n, implementation, step=True) for f, x, n in each):
+        if all(_takes_kernel(f, x, n, implementation, step=True) for f, x, n in each):
             return _in_place(convolutions, streams, stacks, heads)
     ys, tails = [], []
     for f, x, cache, n in zip(convolutions, streams, caches, heads, strict=True):
@@ -156,7 +132,7 @@ def _in_place(
         activations = [f.activation for f in convolutions]
         return step_by_kernel(x, kernels, biases, tails, arrays[-1], activations=activations, sizes=sizes)
 
-    kernels, biases = zip(*(f.weights() for f in convolutions), strict=True)
+    kernels, biases = zip(*map(_weights, convolutions), strict=True)
     tails = (None, "batch", None, "heads")
     ys, new = by_shares(
         run,
@@ -165,6 +141,27 @@ def _in_place(
         ([_STREAM] * count, [tails] * count),
     )
     return tuple(ys), tuple(OfLayer(x, layer) for x in new)
+
+
+def _weights(convolution: ShortConvolution) -> tuple[Array, Array | None]:
+    """The kernel, and the bias if there is one."""
+    return convolution.kernel[...], convolution.bias[...] if convolution.use_bias else None
+
+
+def _takes_kernel(
+    convolution: ShortConvolution, x: Array, heads: int | None, implementation: str | None, *, step: bool = False
+) -> bool:
+    """Whether a kernel handles a stream, or what a device has of it; with `step` that of a few tokens in place."""
+    share = share_of(x, _STREAM) if shares(x.shape[0], x.shape[2] if heads is None else heads) else x
+    return takes_kernel(
+        share,
+        width=convolution.kernel.shape[0],
+        bias=convolution.use_bias,
+        activation=convolution.activation,
+        heads=None if heads is None else heads * share.shape[2] // x.shape[2],
+        step=step,
+        implementation=of_prologue(implementation),
+    )
 
 
 def of_prologue(implementation: str | None) -> str | None:

@@ -60,7 +60,7 @@ def test_the_kernels_of_a_tpu_read_a_few_tokens_as_the_definition_does(mixer, op
     want = jax.jit(read)(cache)
     with interpreted_tpu():
         text = str(jax.make_jaxpr(read)(cache))
-        assert all(name in text for name in ("delta_rule_step", "short_convolution_step", "gated_norm_forward"))
+        assert all(name in text for name in ("delta_rule_step", "short_convolution_step", "rms_norm_forward"))
         got = jax.jit(read)(cache)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
 
