@@ -36,8 +36,8 @@ def test_no_cache_is_copied_for_a_token(mixer):
     ("mixer", "options"),
     [
         ("gated_delta_net", {"num_v_heads": 2, "conv_bias": True}),
-        ("gated_delta_net_2", {}),
-        ("gated_delta_product", {"num_householder": 2, "expand_v": 1.0}),
+        pytest.param("gated_delta_net_2", {}, marks=pytest.mark.slow),
+        pytest.param("gated_delta_product", {"num_householder": 2, "expand_v": 1.0}, marks=pytest.mark.slow),
     ],
 )
 def test_the_kernels_of_a_tpu_read_a_few_tokens_as_the_definition_does(mixer, options):

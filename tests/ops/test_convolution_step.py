@@ -43,7 +43,10 @@ def by_definition(streams, kernels, biases, tails, layer):
 
 
 # One sequence, fewer than a register has, as many, and more that do not fill the last.
-@pytest.mark.parametrize(("batch", "time"), [(1, 1), (1, 2), (3, 5), (8, 1), (12, 3)])
+@pytest.mark.parametrize(
+    ("batch", "time"),
+    [(1, 2), (8, 1), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((1, 1), (3, 5), (12, 3)))],
+)
 def test_the_outputs_and_the_tails(batch, time):
     given = *problem(batch, time=time), jnp.int32(1)
     (ys, tails), (want, new) = by_kernel(*given), by_definition(*given)
@@ -63,6 +66,7 @@ def test_bfloat16():
     jax.tree.map(np.testing.assert_array_equal, tails, by_definition(*given)[1])
 
 
+@pytest.mark.slow
 def test_entries_of_any_size():
     streams, kernels, biases, tails = problem(8)
     biases = [None if b is None else b * 1e30 for b in biases]
@@ -85,6 +89,7 @@ def test_what_is_not_finite_stays_in_its_channel_or_head():
     jax.tree.map(np.testing.assert_array_equal, new, right)
 
 
+@pytest.mark.slow
 def test_a_map_has_a_layer_for_each():
     given = jax.tree.map(lambda *x: jnp.stack(x), problem(2), problem(2, seed=1))
     layers = jnp.asarray([2, 0], jnp.int32)

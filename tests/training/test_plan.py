@@ -42,10 +42,11 @@ def test_one_chip() -> None:
     assert 24 * one.parameters < one.traffic < 24 * one.parameters + 2 * tokens * 256 * 4 * 300
     estimate = one.estimate
     assert estimate is not None and estimate.tokens == tokens and estimate.collectives == 0
-    # All products at the peak of the chip are the least they can take; elementwise work is most of so small a step.
-    assert one.flops / 197e12 < estimate.products + estimate.kernels < estimate.others
+    # All products at the peak of the chip are the least they can take; elementwise work is about half of so small a step.
+    assert one.flops / 197e12 < estimate.products + estimate.kernels
     assert not estimate.calibrated
     whole = estimate.products + estimate.kernels + estimate.others
+    assert 0.3 * whole < estimate.others < 0.7 * whole
     assert (estimate.least, estimate.most) == pytest.approx((whole * 0.9 / 1.05, whole * 1.2 / 1.05))
     # Bundles are written where libtpu was told so when it was loaded; another test may have loaded it.
     unread = {name.rpartition(".")[0] for name in estimate.unread}
