@@ -175,9 +175,8 @@ def unit_heads(
     """`heads_of_unit_length`, on a mesh every device its own sequences and heads, by the compiler where these are uneven."""
     cut = current_cut()
     if cut is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        by_hand = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
-        implementation = implementation if by_hand or implementation is not None else "xla"
+        if implementation is None and not shares(x.shape[0]):
+            implementation = "xla"
         return heads_of_unit_length(x, eps, implementation)
     if x.ndim < 4 or implementation == "xla" or indivisible(x.shape[0], x.shape[-2]) or device.platform() != "tpu":
         return heads_of_unit_length(x, eps, "xla")

@@ -155,9 +155,9 @@ class Mixer(TokenMixer):
         return mine._replace(convolution=tails, state=OfLayer(caches.state, layer))
 
     def with_cache_of_layer(self, caches: Any, layer: Int[Array, ""], cache: Any) -> Any:
-        small = (x._replace(convolution=(), state=()) for x in (caches, cache))
+        old, new = (x._replace(convolution=(), state=()) for x in (caches, cache))
         tails = tuple(tail.stack for tail in cache.convolution)
-        whole = super().with_cache_of_layer(next(small), layer, next(small))
+        whole = super().with_cache_of_layer(old, layer, new)
         return whole._replace(convolution=tails, state=cache.state.stack)
 
     def with_cache(

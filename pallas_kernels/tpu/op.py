@@ -14,7 +14,7 @@ from pallas_kernels.tpu.backward import backward as backward_kernel
 from pallas_kernels.tpu.backward import backward_bytes
 from pallas_kernels.tpu.forward import Kept, forward_bytes
 from pallas_kernels.tpu.forward import forward as forward_kernel
-from pallas_kernels.tpu.plan import FEW_HEADS, MAX_GROUP, MAX_HEADS, WIDE_HEADS, Plan, head_counts, vmem_bytes
+from pallas_kernels.tpu.plan import FEW_HEADS, MAX_GROUP, MAX_HEADS, WIDE_HEADS, Plan, head_counts, repeated, vmem_bytes
 from pallas_kernels.tpu.products import TILE
 from pallas_kernels.tpu.tile import Tokens
 
@@ -71,15 +71,9 @@ def backward(
 
 def _inputs(arrays: Inputs, reset: Array | None, erases: bool) -> Inputs:
     """The op's arrays as the kernels take them: few value heads a key head, resets in the gates, whole grid steps."""
-    q, k, v, beta, g, erase = arrays
-    per_key = v.shape[2] // k.shape[2]
-    if per_key > MAX_HEADS:
-        repeats = per_key // max(n for n in range(1, MAX_HEADS + 1) if per_key % n == 0)
-        q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
-        if erase is not None and erase.shape[2] != v.shape[2]:
-            erase = jnp.repeat(erase, repeats, axis=2)
-    inputs = Inputs(q, k, v, beta, with_resets(g, reset, v), erase)
-    return padded(inputs, -v.shape[1] % (_tiles_a_step(inputs, erases) * TILE))
+    inputs = repeated(arrays, MAX_HEADS)
+    inputs = inputs._replace(g=with_resets(inputs.g, reset, inputs.v))
+    return padded(inputs, -inputs.v.shape[1] % (_tiles_a_step(inputs, erases) * TILE))
 
 
 def _tiles_a_step(inputs: Inputs, erases: bool) -> int:

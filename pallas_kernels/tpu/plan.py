@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.inputs import Inputs
 from pallas_kernels.tpu.products import TILE
 
 SIZES = (64, 128, 192, 256, 384, 512)
@@ -88,6 +90,19 @@ def side_by_side(x: Array, rows: int) -> list[tuple[Array, int]]:
         return [(x[:, n].reshape(batch // rows, rows, channels), 0) for n in range(tokens)]
     whole = x.reshape(batch // rows, rows, tokens * channels)
     return [(whole, n) for n in range(tokens)]
+
+
+def repeated(inputs: Inputs, most: int) -> Inputs:
+    """With at most so many value heads for every key head, so that a grid step can have all of one."""
+    per_key = inputs.v.shape[-2] // inputs.k.shape[-2]
+    if per_key <= most:
+        return inputs
+    repeats = per_key // max(n for n in range(1, most + 1) if per_key % n == 0)
+    q, k = (jnp.repeat(x, repeats, axis=-2) for x in (inputs.q, inputs.k))
+    erase = inputs.erase
+    if erase is not None and erase.shape[-2] != inputs.v.shape[-2]:
+        erase = jnp.repeat(erase, repeats, axis=-2)
+    return inputs._replace(q=q, k=k, erase=erase)
 
 
 def head_counts(key_heads: int, heads: int, key: int, value: int) -> list[int]:

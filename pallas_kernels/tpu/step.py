@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.batching import joins_batch, one_by_one
 from pallas_kernels.inputs import Inputs
-from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, rows_of_batch, side_by_side, vmem_bytes
+from pallas_kernels.tpu.plan import MAX_HEADS, head_counts, repeated, rows_of_batch, side_by_side, vmem_bytes
 from pallas_kernels.tpu.products import TILE, column, transposed
 from pallas_kernels.tpu.tile import Ref
 
@@ -42,14 +42,14 @@ def delta_rule_step(
     """
     step = functools.partial(_step, scale, erases)
     if layer is not None:
-        o, states = one_by_one(step)(state, layer, repeated(inputs))
+        o, states = one_by_one(step)(state, layer, repeated(inputs, MAX_HEADS))
         return o, states
 
     def alone(state: Array, inputs: Inputs) -> tuple[Array, Array]:
         o, new = step(state[None], jnp.zeros((), jnp.int32), inputs)
         return o, new[0]
 
-    o, state = joins_batch(alone)(state, repeated(inputs))
+    o, state = joins_batch(alone)(state, repeated(inputs, MAX_HEADS))
     return o, state
 
 
@@ -239,16 +239,3 @@ def _columns(plan: _Plan, given: _Blocks, h: int) -> dict[str, list[Array]]:
     if plan.gate == "channel":
         found["decay"] = [jnp.exp(x) for x in columns(given.g, h)]
     return found
-
-
-def repeated(inputs: Inputs) -> Inputs:
-    """With so few value heads for every key head that a grid step can have all of one."""
-    per_key = inputs.v.shape[-2] // inputs.k.shape[-2]
-    if per_key <= MAX_HEADS:
-        return inputs
-    repeats = per_key // max(n for n in range(1, MAX_HEADS + 1) if per_key % n == 0)
-    q, k = (jnp.repeat(x, repeats, axis=-2) for x in (inputs.q, inputs.k))
-    erase = inputs.erase
-    if erase is not None and erase.shape[-2] != inputs.v.shape[-2]:
-        erase = jnp.repeat(erase, repeats, axis=-2)
-    return inputs._replace(q=q, k=k, erase=erase)
