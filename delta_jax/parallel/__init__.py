@@ -1,5 +1,6 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
+from delta_jax.parallel.gpu_topology import GPUS, Description, Gpu, description, gpu_of, gpu_topology
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from delta_jax.parallel.op import (
     by_compiler,
@@ -29,8 +30,11 @@ from delta_jax.parallel.topology import CHIPS, Chip, chip_of, tpu_topology
 __all__ = [
     "AXES",
     "CHIPS",
+    "GPUS",
     "RULES",
     "Chip",
+    "Description",
+    "Gpu",
     "MeshConfig",
     "ParameterRule",
     "batch_parts",
@@ -42,6 +46,9 @@ __all__ = [
     "chip_of",
     "current_cut",
     "cut_batch",
+    "description",
+    "gpu_of",
+    "gpu_topology",
     "indivisible",
     "make_mesh",
     "parameter_shardings",

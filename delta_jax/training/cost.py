@@ -8,7 +8,7 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from delta_jax.compiled.hlo import COLLECTIVES, computations, trips
-from delta_jax.compiled.jaxpr import inner_jaxprs, open_jaxpr
+from delta_jax.compiled.jaxpr import grid_of, inner_jaxprs, open_jaxpr, tile_multiply_adds
 
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
@@ -80,6 +80,8 @@ def _equation_flops(equation: JaxprEqn) -> float:
     if name == "conv_general_dilated":
         kernel, outputs = operands[1], params["dimension_numbers"].rhs_spec[0]
         return 2.0 * results[0].size * kernel.size / kernel.shape[outputs]
+    if multiply_adds := tile_multiply_adds(equation):
+        return 2.0 * multiply_adds
     inner = [product_flops(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if name == "cond":
         return max(inner)
@@ -88,8 +90,8 @@ def _equation_flops(equation: JaxprEqn) -> float:
         times = params["length"]
     elif name == "shard_map":
         times = params["mesh"].size
-    elif name == "pallas_call":
-        times = math.prod(params["grid_mapping"].grid)
+    elif name in ("pallas_call", "mpmd_map"):
+        times = math.prod(grid_of(equation))
     return times * sum(inner, 0.0)
 
 
