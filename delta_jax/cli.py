@@ -269,11 +269,11 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         parents=[common],
-        help="compile a training step for TPUs that are not here: does it fit, what does it move",
+        help="compile a training step for TPUs or GPUs that are not here: does it fit, what does it move",
     )
     _takes_a_run(plan, "such as batch_size=64 or mesh.fsdp=-1")
     plan.add_argument(
-        "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x1, tpu7x:2x2x1; one chip is v5e:1x1"
+        "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x1; h100:8, on four hosts h100:8x4"
     )
     plan.set_defaults(run=_plan)
 
@@ -565,19 +565,25 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is enough: take no chip from whoever trains here
+    import jax
 
-    from delta_jax.parallel import chip_of
+    from delta_jax.parallel import Chip, chip_or_gpu_of
 
-    chip = chip_of(arguments.topology)
+    # The compiler is enough: take no chip from whoever trains here.
+    jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
+
+    chip = chip_or_gpu_of(arguments.topology)
+    kind, one = ("TPU", "chip") if isinstance(chip, Chip) else ("GPU", "GPU")
+    if kind == "GPU":
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA is at pains to say that there is no GPU
     config = _config(arguments)
     from delta_jax.training.plan import plan
 
-    doing = f"compiling the step for {arguments.topology}, which can take minutes; no TPU is used"
+    doing = f"compiling the step for {arguments.topology}, which can take minutes; no {kind} is used"
     result = plan(config, arguments.topology, meanwhile=lambda: _sign_of_life(doing))
-    chips = _count(result.chips, "chip") if result.devices == result.chips else f"{result.chips} x 2 devices"
+    chips = _count(result.chips, one) if result.devices == result.chips else f"{result.chips} x 2 devices"
     rows = [
-        ("topology", f"{result.topology}, {chips} ({result.device_kind}); figures are those of one chip"),
+        ("topology", f"{result.topology}, {chips} ({result.device_kind}); figures are those of one {one}"),
         ("mesh", ", ".join(f"{axis}={size}" for axis, size in result.mesh.items())),
         (
             "batch",
@@ -594,7 +600,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         rows.append(("memory traffic", f"{_bytes(result.traffic)} a step"))
         rows += [(kind, f"{_bytes(size)} received a step") for kind, size in result.collectives.items()]
         rows += [] if result.collectives else [("collectives", "none")]
-    if estimate is not None:
+    if result.bound is not None:
+        told = f"a bound, no estimate: products at {_scaled(chip.flops, 'FLOP/s')}, arguments and results once"
+        rows.append(("step time", f"at least {_seconds(result.bound)}, {told}"))
+    if estimate is not None and isinstance(chip, Chip):
         checked = (
             "as published times of others have it" if estimate.calibrated else "a guess: nobody has checked this chip"
         )
@@ -622,7 +631,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(f"does not fit: the compiler says: {result.refusal}")
     else:
         fits = "fits" if result.fits else "does not fit"
-        print(f"{fits}: {_bytes(memory.total)} of the {_bytes(result.hbm)} of a chip")
+        print(f"{fits}: {_bytes(memory.total)} of the {_bytes(result.hbm)} of a {one}")
     return 0 if result.fits else 1
 
 

@@ -11,9 +11,10 @@ from delta_jax.parallel import GPUS
 Row = dict[str, Any]
 
 INTRODUCTION = f"""What NVIDIA's compiler makes of the Mosaic GPU kernels, compiled ahead of time on a machine without a
-GPU: `make gpu-schedule`. **No GPU has run them here: milliseconds are estimates.** For the kernels that were measured on an
-H200, to which the estimate's four figures were fitted, the measured time lay between {SPREAD[0]:.2f} and {SPREAD[1]:.2f} times
-the estimate; nothing was measured on other chips. `delta_jax/compiled/multiprocessor.py` says how cycles become milliseconds.
+GPU: `make gpu-schedule`. **No GPU has run them here: milliseconds are estimates.** For the kernels that were measured on
+an H200, to which the estimate's four figures were fitted, the measured time lay between {SPREAD[0]:.2f} and
+{SPREAD[1]:.2f} times the estimate; nothing was measured on other chips. `delta_jax/compiled/multiprocessor.py` says how
+cycles become milliseconds.
 
 - *Registers* a thread; *spills*, bytes that a thread stores of registers for which there was no room; *shared memory* of a
   program in KiB; *together*, programs that fit a multiprocessor, and what limits them.

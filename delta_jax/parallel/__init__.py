@@ -25,7 +25,7 @@ from delta_jax.parallel.sharding import (
     replicated,
     shard_batch,
 )
-from delta_jax.parallel.topology import CHIPS, Chip, chip_of, tpu_topology
+from delta_jax.parallel.topology import CHIPS, Chip, chip_of, chip_or_gpu_of, tpu_topology
 
 __all__ = [
     "AXES",
@@ -44,6 +44,7 @@ __all__ = [
     "by_shares",
     "by_tokens",
     "chip_of",
+    "chip_or_gpu_of",
     "current_cut",
     "cut_batch",
     "description",

@@ -131,7 +131,7 @@ def gpu_topology(name: str) -> Sequence[jax.Device]:
         Devices that describe themselves and run nothing.
 
     Raises:
-        ValueError: the compiler, or a part of it, is not installed, or there is no such kind of GPU.
+        ValueError: the compiler, or a part of it, is not installed or cannot be loaded, or there is no such kind of GPU.
 
     Examples:
         >>> devices = gpu_topology("h100:8")  # needs the extra gpu-compiler, but no GPU
@@ -144,6 +144,10 @@ def gpu_topology(name: str) -> Sequence[jax.Device]:
     shape = f"1x{hosts}x{per_host}"
     try:
         found = topologies.get_topology_desc("gpu", platform="cuda", target_config=text, topology=shape)
+    except NotImplementedError as error:
+        raise ValueError(
+            "JAX did not load its CUDA plugin; where there is no GPU it needs JAX_PLATFORMS=cpu"
+        ) from error
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"topology {name!r}: the CUDA plugin says: {reason}") from error

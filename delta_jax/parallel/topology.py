@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from delta_jax.parallel.gpu_topology import GPUS, Gpu, gpu_of
+
 # What libtpu asks the machine it runs on before it describes another: with these it asks nothing, and it lets other
 # processes load it too, which is safe as long as none of them uses a chip.
 _ENVIRONMENT = {
@@ -68,7 +70,10 @@ def chip_of(topology: str) -> Chip:
     generation, _, grid = topology.partition(":")
     chip = CHIPS.get(generation)
     if chip is None:
-        raise ValueError(f"topology {topology!r}: the generations are {', '.join(CHIPS)}, as in v5e:16x16")
+        raise ValueError(
+            f"topology {topology!r}: the generations are {', '.join(CHIPS)}, as in v5e:16x16, and the kinds of GPU "
+            f"{', '.join(GPUS)}, as in h100:8"
+        )
     shape = "x".join(["2"] * chip.axes)
     if re.fullmatch("x".join(["[1-9][0-9]{0,4}"] * chip.axes), grid) is None:
         raise ValueError(
@@ -80,6 +85,19 @@ def chip_of(topology: str) -> Chip:
             f"topology {topology!r} has {chips:,} chips, but the largest slice of {generation} {chip.most:,}"
         )
     return chip
+
+
+def chip_or_gpu_of(topology: str) -> Chip | Gpu:
+    """The generation of TPUs or the kind of GPU that the name of a topology begins with.
+
+    Raises:
+        ValueError: as `chip_of` and `gpu_of`.
+
+    Examples:
+        >>> chip_or_gpu_of("v5e:4x4").flops, chip_or_gpu_of("h100:8").flops
+        (197000000000000.0, 989400000000000.0)
+    """
+    return gpu_of(topology)[0] if topology.partition(":")[0] in GPUS else chip_of(topology)
 
 
 def tpu_topology(name: str) -> Sequence[jax.Device]:

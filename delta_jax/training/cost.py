@@ -11,6 +11,7 @@ from delta_jax.compiled.hlo import COLLECTIVES, computations, trips
 from delta_jax.compiled.jaxpr import grid_of, inner_jaxprs, open_jaxpr, tile_multiply_adds
 
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_WITH_OPERANDS = ("all-gather", "reduce-scatter", "collective-permute")  # as what their "-start" gives begins
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=(%?[\w.-]+|\{[^}]*\})")
 
@@ -50,7 +51,7 @@ def collective_bytes(hlo: str) -> dict[str, float]:
             if found is None:
                 continue
             kind, group = found.group(2), _group(line, devices)
-            size = _size(found.group(1), halves=bool(found.group(3)) and kind in ("all-gather", "collective-permute"))
+            size = _size(found.group(1), halves=bool(found.group(3)) and kind in _WITH_OPERANDS)
             if kind == "reduce-scatter":
                 size *= group
             elif name.startswith("all-reduce-scatter"):  # the TPU compiler's form: an all-reduce whose result is cut

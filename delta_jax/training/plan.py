@@ -1,4 +1,4 @@
-"""What a training step needs on TPUs that are not here: the whole step, compiled ahead of time for a slice."""
+"""What a training step needs on TPUs or GPUs that are not here: the whole step, compiled ahead of time for them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from delta_jax.compiled.core import CORES
 from delta_jax.compiled.jaxpr import kernel_calls
 from delta_jax.compiled.schedule import Schedule, dump_folder, schedule_of
 from delta_jax.compiled.traffic import memory_bytes
-from delta_jax.parallel import chip_of, tpu_topology
+from delta_jax.parallel import Chip, Gpu, chip_or_gpu_of, description, gpu_topology, tpu_topology
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.cost import collective_bytes, product_flops
 from delta_jax.training.setup import set_up
@@ -83,12 +83,12 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A training step on a slice.
+    """A training step on a slice of TPUs, or on GPUs.
 
     Attributes:
-        topology: the slice's name.
+        topology: the name of the slice, or of the GPUs.
         device_kind: what its devices call themselves.
-        chips: chips of the slice.
+        chips: chips of the slice, or GPUs.
         devices: devices of the slice; a TPU7x chip is two.
         mesh: size of each axis.
         parameters: numbers the model learns.
@@ -99,7 +99,9 @@ class Plan:
         memory: bytes the step takes on each chip; None after a refusal.
         collectives: kind -> bytes that each chip receives from others in a step.
         traffic: bytes that each chip moves to and from its memory in a step.
-        estimate: of the time of a step; None after a refusal.
+        estimate: of the time of a step; None after a refusal, and on GPUs.
+        bound: on GPUs, seconds that a step takes at least: those of its products at the peak, or of reading its arguments
+            and writing its results once, whichever are more. None on TPUs.
         seconds: how long compiling took.
     """
 
@@ -117,6 +119,7 @@ class Plan:
     collectives: Mapping[str, float]
     traffic: float
     estimate: Estimate | None
+    bound: float | None
     seconds: float
 
     @property
@@ -128,38 +131,49 @@ class Plan:
 def plan(
     config: TrainConfig, topology: str, *, meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Plan:
-    """Compiles the training step of a run for a TPU slice; needs libtpu, but no TPU.
+    """Compiles the training step of a run for a TPU slice or for GPUs; needs their compiler, but none of them.
 
     Args:
         config: the run.
-        topology: the slice, such as "v5e:16x16", or "v5e:1x1" for one chip.
+        topology: the slice, such as "v5e:16x16", or "v5e:1x1" for one chip; or GPUs a host and hosts, such as "h100:8x4",
+            or "h100:1" for one.
         meanwhile: makes a context that is open while the compiler works, to say so.
 
     Returns:
         What the step takes and does there.
 
     Raises:
-        ValueError: libtpu or the slice does not exist, the run does not divide over the slice, or the compiler refuses it
+        ValueError: compiler or slice do not exist, the run does not divide over the slice, or the compiler refuses it
             for another reason than memory.
     """
-    chip = chip_of(topology)
-    folder = dump_folder()  # before libtpu is loaded
-    devices = tpu_topology(topology)
-    chips = len({tuple(device.coords) for device in devices})
+    chip = chip_or_gpu_of(topology)
+    folder = None
+    if isinstance(chip, Chip):
+        folder = dump_folder()  # before libtpu is loaded
+        devices = tpu_topology(topology)
+        chips = len({tuple(device.coords) for device in devices})
+        hbm = chip.hbm_gib * 2**30
+    else:
+        devices = gpu_topology(topology)
+        chips, hbm = len(devices), description(chip).memory
     run = set_up(config, devices)
     start = time.monotonic()
     with meanwhile():
         traced = run.train_step.trace(run.state, run.batch)
-        compiled, refusal = _compile(traced.lower())
+        compiled, refusal = _compile(traced.lower(), {} if isinstance(chip, Chip) else _ON_GPU)
     seconds = time.monotonic() - start
     cores = len(devices) // chips
     text = "" if compiled is None else compiled.as_text() or ""
     received = {kind: cores * size for kind, size in collective_bytes(text).items()} if text else {}
     calls = list(kernel_calls(traced.jaxpr))
-    forward = run.evaluation_step.trace(run.state.parameters, run.evaluation_batch).jaxpr
-    useful = 3 * config.gradient_accumulation * product_flops(forward) / chips / chip.flops
-    estimate = None
-    if text:
+    flops = product_flops(traced.jaxpr) / chips
+    memory = None if compiled is None else _memory(compiled, cores)
+    estimate = bound = None
+    if compiled is not None and isinstance(chip, Gpu):
+        bound = _bound(compiled, flops, chip)
+    if text and isinstance(chip, Chip) and folder:
+        forward = run.evaluation_step.trace(run.state.parameters, run.evaluation_batch).jaxpr
+        useful = 3 * config.gradient_accumulation * product_flops(forward) / chips / chip.flops
         schedule = schedule_of(text, calls, folder, CORES[topology.partition(":")[0]])
         estimate = _estimate(schedule, sum(received.values()) / chip.ici_bytes, config, useful)
     return Plan(
@@ -170,25 +184,36 @@ def plan(
         mesh=dict(run.mesh.shape),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.parameters)),
         kernels=tuple(dict.fromkeys(call.name for call in calls)),
-        flops=product_flops(traced.jaxpr) / chips,
-        hbm=chip.hbm_gib * 2**30,
+        flops=flops,
+        hbm=hbm,
         refusal=refusal,
-        memory=None if compiled is None else _memory(compiled, cores),
+        memory=memory,
         collectives=received,
         traffic=cores * memory_bytes(text) if text else 0.0,
         estimate=estimate,
+        bound=bound,
         seconds=seconds,
     )
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
+# XLA asks the GPU itself how much memory a sort by CUB wants.
+_ON_GPU = {"xla_gpu_enable_cub_radix_sort": False}
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict[str, bool]) -> tuple[jax.stages.Compiled | None, str | None]:
     """The program, or why there is none."""
     try:
-        return lowered.compile(), None
+        return lowered.compile(options), None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise ValueError(f"the TPU's compiler refuses this step: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"the compiler refuses this step: {str(error).splitlines()[0]}") from error
         return None, str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+
+
+def _bound(compiled: jax.stages.Compiled, flops: float, gpu: Gpu) -> float:
+    stats: Any = compiled.memory_analysis()
+    moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
+    return max(flops / gpu.flops, moved / description(gpu).bandwidth)
 
 
 def _estimate(schedule: Schedule, collectives: float, config: TrainConfig, useful: float) -> Estimate:
