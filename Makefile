@@ -5,21 +5,25 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14 python; do \
 RUN := .venv/bin/python
 # libtpu, which compiles the kernels ahead of time in the tests, is made for Linux on x86-64 alone.
 COMMA := ,
-EXTRAS := dev,docs$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(COMMA)tpu)
+X86_LINUX := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
+EXTRAS := dev,docs$(if $(X86_LINUX),$(COMMA)tpu)
+# The compiler for GPUs stays out of .venv, where JAX would look for a GPU with it: its tests run .venv-gpu/bin/python, and are
+# left out, with the reason, where it cannot be installed.
+GPU_COMPILER := $(if $(X86_LINUX),.venv-gpu/tried)
 # Where there is no accelerator, libtpu would look for one at every start and complain at length.
 ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: demo test test-slow test-oldest lint format docs peers bench-cpu bench-gpu check-gpu tpu-schedule accuracy clean
+.PHONY: demo test test-slow test-oldest lint format docs peers bench-cpu bench-gpu check-gpu tpu-schedule gpu-schedule accuracy clean
 
 demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per byte and a sample
 	$(RUN) -m experiments.demo
 
-test: .venv/installed  ## the test suite
+test: .venv/installed $(GPU_COMPILER)  ## the test suite
 	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-slow: .venv/installed  ## what cannot be quicker: many processes, interpreted kernels at more sizes
+test-slow: .venv/installed $(GPU_COMPILER)  ## what cannot be quicker: many processes, interpreted kernels at more sizes
 	$(RUN) -m pytest -n 2 --dist loadgroup -m slow
 
 test-oldest: .venv-oldest/installed  ## the op's tests on the oldest supported JAX
@@ -52,6 +56,9 @@ check-gpu:  ## whether the GPU kernels are right on this machine's Hopper GPU, i
 tpu-schedule: .venv/installed  ## what the TPU compiler makes of the kernels, on a CPU host
 	$(RUN) -m benchmarks.tpu_schedule
 
+gpu-schedule: .venv-gpu/installed  ## what NVIDIA's compiler makes of the GPU kernels, without a GPU
+	.venv-gpu/bin/python -m benchmarks.gpu_schedule --output docs/benchmarks
+
 accuracy: .venv/installed  ## the float64 error table in docs
 	$(RUN) -m benchmarks.accuracy
 
@@ -65,6 +72,19 @@ accuracy: .venv/installed  ## the float64 error table in docs
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check 'jax==0.11.2' beartype pytest -e .
 	touch $@
+
+# The packages of .venv, and the compiler; 750 MB.
+.venv-gpu/installed: .venv/installed
+	$(RUN) -m venv .venv-gpu
+	.venv-gpu/bin/python -c 'import pathlib, sys, sysconfig; \
+	    pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+	    "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[gpu-compiler]'
+	touch $@
+
+.venv-gpu/tried: .venv/installed
+	$(MAKE) .venv-gpu/installed || echo "Going on without the compiler for GPUs."
+	mkdir -p $(@D) && touch $@
 
 clean:
 	rm -rf .venv .venv-* build dist runs .pytest_cache .mypy_cache .ruff_cache

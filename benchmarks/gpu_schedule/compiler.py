@@ -43,8 +43,13 @@ class Printed(NamedTuple):
         return int(found.group(1)) if found else 0
 
     @property
+    def serialised(self) -> list[str]:
+        """Numbers of ptxas's warnings that products of the warpgroup wait for each other."""
+        return sorted(set(re.findall(r"\((C75\d\d)\)[^\n]* serialized ", self.report)))
+
+    @property
     def warnings(self) -> list[str]:
-        """Of ptxas: numbers of those that say that products of warpgroups wait for each other, or for more than they ask."""
+        """Numbers of all that ptxas says of products of warpgroups."""
         return sorted(set(re.findall(r"\((C75\d\d)\)", self.report)))
 
 
@@ -179,6 +184,7 @@ def kernel_facts(call: KernelCall, shared: int, found: Printed, processor: Multi
         "shared_bytes": shared,
         "together": together,
         "limit": limit,
+        "serialised": found.serialised,
         "warnings": found.warnings,
         "counts": dict(program.counts()),
         "loops": [loop.trips for loop in loops],

@@ -83,7 +83,7 @@ def kernels(rows: list[Row]) -> str:
             str(kernel["spill_stores"]),
             f"{kernel['shared_bytes'] / 1024:.0f}",
             f"{kernel['together']} ({kernel['limit']})",
-            ", ".join(kernel["warnings"]) or "no",
+            ", ".join(kernel["serialised"]) or "no",
             *(f"{kernel[name]:.0f}" for name in ("issue", "cycles", "tensor", "shared")),
             f"{kernel['bytes'] / 1e6:.0f}",
             f"{kernel['milliseconds']:.3f}",

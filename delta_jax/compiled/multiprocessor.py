@@ -95,7 +95,7 @@ class Multiprocessor:
         return limits[limit], limit
 
     def milliseconds(
-        self, *, programs: int, together: int, cycles: float, busy: float, memory_bytes: float
+        self, *, programs: int, together: int, cycles: float, busy: float, memory_bytes: int
     ) -> tuple[float, str]:
         """What a kernel should take, and what sets it.
 

@@ -93,12 +93,12 @@ class Cycles:
         multiply_adds: of all four warps.
     """
 
-    instructions: float = 0
-    issue: float = 0
-    estimated: float = 0
-    tensor: float = 0
-    shared: float = 0
-    multiply_adds: float = 0
+    instructions: float = 0.0
+    issue: float = 0.0
+    estimated: float = 0.0
+    tensor: float = 0.0
+    shared: float = 0.0
+    multiply_adds: float = 0.0
 
     def plus(self, other: "Cycles", times: int = 1) -> "Cycles":
         """This, and so many times the other."""
@@ -166,12 +166,12 @@ class Program:
             at = span.stop
         body += self.code[at:stop]
         found = Cycles(
-            instructions=len(body),
-            issue=sum(max(1, i.stall) for i in body),
+            instructions=float(len(body)),
+            issue=float(sum(max(1, i.stall) for i in body)),
             estimated=self._estimate(body, steady=steady),
             tensor=sum(i.multiply_adds for i in body) / self._rate,
-            shared=sum(i.shared_cycles for i in body),
-            multiply_adds=sum(i.multiply_adds for i in body),
+            shared=float(sum(i.shared_cycles for i in body)),
+            multiply_adds=float(sum(i.multiply_adds for i in body)),
         )
         for span, loop, unrolled in self._pairs(spans, loops):
             turn = self._of(span.start, span.stop, span.inner, loop.inner, steady=True)
@@ -201,14 +201,14 @@ class Program:
 
     def _estimate(self, body: Sequence[Instruction], *, steady: bool) -> float:
         """Cycles of a body, in a loop in the steady state."""
-        free, now, tensor = [0.0] * 8, 0.0, 0.0
+        free, now, tensor = [0.0] * 6, 0.0, 0.0
         groups: list[float] = []  # ends of groups of products under way
         marks = [0.0]
         for _ in range(4 if steady else 1):
             for i in body:
                 now = max([now, *(free[n] for n in i.waits)])
                 if i.multiplies:
-                    tensor = max(tensor, now) + max(i.multiply_adds / self._rate, i.shared_cycles)
+                    tensor = max(tensor, now) + max(i.multiply_adds / self._rate, float(i.shared_cycles))
                     if "gsb0" in i.operands:
                         groups.append(tensor)
                 if i.operation.startswith("WARPGROUP.DEPBAR"):

@@ -165,6 +165,8 @@ def description(gpu: Gpu) -> Description:
     if text is None:
         raise ValueError(f"the installed CUDA plugin of JAX does not describe {gpu.described}: wanted that of JAX 0.12")
     for old, new in gpu.changes:
+        if old not in text:
+            raise ValueError(f"the CUDA plugin describes {gpu.described} without {old!r}: wanted that of JAX 0.12.0.1")
         text = text.replace(old, new)
     return Description(text)
 

@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from delta_jax.cli import main
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["plan", "tiny", "model.num_layers=1", "sequence_length=128", "model.pattern.0.implementation=pallas"]
 
 
@@ -56,6 +58,32 @@ def test_a_plan_that_does_not_fit(libtpu, capsys):
     assert "step time" not in out and "rror" not in err
 
 
+@pytest.mark.slow  # a compiler of its own, in an environment of its own
+@pytest.mark.skipif(
+    not (ROOT / ".venv-gpu" / "installed").exists(),
+    reason="the compiler for GPUs, in .venv-gpu (make .venv-gpu/installed), is not installed",
+)
+@pytest.mark.parametrize(
+    ("topology", "kernels"), [("h100:2x2", "delta_rule_prepare, delta_rule_forward"), ("a100:1", "")]
+)
+def test_a_plan_for_gpus(topology, kernels):
+    """Kernels where they are the automatic choice, XLA elsewhere; a layer of it, for compiling is slow."""
+    command = [ROOT / ".venv-gpu" / "bin" / "python", "-m", "delta_jax.cli", "plan", "tiny", "--topology", topology]
+    command += ["model.num_layers=1", "sequence_length=64", "model.dtype=bfloat16", "mesh.fsdp=-1", "mesh.data=1"]
+    command += ["model.pattern.0.num_heads=1", "model.pattern.0.head_dim=64"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
+    number, kind = (4, "NVIDIA H100 80GB HBM3") if kernels else (1, "NVIDIA A100-SXM4-80GB")
+    assert shown["topology"].startswith(f"{topology}, {number} GPU") and kind in shown["topology"]
+    assert shown["mesh"] == f"data=1, fsdp={number}, tensor=1"
+    assert shown["kernels"].startswith(kernels or "made by XLA")
+    assert "all-gather" in shown if kernels else shown["collectives"] == "none"
+    assert re.match(r"at least [\d.]+ [mun]s, a bound, no estimate", shown["step time"])
+    assert re.fullmatch(r"fits: [\d.]+ [MG]iB of the 79.\d+ GiB of a GPU", lines[-1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,6 +116,8 @@ def test_mistakes(libtpu, capsys, arguments, message):
         ("", "the generations are"),
         ("v5e:1000x1000", "1,000,000 chips, but the largest slice of v5e 256"),
         ("v5e:99999999999999999999x1", "as in v5e:2x2"),
+        ("h100:8x", "wanted GPUs a host, and hosts where there are several"),
+        ("h300:8", "the kinds of GPU a100, a6000, rtx4090, h100, h200, b200, gb200, b300, rtxpro6000, as in h100:8"),
     ],
 )
 def test_a_topology_is_checked_before_anything_is_loaded(monkeypatch, capsys, topology, message):
@@ -104,6 +134,13 @@ def test_without_libtpu(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["plan", "tiny", "--topology", "v5e:1x1"]) == 2
     assert 'pip install "delta_jax[tpu]"' in capsys.readouterr().err
+
+
+def test_without_the_compiler_for_gpus(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", "tiny", "--topology", "h100:1"]) == 2
+    error = capsys.readouterr().err
+    assert 'pip install "delta_jax[gpu-compiler]"' in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("word", ["--depth=3", "depth"])

@@ -1,14 +1,18 @@
 """FLOPs and exchanged bytes, against programs whose figures are known."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
-from delta_jax.compiled.jaxpr import kernel_calls
+from delta_jax.compiled.jaxpr import Loop, kernel_calls
 from delta_jax.parallel import MeshConfig, make_mesh
 from delta_jax.training.cost import collective_bytes, product_flops
+from pallas_kernels.gpu import warpgroup
 
 X, W = jnp.ones((8, 16)), jnp.ones((16, 16))
 
@@ -56,6 +60,40 @@ def test_kernels_count_once_a_grid_step_and_devices_once_each() -> None:
     mesh = make_mesh(MeshConfig())
     cut = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert _flops(cut, X, W) == 2 * 8 * 16 * 16
+
+
+def test_kernels_for_gpus_count_what_their_tiles_multiply_once_a_program() -> None:
+    def powers(x: jax.Array) -> jax.Array:
+        def body(x: Any, out: Any, scratch: Any) -> None:
+            tiles, ready = scratch
+            warpgroup.load(ready, (x, tiles))
+            warpgroup.loaded(ready)
+            ((total,), _) = warpgroup.products_over(
+                4, lambda n, last: ([[(tiles.at[n], tiles.at[0])]], last), 0, (64, 64)
+            )
+            tiles[0] = (total + warpgroup.product((tiles.at[1], tiles.at[2]))).astype(jnp.bfloat16)
+            warpgroup.store((tiles.at[0], out))
+
+        scratch = (warpgroup.shared(4, 64, 64), plgpu.Barrier())
+        return warpgroup.kernel(body, x, jax.ShapeDtypeStruct((64, 64), jnp.bfloat16), scratch, {"one": 3}, "powers")
+
+    jaxpr = jax.make_jaxpr(powers)(jnp.ones((4, 64, 64), jnp.bfloat16))
+    assert product_flops(jaxpr) == 3 * (4 + 1) * 2 * 64**3
+    (call,) = kernel_calls(jaxpr)
+    assert (call.name, call.steps, call.threads, call.bytes) == ("powers", 3, 128, 5 * 64 * 64 * 2)
+    assert call.loops == (64**3, (Loop(4, 64**3, ()),))
+
+
+def test_a_collective_that_is_started_names_its_operands_too() -> None:
+    """So XLA writes it for GPUs."""
+    result = "((f32[8,5]{1,0}, f32[8]{0}), f32[2,5]{1,0}, f32[2]{0})"
+    groups = "replica_groups=[2,4]<=[8], to_apply=%add"
+    hlo = f"""HloModule step, num_partitions=8
+ENTRY %main (a: f32[8,5], b: f32[8]) -> f32[2,5] {{
+  %start = {result} reduce-scatter-start(%a, %b), channel_id=1, {groups}
+}}
+"""
+    assert collective_bytes(hlo) == {"reduce-scatter": 3 / 4 * (8 * 5 + 8) * 4}
 
 
 @pytest.mark.parametrize("length", [1, 6])

@@ -1,0 +1,90 @@
+"""What ptxas makes of the kernels: nothing spilled, no products that wait for each other, for every kind of gate and of GPU.
+
+The compiler lies in an environment of its own, `.venv-gpu`, which `make test` makes; one process of it compiles everything.
+"""
+
+import functools
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
+CHIPS = ("h100",)  # one for every generation that the kernels are made for
+GATES = ("none", "head", "channel")
+CALLS = ("forward", "backward", "step")
+
+# Bytes of registers that a thread stores because there was no room, at most, by gate and kernel.
+SPILLS = {
+    # The scores and the levels of the decays lie in registers together, 255 of which a thread has.
+    ("channel", "delta_rule_prepare"): 16,
+    # Five cotangents of a block beside the levels of the decays.
+    ("channel", "delta_rule_gradients"): 200,
+}
+# What ptxas may say of products of warpgroups: C7519, that it fences the registers of a left operand by itself.
+HARMLESS = {"C7519"}
+
+SCRIPT = """
+import json, sys
+from benchmarks.gpu_schedule.compiler import schedule, traced_for
+from benchmarks.gpu_schedule.shapes import CALLS, Case, call_of
+chip, found = sys.argv[1], []
+for gate in sys.argv[2:]:
+    case = Case(name=gate, gate=gate, tokens=128, key_heads=1, heads=2, decode_batch=1)
+    for call in CALLS:
+        with traced_for(chip):
+            function, arguments, _ = call_of(case, call)
+        found.append({"gate": gate, "call": call, **schedule(function, arguments, chip)})
+print(json.dumps(found))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("compiler for GPUs"),
+    pytest.mark.skipif(
+        not (ROOT / ".venv-gpu" / "installed").exists(),
+        reason="the compiler for GPUs, in .venv-gpu (make .venv-gpu/installed), is not installed",
+    ),
+]
+
+
+@functools.cache
+def compiled(chip: str) -> list[dict[str, Any]]:
+    command = [str(PYTHON), "-c", SCRIPT, chip, *GATES]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def kernels(chip: str, gate: str, call: str) -> list[dict[str, Any]]:
+    (found,) = (row["kernels"] for row in compiled(chip) if (row["gate"], row["call"]) == (gate, call))
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_the_compiler_says(chip: str, gate: str, call: str) -> None:
+    for kernel in kernels(chip, gate, call):
+        assert kernel["serialised"] == [], kernel["name"]
+        assert set(kernel["warnings"]) <= HARMLESS, kernel["name"]
+        assert kernel["spill_stores"] <= SPILLS.get((gate, kernel["name"]), 0), kernel["name"]
+        assert kernel["together"] >= 1, kernel["name"]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_machine_code_multiplies_what_the_jaxpr_does(chip: str) -> None:
+    """So loops were told apart, and run as often as they are taken to."""
+    rows = compiled(chip)
+    assert {"delta_rule_prepare", "delta_rule_forward"} <= {kernel["name"] for kernel in rows[0]["kernels"]}
+    for row in rows:
+        for kernel in row["kernels"]:
+            in_code, in_jaxpr = kernel["multiply_adds"]
+            assert in_code == in_jaxpr, kernel["name"]
+            assert kernel["cycles"] > kernel["issue"] > kernel["instructions"]
+        assert row["kernels"] and (row["call"] == "step") == (row["kernels"][0]["multiply_adds"][0] == 0)
