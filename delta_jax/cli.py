@@ -596,7 +596,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     ]
     memory, estimate = result.memory, result.estimate
     if memory is not None:
-        rows += [(field.name, _bytes(getattr(memory, field.name))) for field in dataclasses.fields(memory)]
+        sizes = dataclasses.asdict(memory)
+        if kind == "GPU":
+            del sizes["program"]  # which XLA does not say
+        rows += [(name, _bytes(size)) for name, size in sizes.items()]
         rows.append(("memory traffic", f"{_bytes(result.traffic)} a step"))
         rows += [(kind, f"{_bytes(size)} received a step") for kind, size in result.collectives.items()]
         rows += [] if result.collectives else [("collectives", "none")]

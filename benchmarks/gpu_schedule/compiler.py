@@ -23,7 +23,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 from delta_jax.compiled.jaxpr import KernelCall, kernel_calls
 from delta_jax.compiled.multiprocessor import Multiprocessor, multiprocessor
 from delta_jax.compiled.sass import Program
-from delta_jax.parallel import GPUS, description, gpu_topology
+from delta_jax.parallel import GPUS, gpu_topology
+from delta_jax.parallel.gpus import description
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel' for '(sm_\w+)'")
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.(\w+?)_mosaic_gpu_kernel,", re.M)

@@ -24,7 +24,8 @@ times the estimates. Nothing has been measured on other GPUs.
 import math
 from dataclasses import dataclass
 
-from delta_jax.parallel import Description, Gpu, description
+from delta_jax.parallel import Gpu
+from delta_jax.parallel.gpus import description
 
 LATENCY = {
     "LDSM": 33,
@@ -122,7 +123,7 @@ def multiprocessor(gpu: Gpu) -> Multiprocessor:
     Raises:
         ValueError: the compiler is not installed.
     """
-    told: Description = description(gpu)
+    told = description(gpu)
     multiply_adds = _MULTIPLY_ADDS[told.capability]
     return Multiprocessor(
         count=told.cores,

@@ -1,6 +1,6 @@
 """Meshes and the rules by which parameters and batches are cut over them."""
 
-from delta_jax.parallel.gpu_topology import GPUS, Description, Gpu, description, gpu_of, gpu_topology
+from delta_jax.parallel.gpus import GPUS, Gpu, gpu_of, gpu_topology
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from delta_jax.parallel.op import (
     by_compiler,
@@ -33,7 +33,6 @@ __all__ = [
     "GPUS",
     "RULES",
     "Chip",
-    "Description",
     "Gpu",
     "MeshConfig",
     "ParameterRule",
@@ -47,7 +46,6 @@ __all__ = [
     "chip_or_gpu_of",
     "current_cut",
     "cut_batch",
-    "description",
     "gpu_of",
     "gpu_topology",
     "indivisible",

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from delta_jax.parallel.gpu_topology import GPUS, Gpu, gpu_of
+from delta_jax.parallel.gpus import GPUS, Gpu, gpu_of
 
 # What libtpu asks the machine it runs on before it describes another: with these it asks nothing, and it lets other
 # processes load it too, which is safe as long as none of them uses a chip.

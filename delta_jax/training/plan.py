@@ -12,7 +12,8 @@ from delta_jax.compiled.core import CORES
 from delta_jax.compiled.jaxpr import kernel_calls
 from delta_jax.compiled.schedule import Schedule, dump_folder, schedule_of
 from delta_jax.compiled.traffic import memory_bytes
-from delta_jax.parallel import Chip, Gpu, chip_or_gpu_of, description, gpu_topology, tpu_topology
+from delta_jax.parallel import Chip, Gpu, chip_or_gpu_of, gpu_topology, tpu_topology
+from delta_jax.parallel.gpus import description
 from delta_jax.training.config import TrainConfig
 from delta_jax.training.cost import collective_bytes, product_flops
 from delta_jax.training.setup import set_up

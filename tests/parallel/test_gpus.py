@@ -6,9 +6,9 @@ import importlib.util
 import pytest
 
 from delta_jax.parallel import GPUS, chip_or_gpu_of, gpu_of, gpu_topology
-from delta_jax.parallel.gpu_topology import Description
+from delta_jax.parallel.gpus import Description
 
-module = importlib.import_module("delta_jax.parallel.gpu_topology")  # whose name a function of it has
+module = importlib.import_module("delta_jax.parallel.gpus")  # whose name a function of it has
 WITHOUT = importlib.util.find_spec("jax_plugins") is None
 TEXT = """gpu_device_info {
   core_count: 84
