@@ -83,7 +83,10 @@ def schedule(function: Callable[..., Any], arguments: Sequence[Any], chip: str) 
         text = output.read_text(errors="replace")
     seconds = time.time() - start
     calls = list(kernel_calls(traced.jaxpr))
-    kernels = [kernel_facts(call, shared, found, processor) for call, shared, found in matched(calls, text, chip)]
+    kernels = [
+        kernel_facts(call, shared, found, processor)
+        for call, shared, found in matched(calls, text, description(gpu).capability)
+    ]
     return {
         "kernels": kernels,
         "milliseconds": sum(kernel["milliseconds"] for kernel in kernels),
@@ -119,7 +122,9 @@ def printed() -> Iterator[Path]:
             os.close(saved)
 
 
-def matched(calls: Sequence[KernelCall], output: str, chip: str) -> Iterator[tuple[KernelCall, int, Printed]]:
+def matched(
+    calls: Sequence[KernelCall], output: str, capability: tuple[int, int]
+) -> Iterator[tuple[KernelCall, int, Printed]]:
     """Every kernel that was traced, bytes of its shared memory, and what was printed of it.
 
     Shared memory is printed when a kernel is lowered, in the order of the jaxpr; the rest as kernels are compiled, those
@@ -131,7 +136,7 @@ def matched(calls: Sequence[KernelCall], output: str, chip: str) -> Iterator[tup
     found: dict[str, list[Printed]] = defaultdict(list)
     for kernel in read_output(output):
         found[kernel.name].append(kernel)
-    keys = [(chip, call.name, str(call.equation)) for call in calls]
+    keys = [(capability, call.name, str(call.equation)) for call in calls]
     for name, printed_ones in found.items():
         new = dict.fromkeys(key for key in keys if key[1] == name and key not in _PRINTED)
         if len(new) != len(printed_ones):
@@ -143,7 +148,7 @@ def matched(calls: Sequence[KernelCall], output: str, chip: str) -> Iterator[tup
         yield call, size, _PRINTED[key]
 
 
-_PRINTED: dict[tuple[str, str, str], Printed] = {}  # by chip, name and equation, of all that this process has compiled
+_PRINTED: dict[tuple[tuple[int, int], str, str], Printed] = {}  # of all that this process has compiled
 
 
 def read_output(output: str) -> Iterator[Printed]:

@@ -42,7 +42,8 @@ LATENCY = {
     "UTMA": 30,
     "LDC": 30,
     "S2": 25,
-    "LDG": 500,
+    "LDGSTS": 25,
+    "LDG": 200,
     "R2UR": 12,
 }
 """Cycles from the issue of an instruction whose name begins so until what waits for it goes on, for one warp alone: of

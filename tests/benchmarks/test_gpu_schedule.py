@@ -30,14 +30,14 @@ def test_a_kernel_is_read_from_what_the_compiler_prints() -> None:
 def test_kernels_are_matched_with_what_was_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_PRINTED", {})
     call, other = (SimpleNamespace(name="powers", equation=f"the {kind} one") for kind in ("first", "second"))
-    ((found, shared, printed),) = compiler.matched([call], SAMPLE, "h100")  # type: ignore[list-item]
+    ((found, shared, printed),) = compiler.matched([call], SAMPLE, (9, 0))  # type: ignore[list-item]
     assert found is call and shared == 65536 and printed.name == "powers"
     again = "Resources(smem_scratch_bytes=65536, )\n"
-    ((*_, same),) = compiler.matched([call], again, "h100")  # type: ignore[list-item]
+    ((*_, same),) = compiler.matched([call], again, (9, 0))  # type: ignore[list-item]
     assert same == printed, "equal kernels are compiled once"
     for traced, text in (([other], again), ([call], again * 2), ([call], SAMPLE)):
         with pytest.raises(ValueError):
-            list(compiler.matched(traced, text, "h100"))  # type: ignore[arg-type]
+            list(compiler.matched(traced, text, (9, 0)))  # type: ignore[arg-type]
 
 
 def test_the_tables() -> None:
