@@ -4,7 +4,8 @@ Compiles the forward, the backward and the one-token step of every shape ahead o
 memory, warnings and machine code, and estimates the milliseconds of every kernel. With fewer shapes, chips or calls it is a
 stop-watch for one kernel: `python -m benchmarks.gpu_schedule Qwen3-Next --calls forward`. Needs the extra "gpu-compiler".
 
-Writes gpu_schedule.json and gpu_schedule.md into the folder given by --output, where one is given.
+Writes gpu_schedule.json and gpu_schedule.md into the folder given by --output, where one is given, with the estimate for
+kernels of others whose time is published.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from benchmarks.gpu_schedule.compiler import schedule, traced_for  # sets the en
 
 from benchmarks.gpu_schedule import CHIPS  # isort: skip
 from benchmarks.gpu_schedule.page import page, tables  # isort: skip
+from benchmarks.gpu_schedule.published import published  # isort: skip
 from benchmarks.gpu_schedule.shapes import CALLS, CASES, Case, call_of  # isort: skip
 from benchmarks.options import folder  # isort: skip
 from benchmarks.report import write  # isort: skip
 from delta_jax.parallel import GPUS  # isort: skip
+from delta_jax.parallel.gpus import description  # isort: skip
 
 PACKAGES = ("jax", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
@@ -49,6 +52,11 @@ def main() -> None:
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS), help="default all")
     parser.add_argument("--output", type=folder, help="folder of gpu_schedule.json and gpu_schedule.md")
     options = parser.parse_args()
+    try:
+        for chip in options.chips:
+            description(GPUS[chip])
+    except ValueError as error:
+        parser.error(str(error))
     start = time.time()
     rows = []
     for chip in options.chips:
@@ -63,6 +71,8 @@ def main() -> None:
         "rows": rows,
         "seconds": round(time.time() - start),
     }
+    if options.output:
+        result["published"] = published()
     print(tables(result))
     if options.output:
         write(options.output, "gpu_schedule", result, page(result))

@@ -44,6 +44,9 @@ def tables(result: Row) -> str:
         parts += [f"## {chip}", "Whole calls:", calls(here), "By kernel:", kernels(here)]
     if checked := errors(rows):
         parts += ["## Against measured times", "The H200 of docs/benchmarks/gpu.md, milliseconds.", checked]
+    if published := result.get("published"):
+        about = "flash-linear-attention's forward of the Qwen3-Next shape on an H200, to which nothing was fitted:"
+        parts += ["## A published kernel", about, published]
     failed = [f"- {label(row)}, {row['chip']}: {row['error']}" for row in result["rows"] if "error" in row]
     parts += ["## Did not compile", "\n".join(failed)] if failed else []
     parts += ["## Assumptions", processors(chips), assumptions()] if chips else []

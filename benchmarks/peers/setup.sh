@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the environments of the implementations that `python -m benchmarks.cpu` and `benchmarks.tpu_schedule` measure
-# beside this library.
+# Builds the environments of the implementations that `python -m benchmarks.cpu`, `benchmarks.tpu_schedule` and
+# `benchmarks.gpu_schedule` measure beside this library.
 # Usage: benchmarks/peers/setup.sh [PYTHON], run from the repository's root; PYTHON (3.12 or newer) defaults to
 # .venv/bin/python. About 4 GB on disk. An environment that is complete is left as it is; one that cannot be built
 # gets a file left_out.txt with the reason, which the benchmark reports.
@@ -44,6 +44,8 @@ find_python311() { # prints an interpreter of version 3.11 that can make environ
 build .venv-peers "$python" jax==0.12.0.1 tokamax==0.0.17 libtpu==0.0.50.1
 [ -e .venv-peers/left_out.txt ] || .venv-peers/bin/python -m pip install --quiet --no-deps maxtext==0.2.5 || failed=1
 build .venv-peers-jla "$python" jax==0.11.2 jax-linear-attention==0.1.0
+# Its kernels are compiled for a GPU that is not there: of fla-core only the files are read, without torch.
+build .venv-fla "$python" --no-deps triton==3.9.0 fla-core==0.6.0
 
 torch=(torch==2.13.0 transformers==5.23.0 numpy)
 python311=$(find_python311)

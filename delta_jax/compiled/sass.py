@@ -10,7 +10,7 @@ memory, which waits at barriers hide. The code after the last EXIT, where waits 
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -135,12 +135,16 @@ class Program:
     @cached_property
     def loops(self) -> tuple[Span, ...]:
         """Outermost loops that multiply, in order."""
+        return self.find_loops(lambda body: any(i.multiplies for i in body))
+
+    def find_loops(self, wanted: Callable[[Sequence[Instruction]], bool]) -> tuple[Span, ...]:
+        """Outermost of the loops whose bodies are wanted, in order."""
         at = {i.label: n for n, i in enumerate(self.code) if i.label}
         stops: dict[int, int] = {}
         for n, i in enumerate(self.code):
             target = re.search(r"\.L_x_\d+", i.operands) if i.operation == "BRA" else None
             start = at.get(target.group(0), n + 1) if target else n + 1
-            if start <= n and any(j.multiplies for j in self.code[start : n + 1]):
+            if start <= n and wanted(self.code[start : n + 1]):
                 stops[start] = n + 1
         return _nested(sorted(stops.items()))
 
@@ -157,9 +161,13 @@ class Program:
         Raises:
             ValueError: the code's loops are not those of the jaxpr, or their turns could not be told.
         """
-        return self._of(0, len(self.code), self.loops, tuple(loops), steady=False)
+        return self.with_turns(self.loops, dict(self._turns(self.loops, tuple(loops))))
 
-    def _of(self, start: int, stop: int, spans: tuple[Span, ...], loops: tuple[Loop, ...], *, steady: bool) -> Cycles:
+    def with_turns(self, spans: tuple[Span, ...], turns: Mapping[Span, int]) -> Cycles:
+        """Of one run in which each of these loops, and of those inside them, takes so many turns."""
+        return self._of(0, len(self.code), spans, turns, steady=False)
+
+    def _of(self, start: int, stop: int, spans: tuple[Span, ...], turns: Mapping[Span, int], *, steady: bool) -> Cycles:
         body, at = [], start
         for span in spans:
             body += self.code[at : span.start]
@@ -173,10 +181,15 @@ class Program:
             shared=float(sum(i.shared_cycles for i in body)),
             multiply_adds=float(sum(i.multiply_adds for i in body)),
         )
-        for span, loop, unrolled in self._pairs(spans, loops):
-            turn = self._of(span.start, span.stop, span.inner, loop.inner, steady=True)
-            found = found.plus(turn, loop.trips // unrolled)
+        for span in spans:
+            found = found.plus(self._of(span.start, span.stop, span.inner, turns, steady=True), turns[span])
         return found
+
+    def _turns(self, spans: tuple[Span, ...], loops: tuple[Loop, ...]) -> Iterator[tuple[Span, int]]:
+        """How often each loop of the code runs, those inside others too, by the jaxpr's."""
+        for span, loop, unrolled in self._pairs(spans, loops):
+            yield span, loop.trips // unrolled
+            yield from self._turns(span.inner, loop.inner)
 
     def _pairs(self, spans: tuple[Span, ...], loops: tuple[Loop, ...]) -> Iterator[tuple[Span, Loop, int]]:
         """Every loop of the code with that of the jaxpr, of which it may take several turns at once.

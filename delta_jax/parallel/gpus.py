@@ -203,6 +203,18 @@ def _plugin() -> Path:
     return found[0]
 
 
+def disassembler() -> Path:
+    """The program that lists machine code.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    found = _inside("nvidia", "cu*/bin/nvdisasm")
+    if not found:
+        raise ValueError(f"listing machine code needs nvidia-cuda-nvdisasm, not installed here: {EXTRA}")
+    return found[0]
+
+
 def _inside(package: str, pattern: str) -> list[Path]:
     spec: Any = importlib.util.find_spec(package)
     roots = spec.submodule_search_locations if spec else None
