@@ -47,10 +47,11 @@ def turns_of(row: dict[str, Any], program: Program, span: Span) -> int:
 def listing(path: str) -> str:
     """The machine code of a file, with its control codes as Mosaic prints them."""
     text = subprocess.run([disassembler(), "-hex", path], capture_output=True, text=True, check=True).stdout
-    return "\n".join(_lines(text[text.index(".section\t.text.") :]))
+    return "\n".join(control_codes(text[text.index(".section\t.text.") :]))
 
 
-def _lines(text: str) -> Iterator[str]:
+def control_codes(text: str) -> Iterator[str]:
+    """Lines of a listing with the bits of every instruction, as Mosaic prints them: control codes, address, instruction."""
     before = None
     for line in text.splitlines():
         if re.match(r"\.L_x_\d+:", line):

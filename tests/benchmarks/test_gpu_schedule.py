@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu_schedule import compiler
+from benchmarks.gpu_schedule import compiler, published
 from benchmarks.gpu_schedule.page import calls, errors, kernels
 from benchmarks.gpu_schedule.shapes import CASES
+from delta_jax.compiled.sass import Program
 
 SAMPLE = (Path(__file__).parents[1] / "compiled" / "samples" / "sm_90a-output.txt").read_text()
 REPORT = (
@@ -38,6 +39,24 @@ def test_kernels_are_matched_with_what_was_printed(monkeypatch: pytest.MonkeyPat
     for traced, text in (([other], again), ([call], again * 2), ([call], SAMPLE)):
         with pytest.raises(ValueError):
             list(compiler.matched(traced, text, (9, 0)))  # type: ignore[arg-type]
+
+
+def test_control_codes_of_machine_code_that_is_listed_with_its_bits() -> None:
+    listed = """.L_x_1:
+        /*0010*/                   S2UR UR12, SR_CTAID.X ;      /* 0x00000000000c79c3 */
+                                                                /* 0x000e620000002500 */
+        /*00c0*/              @!P0 LDGSTS.E [R5], [R6.64] ;     /* 0x0000000006057fae */
+                                                                /* 0x004fe8000b98c512 */
+"""
+    first, second = "-:-:1:Y:1 /*0010*/ S2UR UR12, SR_CTAID.X ;", "2:-:-:Y:4 /*00c0*/ @!P0 LDGSTS.E [R5], [R6.64] ;"
+    assert list(published.control_codes(listed)) == [".L_x_1:", f" {first}", f" {second}"]
+    instructions = Program("\n".join(published.control_codes(listed)) + "\n -:-:-:Y:5 /*00d0*/ EXIT ;", 2048).code
+    assert [(i.waits, i.sets, i.stall, i.operation) for i in instructions] == [
+        ((), (1,), 1, "S2UR"),
+        ((2,), (), 4, "LDGSTS.E"),
+        ((), (), 5, "EXIT"),
+    ]
+    assert [i.label for i in instructions] == [".L_x_1", None, None]
 
 
 def test_the_tables() -> None:
