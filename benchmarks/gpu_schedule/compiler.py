@@ -71,13 +71,15 @@ def schedule(function: Callable[..., Any], arguments: Sequence[Any], chip: str) 
     """
     gpu = GPUS[chip]
     processor = multiprocessor(gpu)
-    sharding = SingleDeviceSharding(gpu_topology(f"{chip}:1")[0])
+    device = gpu_topology(f"{chip}:1")[0]
+    sharding = SingleDeviceSharding(device)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tuple(arguments))
     start = time.time()
     with printed() as output:
         with traced_for(chip):
             traced = jax.jit(function).trace(*shapes)
-            lowered = traced.lower()
+            with jax.default_device(device):  # whose architecture Mosaic takes
+                lowered = traced.lower()
         compiled = lowered.compile()
         sys.stdout.flush()
         text = output.read_text(errors="replace")

@@ -20,7 +20,7 @@ cycles become milliseconds.
   program in KiB; *together*, programs that fit a multiprocessor, and what limits them.
 - *Serialised*: warnings of ptxas by which products of a warpgroup wait for each other.
 - Cycles of one program: *issue* by the stall counts alone, *estimated* with waits, of the *tensor* cores, and of *shared
-  memory* for the operands of products.
+  memory* without conflicts.
 - *ms*, and what sets it: latency (programs wait for their own results), throughput (a unit is in use all the time), memory.
 - Bytes in 10^6: what a kernel reads and writes, every array once; *least*, arguments and results of the op once.
 - The backward follows a forward: of cotangents of the outputs, with what the forward kept. The step is one token of 64

@@ -64,12 +64,17 @@ class Instruction(NamedTuple):
 
     @property
     def shared_cycles(self) -> int:
-        """Cycles in which shared memory, at 128 bytes a cycle, brings the operands of a warpgroup's product."""
-        if not self.operation.startswith(_WARPGROUPS_PRODUCT):
-            return 0
-        m, n, k = self._sizes
-        left = self.operands.count("gdesc") > 1 or re.match(r"R\d+, R\d+", self.operands) is None
-        return (m * k * left + n * k) * 2 // 128
+        """Cycles of shared memory, at 128 bytes a cycle without conflicts, for the four warps of a warpgroup."""
+        if self.operation.startswith(_WARPGROUPS_PRODUCT):
+            m, n, k = self._sizes
+            left = self.operands.count("gdesc") > 1 or re.match(r"R\d+, R\d+", self.operands) is None
+            return (m * k * left + n * k) * 2 // 128
+        name, *parts = self.operation.split(".")
+        if name in ("LDSM", "STSM"):  # matrices of 8 x 8, of each of which a lane has four bytes
+            return 4 * max([int(part) for part in parts if part in ("2", "4")], default=1)
+        if name in ("LDS", "STS"):
+            return max([int(part) // 8 for part in parts if part in ("64", "128")], default=4)
+        return 0
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
@@ -89,7 +94,7 @@ class Cycles:
         issue: stall counts alone.
         estimated: with waits, by the assumed latencies.
         tensor: of the tensor cores.
-        shared: of shared memory, for the operands of products.
+        shared: of shared memory.
         multiply_adds: of all four warps.
     """
 

@@ -161,7 +161,10 @@ def plan(
     start = time.monotonic()
     with meanwhile():
         traced = run.train_step.trace(run.state, run.batch)
-        compiled, refusal = _compile(traced.lower(), {} if isinstance(chip, Chip) else _ON_GPU)
+        # Of the default device Mosaic takes the architecture that kernels for GPUs are made for.
+        with nullcontext() if isinstance(chip, Chip) else jax.default_device(devices[0]):
+            lowered = traced.lower()
+        compiled, refusal = _compile(lowered, {} if isinstance(chip, Chip) else _ON_GPU)
     seconds = time.monotonic() - start
     cores = len(devices) // chips
     text = "" if compiled is None else compiled.as_text() or ""

@@ -37,7 +37,10 @@ def test_a_loop_counts_as_often_as_the_jaxpr_says() -> None:
     assert loop.inner == () and sum(i.multiplies for i in program.code[loop.start : loop.stop]) == 4
     once, often = (program.total([Loop(trips, TILE, ())]) for trips in (1, 4))
     assert (once.multiply_adds, often.multiply_adds) == (2 * TILE, 5 * TILE)
-    assert often.tensor == often.shared == 5 * TILE / 2048, "both operands lie in shared memory"
+    assert often.tensor == 5 * TILE / 2048
+    assert often.shared - once.shared == 3 * TILE / 2048, "both operands lie in shared memory"
+    written = 2 * 64 * 64 * 2 // 128
+    assert often.shared == 5 * TILE / 2048 + written, "two tiles of bfloat16 are stored there"
     assert often.instructions - once.instructions == 3 * (loop.stop - loop.start)
     assert often.instructions < often.issue < often.estimated
     # Each turn waits for its own products.
