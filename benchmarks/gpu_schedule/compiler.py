@@ -194,7 +194,6 @@ def kernel_facts(call: KernelCall, shared: int, found: Printed, processor: Multi
         "limit": limit,
         "serialised": found.serialised,
         "warnings": found.warnings,
-        "counts": dict(program.counts()),
         "loops": [loop.trips for loop in loops],
         "cycles": total.estimated,
         "issue": total.issue,

@@ -16,9 +16,9 @@ description states. Cycles are those of `clock`. A call is the sum of its kernel
 launches are left out.
 
 **Calibration.** WAITS, DRAIN, START and REACHED are fitted to the kernels that have been measured one by one on an
-H200 (`MEASURED` in benchmarks/gpu_schedule/measured.py): 14 times, of which the estimates are off by a twelfth on
-average and by a seventh at most. With the latencies as published, and the bandwidth as stated, times were 1.5 to 2
-times the estimates. Kernels of others, to which nothing was fitted, took 0.77 times the estimate (`python -m
+H200 (`MEASURED` in benchmarks/gpu_schedule/measured.py): 14 times, of which the estimates are off by 7 % on average
+and by 15 % at most. With the latencies as published, and the bandwidth as stated, times were 1.5 to 2 times the
+estimates. Kernels of others, to which nothing was fitted, took 0.77 times the estimate (`python -m
 benchmarks.gpu_schedule.published`). Nothing has been measured on other GPUs.
 """
 

@@ -9,7 +9,6 @@ memory, which waits at barriers hide. The code after the last EXIT, where waits 
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -152,10 +151,6 @@ class Program:
             if start <= n and wanted(self.code[start : n + 1]):
                 stops[start] = n + 1
         return _nested(sorted(stops.items()))
-
-    def counts(self) -> Counter[str]:
-        """How often every instruction stands in the code, by the first part of its name."""
-        return Counter(i.operation.partition(".")[0] for i in self.code)
 
     def total(self, loops: Sequence[Loop]) -> Cycles:
         """Of one run.
