@@ -1,4 +1,4 @@
-"""A group of chunks of the delta rule: its layout, what does not depend on the state, and the pass that carries the state.
+"""A group of chunks of the delta rule: its layout, what does not depend on the state, and the passes that carry the state.
 
 The symbols are those of `delta_jax.ops.chunkwise`. The op's arrays are `[batch, time, sets, heads, dim]` here: a token has
 one query and one gate but n keys, values, step sizes and erase keys. Those of a group are
@@ -6,6 +6,7 @@ one query and one gate but n keys, values, step sizes and erase keys. Those of a
 are merged, the `n C` rows are the writes of a chunk, all first ones first.
 """
 
+from types import EllipsisType
 from typing import NamedTuple
 
 import jax
@@ -22,13 +23,19 @@ from delta_jax.ops.recurrence import repeat_heads
 
 
 class Blocking(NamedTuple):
-    """How the tokens are cut, and what else the shapes do not say; static."""
+    """How the tokens are cut, and what else the shapes do not say; static.
+
+    `parallel` says how the state passes through a group: chunk by chunk, or as `delta_jax.ops.transitions` has it, by
+    which all states are known before the rest of all chunks is done at once.
+    """
 
     scale: float
     chunk: int  # tokens a chunk
     group: int  # chunks a group
     writes: int  # of a token
     erases: bool
+    parallel: bool
+    to: jnp.dtype  # operands of products with inputs and states are as precise as this
 
 
 class Factors(NamedTuple):
@@ -46,13 +53,13 @@ class Factors(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """The sequential part of a group: the state after it, and of every chunk the state before it, B, R and its reads."""
+    """What depends on the state: the one after the group, and of every chunk the one before it, B, R and its reads."""
 
     end: Array
-    states: list[Array]
-    news: list[Array]
-    writes: list[Array]
-    reads: list[Array]
+    states: Array
+    news: Array
+    writes: Array
+    reads: Array
 
 
 def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
@@ -69,7 +76,7 @@ def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
     if blocking.erases:
         erase = k if inputs.erase is None else enter(inputs.erase, index, blocking, dtype, heads)
         rows = jnp.concatenate([erase, rows], -3)
-    scores = decayed_scores(rows, k, decay)
+    scores = decayed_scores(rows, k, decay, blocking.to)
     inverse = None
     if blocking.erases:
         a = scores[..., :-1, :, :, :]
@@ -95,21 +102,28 @@ def _inverse(a: Array) -> Array:
 
 
 def carry(factors: Factors, state: Array, blocking: Blocking) -> Pass:
-    """Carries the state through the chunks of a group."""
-    result = Pass(state, [], [], [], [])
+    """Carries the state through the chunks of a group, one after the other."""
+    states, chunks = [], []
     write_keys = transposed(factors.writes)
     for n in range(blocking.group):
-        read = einsum("bhik,bhkv->bhiv", factors.reads[n], state)
-        new = factors.v[n] - read[..., : -blocking.chunk, :] if blocking.erases else factors.v[n]
-        write = new if factors.beta is None else factors.beta[n] * new
-        if factors.inverse is not None:
-            write = einsum("bhij,bhjv->bhiv", factors.inverse[n], write)
-        result.states.append(state)
-        result.news.append(new)
-        result.writes.append(write)
-        result.reads.append(read[..., -blocking.chunk :, :])
-        state = through_chunk(state, factors.decay, n) + einsum("bhkj,bhjv->bhkv", write_keys[n], write)
-    return result._replace(end=state)
+        states.append(state)
+        chunks.append(meet(factors, state, blocking, n))
+        change = einsum("...kj,...jv->...kv", write_keys[n], chunks[n][1])
+        state = through_chunk(state, factors.decay, n) + change
+    return Pass(state, jnp.stack(states), *(jnp.stack(x) for x in zip(*chunks, strict=True)))
+
+
+def meet(factors: Factors, state: Array, blocking: Blocking, n: int | EllipsisType = ...) -> tuple[Array, Array, Array]:
+    """B, R and what the queries read of chunk `n` and the state before it, or of all chunks and the states before them."""
+    read = einsum("...ik,...kv->...iv", factors.reads[n], state, to=blocking.to)
+    new = factors.v[n] - read[..., : -blocking.chunk, :] if blocking.erases else factors.v[n]
+    return new, solve(factors, new, n), read[..., -blocking.chunk :, :]
+
+
+def solve(factors: Factors, right: Array, n: int | EllipsisType = ...) -> Array:
+    """R of (I + A) R = b B, in full precision: with eigenvalues below zero its sums cancel."""
+    right = right if factors.beta is None else factors.beta[n] * right
+    return right if factors.inverse is None else einsum("...ij,...jv->...iv", factors.inverse[n], right)
 
 
 def query_scores(factors: Factors) -> Array:
@@ -118,7 +132,7 @@ def query_scores(factors: Factors) -> Array:
     return p.reshape(*p.shape[:-2], -1)
 
 
-def through_chunk(state: Array, decay: Decay | None, n: int) -> Array:
+def through_chunk(state: Array, decay: Decay | None, n: int | EllipsisType = ...) -> Array:
     """A state, or its cotangent, decayed over the whole of chunk n."""
     return state if decay is None else jnp.swapaxes(decay.whole[n], -1, -2) * state
 

@@ -101,13 +101,19 @@ def _of_xla(name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *,
     )
 
 
-CHUNKWISE = containment.Passes(chunkwise.forward, chunkwise.backward)
+CHUNKWISE = {  # by whether the device is an accelerator
+    parallel: containment.Passes(
+        functools.partial(chunkwise.forward, parallel=parallel),
+        functools.partial(chunkwise.backward, parallel=parallel),
+    )
+    for parallel in (False, True)
+}
 
 # The automatic choice is the first that may be and can run.
 IMPLEMENTATIONS = (
     _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", in_place=True, automatic=True),
     _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: device.hopper(), in_place=False, automatic=True),
-    _of_xla("xla", functools.partial(containment.run, CHUNKWISE), automatic=True),
+    _of_xla("xla", lambda *given: containment.run(CHUNKWISE[device.accelerator()], *given), automatic=True),
     _of_xla("recurrent", jax.jit(recurrence.recurrent, static_argnums=1), automatic=False),
 )
 
