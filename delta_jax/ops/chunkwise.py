@@ -131,7 +131,10 @@ def _blocking(arrays: Arrays, options: Options, parallel: bool) -> Blocking:
     chunks = -(-arrays.q.shape[1] // chunk)
     group = _parallel_group(arrays, chunk) if parallel else power_of_two(WRITES_PER_GROUP // (chunk * writes))
     if isinstance(chunks, int):  # else a symbolic dimension of `jax.export`, while a group's chunks are unrolled
-        group = -(-chunks // -(-chunks // group))
+        least = -(-chunks // group)
+        if parallel:  # up to twice as many groups where they are filled up with fewer tokens
+            least = min(range(least, 2 * least), key=lambda groups: groups * -(-chunks // groups))
+        group = -(-chunks // least)
     to = dtype if parallel else accumulator_dtype(dtype)
     return Blocking(options.scale, chunk, group, writes, options.erases, parallel, to)
 

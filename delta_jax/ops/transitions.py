@@ -18,7 +18,6 @@ to chunk.
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -56,18 +55,16 @@ def states_before(maps: Maps, state: Array) -> tuple[Array, Array]:
     """The state before every chunk, and the one after them all, from the one before them all."""
     chunks = maps.left.shape[0]
     if chunks == 1 or _joining(maps) >= JOINED:
-
-        def step(state: Array, chunk: Maps) -> tuple[Array, Array]:
-            return _through(chunk, state), state
-
-        end, states = jax.lax.scan(step, state, maps)
-        return states, end
+        states = [state]
+        for n in range(chunks):  # no loop of XLA's, which would copy every M, N and state besides
+            states.append(_through(_some(maps, n), states[n]))
+        return jnp.stack(states[:-1]), states[-1]
     first, second = _some(maps, slice(0, chunks - 1, 2)), _some(maps, slice(1, None, 2))
     joined = Maps(_times(second.transitions, first.transitions), _through(second, first.left))
-    states, end = states_before(joined, state)
+    every_second, end = states_before(joined, state)
     if chunks % 2:
-        states, end = jnp.concatenate([states, end[None]]), _through(_some(maps, -1), end)
-    return states_between(maps, states), end
+        every_second, end = jnp.concatenate([every_second, end[None]]), _through(_some(maps, -1), end)
+    return states_between(maps, every_second), end
 
 
 def states_between(maps: Maps, states: Array) -> Array:
