@@ -37,6 +37,11 @@ class Blocking(NamedTuple):
     parallel: bool
     to: jnp.dtype  # operands of products with inputs and states are as precise as this
 
+    @property
+    def careful(self) -> jnp.dtype:
+        """The same of products whose errors others enlarge: in the inverse sums cancel where eigenvalues are below zero."""
+        return jnp.dtype(jnp.float16) if self.to == jnp.bfloat16 else self.to
+
 
 class Factors(NamedTuple):
     """What a group needs besides the state. `rows` are the erase keys and the scaled queries, or the queries alone."""
@@ -80,7 +85,7 @@ def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
     inverse = None
     if blocking.erases:
         a = scores[..., :-1, :, :, :]
-        inverse = _inverse(a if beta is None else beta[..., None] * a)
+        inverse = _inverse(a if beta is None else beta[..., None] * a, blocking)
     reads, writes = rows, k
     if decay is not None:
         reads, writes = rows * decay.start[..., None, :, :], k * decay.end[..., None, :, :]
@@ -89,7 +94,7 @@ def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
     return Factors(rows, k, merged(v), beta, decay, scores, inverse, merged(reads), merged(writes))
 
 
-def _inverse(a: Array) -> Array:
+def _inverse(a: Array, blocking: Blocking) -> Array:
     """(I + A)^-1 for A `[..., n, C, n, C]`: triangular only in the order of time, a token's writes next to one another."""
     writes, chunk = a.shape[-4:-2]
 
@@ -97,7 +102,7 @@ def _inverse(a: Array) -> Array:
         return jnp.swapaxes(jnp.swapaxes(x, -4, -3), -2, -1)
 
     x = transposed_sets(a).reshape(*a.shape[:-4], writes * chunk, writes * chunk)
-    x = unit_lower_inverse(x).reshape(*a.shape[:-4], chunk, writes, chunk, writes)
+    x = unit_lower_inverse(x, blocking.careful).reshape(*a.shape[:-4], chunk, writes, chunk, writes)
     return transposed_sets(x).reshape(*a.shape[:-4], writes * chunk, writes * chunk)
 
 
@@ -117,13 +122,15 @@ def meet(factors: Factors, state: Array, blocking: Blocking, n: int | EllipsisTy
     """B, R and what the queries read of chunk `n` and the state before it, or of all chunks and the states before them."""
     read = einsum("...ik,...kv->...iv", factors.reads[n], state, to=blocking.to)
     new = factors.v[n] - read[..., : -blocking.chunk, :] if blocking.erases else factors.v[n]
-    return new, solve(factors, new, n), read[..., -blocking.chunk :, :]
+    return new, solve(factors, new, blocking, n), read[..., -blocking.chunk :, :]
 
 
-def solve(factors: Factors, right: Array, n: int | EllipsisType = ...) -> Array:
-    """R of (I + A) R = b B, in full precision: with eigenvalues below zero its sums cancel."""
+def solve(factors: Factors, right: Array, blocking: Blocking, n: int | EllipsisType = ...) -> Array:
+    """R of (I + A) R = b B."""
     right = right if factors.beta is None else factors.beta[n] * right
-    return right if factors.inverse is None else einsum("...ij,...jv->...iv", factors.inverse[n], right)
+    if factors.inverse is None:
+        return right
+    return einsum("...ij,...jv->...iv", factors.inverse[n], right, to=blocking.careful)
 
 
 def query_scores(factors: Factors) -> Array:

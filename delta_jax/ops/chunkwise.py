@@ -151,7 +151,7 @@ def _parallel_group(arrays: Arrays, chunk: int) -> int:
 
 def _at_once(factors: Factors, state: Array, blocking: Blocking) -> Pass:
     """What `carry` gives, of all chunks of a group at once."""
-    states, end = states_before(maps_of(factors, blocking), state)
+    states, end = states_before(maps_of(factors, blocking), state, blocking.careful)
     return Pass(end, states, *meet(factors, states, blocking))
 
 
@@ -196,7 +196,7 @@ def _group_backward(
     d_o = enter(d_o[:, :, None], index, blocking, d_state.dtype)[..., 0, :, :]
     if blocking.parallel:
         maps = maps_of(factors, blocking)
-        states = states_between(maps, state)
+        states = states_between(maps, state, blocking.careful)
         done = Pass(states[-1], states, *meet(factors, states, blocking))
         d_state, found = _all_back(factors, done, maps.transitions, d_o, d_state, blocking)
     else:
@@ -285,7 +285,7 @@ def _all_back(
     way = _way(factors, d_o, blocking)
     d_read = _to_reads(factors, way, way.from_outputs, blocking, ...)[1]
     sent = einsum("...ki,...iv->...kv", way.read_keys, d_read, to=blocking.to)
-    d_states, d_state = cotangents_after(transitions, sent, d_state)
+    d_states, d_state = cotangents_after(transitions, sent, d_state, blocking.careful)
     found, _ = _chunk_back(factors, done, way, d_states, blocking, ...)
     return d_state, found._replace(reads=found.reads * way.sign)
 
@@ -309,7 +309,9 @@ def _to_reads(
     factors: Factors, way: _Way, d_write: Array, blocking: Blocking, n: int | EllipsisType
 ) -> tuple[Array, Array]:
     """Cotangents of b B and of what is read of the state, from those of the writes."""
-    d_right = d_write if way.inverse is None else einsum("...ij,...jv->...iv", way.inverse[n], d_write)
+    d_right = (
+        d_write if way.inverse is None else einsum("...ij,...jv->...iv", way.inverse[n], d_write, to=blocking.careful)
+    )
     if not blocking.erases:
         return d_right, way.outputs[n]
     d_new = d_right if factors.beta is None else factors.beta[n] * d_right
