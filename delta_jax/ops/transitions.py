@@ -11,7 +11,7 @@ product takes longer than the product, and chunks are joined by pairs, and pairs
 those before its halves, and so on down to the chunks. The cotangent of the state goes the same way backwards,
 dS = M^T dS' + D, with D what the chunk's outputs send to the state before it.
 
-Without an erase M is diagonal, and a column here. Products of M are more precise than inputs of bfloat16, for their errors go
+Without an erase M is diagonal, and a column here. Products of M are more precise than inputs of bfloat16: their errors go
 from chunk to chunk.
 """
 
