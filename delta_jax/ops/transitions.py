@@ -90,7 +90,7 @@ def cotangents_after(transitions: Array, sent: Array, d_end: Array, to: DTypeLik
     return d_states[::-1], d_state
 
 
-def _joining(maps: Maps) -> float:
+def _joining(maps: Maps) -> int | float:
     """Multiplications that join two chunks; without end where a size is a symbolic dimension of `jax.export`."""
     sizes = (*maps.transitions.shape[1:], sum(x.shape[-1] for x in maps))
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else math.inf
