@@ -90,8 +90,9 @@ def forward(
         factors = prepare(inputs, index, blocking)
         done = _at_once(factors, state, blocking) if parallel else carry(factors, state, blocking)
         own = einsum("...ij,...jv->...iv", query_scores(factors), done.writes, to=blocking.to)
-        o = leave((done.reads + own)[..., None, :, :])[:, :, 0]
-        return done.end, (o.astype(v.dtype), done.states[::2] if parallel else state)
+        o = done.reads + own
+        end = _admitting(done.end, o) if parallel else done.end
+        return end, (leave(o[..., None, :, :])[:, :, 0].astype(v.dtype), done.states[::2] if parallel else state)
 
     state = varying_like(initial.astype(accumulator_dtype(v.dtype)), *inputs)
     state, (o, states) = jax.lax.scan(body, state, jnp.arange(_groups(inputs, blocking)))
@@ -134,7 +135,9 @@ def _blocking(arrays: Arrays, options: Options, parallel: bool) -> Blocking:
     chunk = options.chunk_size or power_of_two(max(default // writes, 1))
     chunks = -(-arrays.q.shape[1] // chunk)
     group = _parallel_group(arrays, chunk) if parallel else power_of_two(WRITES_PER_GROUP // (chunk * writes))
-    if isinstance(chunks, int):  # else a symbolic dimension of `jax.export`, while a group's chunks are unrolled
+    if not isinstance(chunks, int):  # a symbolic dimension of `jax.export`, while a group's chunks are not
+        group = min(group, 8)
+    else:
         least = -(-chunks // group)
         if parallel:  # up to twice as many groups where they are filled up with fewer tokens
             least = min(range(least, 2 * least), key=lambda groups: groups * -(-chunks // groups))
@@ -291,7 +294,17 @@ def _all_back(
     sent = einsum("...ki,...iv->...kv", way.read_keys, d_read, to=blocking.to)
     d_states, d_state = cotangents_after(transitions, sent, d_state, blocking.careful)
     found, _ = _chunk_back(factors, done, way, d_states, blocking, ...)
-    return d_state, found._replace(reads=found.reads * way.sign)
+    return _admitting(d_state, found.rights), found._replace(reads=found.reads * way.sign)
+
+
+def _admitting(state: Array, found: Array) -> Array:
+    """A group's last state, NaN for heads of which something in its chunks is not finite.
+
+    What overflows inside a segment meets other segments in its chunk, but no later state where chunks become one map. It is
+    the last state that containment looks at.
+    """
+    finite = jnp.all(jnp.isfinite(found), (0, -2, -1))[..., None, None]
+    return jnp.where(finite, state, jnp.full((), jnp.nan, state.dtype))
 
 
 def _chunk_back(

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from delta_jax.ops.chunks import Blocking, Factors, solve
 from delta_jax.ops.precision import constant, einsum
 
-# Multiplications of joining two chunks that take about as long as one step of a loop takes to start its kernels.
+# Multiplications of joining two chunks that take about as long as the kernels of one chunk of the pass take to start.
 JOINED = 2**27
 
 
@@ -90,10 +90,10 @@ def cotangents_after(transitions: Array, sent: Array, d_end: Array, to: DTypeLik
     return d_states[::-1], d_state
 
 
-def _joining(maps: Maps) -> int | float:
-    """Multiplications that join two chunks; without end where a size is a symbolic dimension of `jax.export`."""
+def _joining(maps: Maps) -> int:
+    """Multiplications that join two chunks; a symbolic batch, of `jax.export`, counts as one."""
     sizes = (*maps.transitions.shape[1:], sum(x.shape[-1] for x in maps))
-    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else math.inf
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def _some(maps: Maps, chunks: slice | int) -> Maps:
