@@ -18,7 +18,8 @@ G the decays of the tokens: nothing that belongs to a token is repeated for its 
 There are two ways through the sequence. A CPU has groups of a few short chunks, which stay in its cache, and takes chunk
 after chunk. On an accelerator, which starts many kernels more slowly than it multiplies, chunks are longer and a group is as
 many as memory allows: what the chunks do to a state is made of all at once, by which the states before all of them are known
-(`delta_jax.ops.transitions`), and then all else of all chunks is done at once.
+(`delta_jax.ops.transitions`), and then all else of all chunks is done at once. The backward keeps the state before every
+second chunk, from which one product gives the others.
 
 Source: arXiv 2406.06484 section 3.2 and arXiv 2412.06464 section 3.3, for an erase key of its own, gates per channel and
 several writes a token.
