@@ -136,7 +136,7 @@ def _blocking(arrays: Arrays, options: Options, parallel: bool) -> Blocking:
     chunk = options.chunk_size or power_of_two(max(default // writes, 1))
     chunks = -(-arrays.q.shape[1] // chunk)
     group = _parallel_group(arrays, chunk) if parallel else power_of_two(WRITES_PER_GROUP // (chunk * writes))
-    if not isinstance(chunks, int):  # a symbolic dimension of `jax.export`, while a group's chunks are not
+    if not isinstance(chunks, int):  # a symbolic dimension of `jax.export`, while the chunks of a group are counted
         group = min(group, 8)
     else:
         least = -(-chunks // group)
