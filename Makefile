@@ -20,7 +20,7 @@ endif
 demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per byte and a sample
 	$(RUN) -m experiments.demo
 
-test: .venv/installed $(GPU_COMPILER)  ## the test suite
+test: .venv/installed  ## the test suite
 	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: .venv/installed $(GPU_COMPILER)  ## what cannot be quicker: many processes, interpreted kernels at more sizes

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: the kernels beside the other implementations on a Hopper GPU, in one run.
+"""`python -m benchmarks.gpu`: the kernels beside the other implementations on an NVIDIA GPU, in one run.
 
 Named shapes of real models, and a sweep over T at a constant 65,536 tokens, in bfloat16: the output ("forward"), and the
 output with the gradients of q, k, v, beta and g ("forward + backward"). Every implementation runs in a process of its own,
@@ -35,8 +35,17 @@ from benchmarks.report import table, write
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "GPU-BENCH "
 CHUNK = 64
-RATES = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12)}
-"""Bytes and bfloat16 FLOPs a second, from NVIDIA's data sheets of the SXM modules."""
+RATES = {
+    "H200": (4.8e12, 989e12),
+    "H100": (3.35e12, 989e12),
+    "A100": (2.04e12, 312e12),
+    "B200": (8e12, 2250e12),
+    "RTX PRO 6000": (1.79e12, 504e12),
+    "RTX 4090": (1.01e12, 165e12),
+    "A6000": (0.768e12, 155e12),
+}
+"""Bytes and bfloat16 FLOPs a second, from NVIDIA's data sheets, of the SXM modules where there are such; any other GPU is
+held against an H200."""
 
 DIRECTIONS = ("forward", "forward_backward")
 
@@ -272,6 +281,7 @@ def _flash_qla() -> Runner:
 
 RUNNERS: dict[str, tuple[str, Callable[[], Runner]]] = {
     "delta_jax, pallas": ("jax", lambda: _ours("pallas")),
+    "delta_jax, mosaic_mma": ("jax", lambda: _ours("mosaic_mma")),
     "delta_jax, xla": ("jax", lambda: _ours("xla")),
     "jax-linear-attention": ("jax-linear-attention", _jax_linear_attention),
     "flash-linear-attention": ("flash-linear-attention", _flash_linear_attention),
@@ -319,7 +329,7 @@ def measure(name: str, cases: Sequence[Case], limit: float | None) -> dict[str, 
 def report(result: dict[str, Any]) -> str:
     """The page that is printed and written."""
     parts = [
-        "# Speed and memory on a Hopper GPU",
+        "# Speed and memory on an NVIDIA GPU",
         f"{result['date']}, {result['device']}, bfloat16. Milliseconds, the fraction of the roofline, and the peak of "
         "memory in 10^6 bytes.",
     ]

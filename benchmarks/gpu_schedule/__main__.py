@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import jax
+
 from benchmarks.gpu_schedule.compiler import schedule, traced_for  # sets the environment: before what imports JAX
 
 from benchmarks.gpu_schedule import CHIPS  # isort: skip
@@ -60,6 +62,7 @@ def main() -> None:
     start = time.time()
     rows = []
     for chip in options.chips:
+        jax.clear_caches()  # a kernel that was lowered is one for another generation
         for name in options.shapes or names:
             for call in options.calls:
                 print(f"{chip}, {name}, {call} ...", file=sys.stderr)

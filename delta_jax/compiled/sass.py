@@ -146,7 +146,7 @@ class Program:
         at = {i.label: n for n, i in enumerate(self.code) if i.label}
         stops: dict[int, int] = {}
         for n, i in enumerate(self.code):
-            target = re.search(r"\.L_x_\d+", i.operands) if i.operation == "BRA" else None
+            target = re.search(r"\.L_x_\d+", i.operands) if i.operation in ("BRA", "BRA.U") else None
             start = at.get(target.group(0), n + 1) if target else n + 1
             if start <= n and wanted(self.code[start : n + 1]):
                 stops[start] = n + 1

@@ -66,9 +66,9 @@ def delta_rule(
         channels 16: the fastest on a CPU; on GPUs 64, on TPUs 128. The Pallas kernels work on 128 (TPU) or 64 (GPU) tokens
         at a time whatever it says.
       implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs: key and
-        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for Hopper GPUs: keys of 64, 128 and 256,
-        values of these and 512, bfloat16), or None: "pallas" on a TPU or a Hopper GPU where it can
-        run, else "xla".
+        value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for NVIDIA GPUs since Ampere: keys of 64,
+        128 and 256, values of these and 512, bfloat16, and float16 and float32 to about 1e-5), or None: "pallas" on a TPU,
+        and with bfloat16 on a Hopper GPU, where it can run, else "xla".
 
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32

@@ -6,7 +6,7 @@ contract suite holds it to the definition.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -15,6 +15,8 @@ from delta_jax.ops import chunkwise, containment, device, recurrence
 from delta_jax.ops.arguments import Arguments
 from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.kernels import Kernels, passes_of, step_of, steps_of
+from pallas_kernels import devices
+from pallas_kernels.inputs import Inputs
 
 FEW_TOKENS = 8  # of which every state is read and written once
 
@@ -30,7 +32,7 @@ class Implementation(NamedTuple):
       step: output and state of one token.
       in_place: outputs and states of at most `FEW_TOKENS` tokens, where the initial state is those of all layers, of which
         it is told which to read and to write in place; None where there is no such way.
-      automatic: whether it may run where none is asked for.
+      automatic: the sentence that says why it does not run where none is asked for, or None.
       cut_by_compiler: whether XLA can cut it over a mesh by itself.
       group: another name by which it is asked for, which it shares with others.
     """
@@ -41,7 +43,7 @@ class Implementation(NamedTuple):
     run: Callable[[Arrays, Options], tuple[Array, Array]]
     step: Callable[..., tuple[Array, Array]]
     in_place: Callable[[Arrays, Options, Array], tuple[Array, Array]] | None
-    automatic: bool
+    automatic: Callable[[Arguments], str | None]
     cut_by_compiler: bool
     group: str | None = None
 
@@ -57,38 +59,63 @@ def mosaic_gpu() -> Kernels:
     """The kernels for Hopper GPUs, imported when they are first needed."""
     from pallas_kernels import gpu
 
-    return gpu
+    return gpu.HOPPER
+
+
+def mosaic_mma() -> Kernels:
+    """Those for every NVIDIA GPU since Ampere."""
+    from pallas_kernels import gpu
+
+    return gpu.PORTABLE
+
+
+# On which generations of GPUs, and with which dtypes, `make check-gpu` has passed: docs/benchmarks/gpu.md has the runs.
+PROVEN = {("mosaic_gpu", "sm_90"): ("bfloat16",)}
+
+
+def _unproven(name: str, given: Arguments) -> str | None:
+    generation = devices.generation() or "this GPU"
+    if str(given.v.dtype) in PROVEN.get((name, generation), ()):
+        return None
+    return f"make check-gpu is not known to have passed on {generation} with {given.v.dtype}: only by name"
+
+
+def _runs(kernels: Callable[[], Any]) -> bool:
+    """Whether kernels for GPUs know the one that is traced for."""
+    return device.platform() == "gpu" and kernels().machine() is not None
 
 
 def _of_kernels(
     name: str,
     kernels: Callable[[], Kernels],
-    devices: str,
+    where: str,
     here: Callable[[], bool],
     *,
     in_place: bool,
-    automatic: bool,
+    proven: bool = False,
 ) -> Implementation:
-    """The record of a package of Pallas kernels for some devices."""
+    """The record of a package of Pallas kernels for some devices; `proven` if they are the automatic choice on all."""
 
     def unavailable() -> str | None:
         this = "another GPU" if device.platform() == "gpu" else f"a {device.platform()}"
-        return None if here() else f"the Pallas kernels of {name} run on {devices}, and this is {this}"
+        return None if here() else f"the Pallas kernels of {name} run on {where}, and this is {this}"
 
     return Implementation(
         name=name,
         unavailable=unavailable,
-        unsupported=lambda given: kernels().unsupported(given.q, given.v),
+        unsupported=lambda given: kernels().unsupported(Inputs(*given[:6])),
         run=lambda arrays, options: containment.run(passes_of(kernels()), arrays, options),
         step=lambda arrays, options: step_of(kernels(), arrays, options),
         in_place=(lambda arrays, options, layer: steps_of(kernels(), arrays, options, layer)) if in_place else None,
-        automatic=automatic,
+        automatic=lambda given: None if proven else _unproven(name, given),
         cut_by_compiler=False,
         group="pallas",
     )
 
 
-def _of_xla(name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *, automatic: bool) -> Implementation:
+def _of_xla(
+    name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *, automatic: str | None = None
+) -> Implementation:
     return Implementation(
         name=name,
         unavailable=lambda: None,
@@ -96,7 +123,7 @@ def _of_xla(name: str, run: Callable[[Arrays, Options], tuple[Array, Array]], *,
         run=run,
         step=recurrence.one_token,
         in_place=None,
-        automatic=automatic,
+        automatic=lambda given: automatic,
         cut_by_compiler=True,
     )
 
@@ -123,10 +150,11 @@ def _chunkwise(arrays: Arrays, options: Options) -> tuple[Array, Array]:
 
 # The automatic choice is the first that may be and can run.
 IMPLEMENTATIONS = (
-    _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", in_place=True, automatic=True),
-    _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: device.hopper(), in_place=False, automatic=True),
-    _of_xla("xla", _chunkwise, automatic=True),
-    _of_xla("recurrent", jax.jit(recurrence.recurrent, static_argnums=1), automatic=False),
+    _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", in_place=True, proven=True),
+    _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: _runs(mosaic_gpu), in_place=False),
+    _of_kernels("mosaic_mma", mosaic_mma, "NVIDIA GPUs since Ampere", lambda: _runs(mosaic_mma), in_place=False),
+    _of_xla("xla", _chunkwise),
+    _of_xla("recurrent", jax.jit(recurrence.recurrent, static_argnums=1), automatic="it goes token by token"),
 )
 
 
@@ -146,7 +174,9 @@ def choose(wanted: str | None, given: Arguments, *, cut_by_compiler: bool = Fals
     Raises:
       ValueError: one that is asked for by name cannot; the sentence says why.
     """
-    candidates = _called(wanted) if wanted is not None else [one for one in IMPLEMENTATIONS if one.automatic]
+    candidates = (
+        _called(wanted) if wanted is not None else [one for one in IMPLEMENTATIONS if one.automatic(given) is None]
+    )
     candidates = [one for one in candidates if one.cut_by_compiler or not cut_by_compiler]
     if not candidates:
         raise ValueError(f"implementation={wanted!r} cannot run here: the names are {', '.join(_names())}.")

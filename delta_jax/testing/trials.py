@@ -64,8 +64,8 @@ def interpreted_tpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interpreted_gpu() -> Iterator[None]:
-    """The kernels of a Hopper GPU run in interpretation on the CPU, which needs a CPU of at least four devices.
+def interpreted_gpu(generation: str = "sm_90") -> Iterator[None]:
+    """The kernels of a GPU run in interpretation on the CPU, which needs a CPU of at least four devices.
 
     Examples:
         >>> with interpreted_gpu():
@@ -74,11 +74,12 @@ def interpreted_gpu() -> Iterator[None]:
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from pallas_kernels import devices
     from pallas_kernels.gpu import warpgroup
 
     with (
         mock.patch.object(device, "platform", return_value="gpu"),
-        mock.patch.object(device, "hopper", return_value=True),
+        mock.patch.object(devices, "generation", return_value=generation),
         mock.patch.object(warpgroup, "INTERPRET", plgpu.InterpretGPUParams()),
     ):
         yield
@@ -95,7 +96,7 @@ def xla_of_accelerators() -> Iterator[None]:
     """
     (xla,) = (one for one in IMPLEMENTATIONS if one.name == "xla")
     run = functools.partial(containment.run, CHUNKWISE[True])
-    records = (*IMPLEMENTATIONS, xla._replace(name="xla_parallel", run=run, automatic=False))
+    records = (*IMPLEMENTATIONS, xla._replace(name="xla_parallel", run=run, automatic=lambda given: "it is asked for"))
     # By its path, for the package has a function of the module's name.
     module = importlib.import_module("delta_jax.ops.implementations")
     with mock.patch.object(module, "IMPLEMENTATIONS", records):
@@ -109,4 +110,10 @@ TRIALS = {
     # Head sizes that fill registers, and more than a tile of 128 tokens.
     "mosaic_tpu": Trial(sizes={"time": 140, "shape": (1, 1, 2, 64, 64)}, interpreted=interpreted_tpu),
     "mosaic_gpu": Trial(("bfloat16",), {"time": 100, "shape": (1, 1, 1, 64, 64)}, interpreted=interpreted_gpu),
+    # As a GPU has it that has little shared memory: one chunk at a time.
+    "mosaic_mma": Trial(
+        ("bfloat16",),
+        {"time": 100, "shape": (1, 1, 1, 64, 64)},
+        interpreted=functools.partial(interpreted_gpu, "sm_120"),
+    ),
 }

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.gpu import products as mm
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA, END, START
 from pallas_kernels.gpu.cotangents import READS, WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
@@ -45,7 +46,7 @@ def gradients(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
         if plan.gate == "head":
             here.sums[READS] = jnp.sum(terms, axis=1)
 
-        def run(q: wg.Sum, k: wg.Sum, erase: wg.Sum | None = None) -> Cotangents:
+        def run(q: mm.Sum, k: mm.Sum, erase: mm.Sum | None = None) -> Cotangents:
             q.start(d_q)
             q.add((wg.turned(here.d_p), here.k))
             k.start(d_k)
@@ -57,6 +58,6 @@ def gradients(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
                 (k if erase is None else erase).add((wg.turned(here.d_a), here.k))
             return Cotangents(q.value(), k.value(), None if erase is None else erase.value(), None)
 
-        return wg.with_sums(run, *((CHUNK, BLOCK),) * (2 + (plan.erase_heads > 0)))
+        return mm.with_sums(run, *((CHUNK, BLOCK),) * (2 + (plan.erase_heads > 0)))
 
     return launch(plan, inputs, keys, ())

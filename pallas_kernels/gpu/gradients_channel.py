@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import products as mm
 from pallas_kernels.gpu import warpgroup as wg
 from pallas_kernels.gpu.arrays import BETA
 from pallas_kernels.gpu.cotangents import WRITES, Cotangents, Gradients, Inputs, Products, Program, launch
@@ -32,28 +32,28 @@ from pallas_kernels.gpu.warpgroup import Ref
 class GradientsChannelScratch(NamedTuple):
     """Matrices `[64, 64]`."""
 
-    of_p: Ref  # decayed, on the right queries, on the left keys
-    of_a: Ref  # on the right erase keys, on the left keys
+    # Decayed, on the left keys, on the right queries and then erase keys, in parts; what they give to the gates, split.
+    keys: Any
     taken: Taken  # which gates a factor takes
-    terms: Ref  # what the factors of a level have to give to the gates, split: [2, 64, 64]
 
 
 def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
     def keys(here: Program, known: Products, scratch: GradientsChannelScratch, levels: Ref) -> Cotangents:
         q, k, erase = here.q, here.k, here.erase_key
+        of_p, of_a = scratch.keys[: plan.split], scratch.keys[plan.split :]
 
         def gives(taken: Ref, terms: Array, d_gates: Array | None = None) -> Array:
             """Adds what the gates get from the factors whose gates are `taken`."""
-            wg.put_split(scratch.terms, terms)
-            plgpu.commit_smem()
+            wg.put(scratch.keys[:2], terms)
+            mm.commit()
 
-            def run(total: wg.Sum) -> Array:
+            def run(total: mm.Sum) -> Array:
                 if d_gates is not None:
                     total.start(d_gates)
-                total.add(*((wg.turned(taken), part) for part in wg.parts(scratch.terms)))
+                total.add((wg.turned(taken), scratch.keys[:2]))
                 return total.value()
 
-            return wg.with_sums(run, (CHUNK, BLOCK))
+            return mm.with_sums(run, (CHUNK, BLOCK))
 
         scratch.taken.bring(levels, START)
         scratch.taken.bring(levels, END)
@@ -85,19 +85,19 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
             pl.when(level + 1 < SIZES)(lambda: scratch.taken.bring(levels, level + 1))
             right = (row & size) > 0
             factor = factors(here.gates, taken)
-            wg.put(scratch.of_p, jnp.where(right, wg.read(q), wg.read(k)) * factor)
+            wg.put(of_p, jnp.where(right, wg.read(q), wg.read(k)) * factor)
             if plan.erases:
-                wg.put(scratch.of_a, _erasing(plan, here, right) * factor)
-            plgpu.commit_smem()
+                wg.put(of_a, _erasing(plan, here, right) * factor)
+            mm.commit()
 
-            def run(of_p: wg.Sum, of_a: wg.Sum | None = None) -> list[Array]:
-                for total, scores, keys in ((of_p, here.d_p, scratch.of_p), (of_a, here.d_a, scratch.of_a)):
+            def run(for_p: mm.Sum, for_a: mm.Sum | None = None) -> list[Array]:
+                for total, scores, keys in ((for_p, here.d_p, of_p), (for_a, here.d_a, of_a)):
                     if total is not None:
                         scores = jnp.where(meets(size, both_ways=True), wg.read(scores), 0.0)
-                        total.add((scores.astype(jnp.bfloat16), keys))
-                return [total.value() * factor for total in (of_p, of_a) if total is not None]
+                        total.add((wg.split_of(scores, plan.split), keys))
+                return [total.value() * factor for total in (for_p, for_a) if total is not None]
 
-            x, *others = wg.with_sums(run, *((CHUNK, BLOCK),) * (1 + plan.erases))
+            x, *others = mm.with_sums(run, *((CHUNK, BLOCK),) * (1 + plan.erases))
             terms = jnp.where(right, wg.read(q), wg.read(k)) * x
             d_q = d_q + jnp.where(right, x, 0.0)
             d_k = d_k + jnp.where(right, 0.0, x)
@@ -113,13 +113,7 @@ def gradients_channel(plan: Plan, inputs: Inputs) -> tuple[Gradients, Array]:
         d_q, d_k, d_gates, d_erase = over_levels(of_level, (d_q, d_k, d_gates, d_erase))
         return Cotangents(d_q, d_k, d_erase, d_gates)
 
-    matrix = wg.shared(CHUNK, CHUNK)
-    scratch = GradientsChannelScratch(
-        of_p=matrix,
-        of_a=matrix if plan.erases else None,
-        taken=taken_scratch(),
-        terms=wg.shared(2, CHUNK, CHUNK),
-    )
+    scratch = GradientsChannelScratch(keys=(wg.shared(CHUNK, CHUNK),) * (2 * plan.split), taken=taken_scratch())
     return launch(plan, inputs, keys, scratch, takes())
 
 

@@ -18,22 +18,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.arrays import BETA
 from pallas_kernels.gpu.plan import CHUNK
+from pallas_kernels.gpu.products import Sum, commit, with_sums
 from pallas_kernels.gpu.warpgroup import (
     Ref,
-    Sum,
     along_columns,
+    along_first,
     each_column,
     indices,
-    put_split,
+    put,
     shared,
     split_of,
     store,
     stored,
-    with_sums,
 )
 
 BAND = 16
@@ -42,18 +41,18 @@ HALF = CHUNK // 2
 
 
 class InverseScratch(NamedTuple):
-    """Shared memory: of split matrices both parts beside each other."""
+    """Shared memory: of split matrices the high part above the low one, which are written as one."""
 
-    lower: Ref  # the diagonal blocks of L, [64, 2 x 16]
+    lower: Ref  # the diagonal blocks of L, [2 * 64, 16]
     bands: Ref  # those of X so far, likewise
     joined: Ref  # the C X_n of a level, likewise
-    half: Ref  # [64, 2 x 32]
+    half: Ref  # [2 * 64, 32]
     half_joined: Ref
-    x: Ref  # X, split: [2, 64, 64]
+    x: Ref  # X, [2, 64, 64]
 
 
 def inverse_scratch() -> InverseScratch:
-    bands, half = shared(CHUNK, 2 * BAND, swizzle=2 * BAND), shared(CHUNK, 2 * HALF, swizzle=2 * HALF)
+    bands, half = shared(2 * CHUNK, BAND, swizzle=2 * BAND), shared(2 * CHUNK, HALF, swizzle=2 * HALF)
     return InverseScratch(bands, bands, bands, half, half, shared(2, CHUNK, CHUNK))
 
 
@@ -85,22 +84,22 @@ def invert(matrix: Array, scratch: InverseScratch) -> None:
     x = jnp.where(inside == column, 1.0, 0.0) - jnp.where((inside ^ column) < 2, diagonal, 0.0)
     for n in (2, 4, 8):
         left = _put(scratch.bands, x)
-        plgpu.commit_smem()
+        commit()
         meet = ((inside ^ column) < 2 * n) & ((inside & n) > (column & n))
         joined = jnp.where(meet, _by_band(row, _products(lower, scratch.bands, BANDS)), 0.0)
         _put(scratch.joined, joined)
-        plgpu.commit_smem()
+        commit()
         x = x - _by_band(row, _products(left, scratch.joined, BANDS))
 
     # Two blocks of 16: the rows of the bands 1 and 3, the columns of the bands 0 and 2.
     left = _put(scratch.bands, x)
-    plgpu.commit_smem()
+    commit()
     first = row < HALF
     crossing = split_of(jnp.where(first, columns[0], columns[2]), 2)
     of_first, of_second = _products(crossing, scratch.bands, (0, 2))
     joined = jnp.where(first, of_first, of_second)
     _put(scratch.joined, joined)
-    plgpu.commit_smem()
+    commit()
     of_first, of_second = _products(left, scratch.joined, (1, 3))
     below = jnp.where(first, of_first, of_second)
     band = lax.shift_right_logical(row, BAND.bit_length() - 1)
@@ -110,14 +109,14 @@ def invert(matrix: Array, scratch: InverseScratch) -> None:
 
     # Two blocks of 32.
     _put(scratch.half, jnp.concatenate(blocks[:2], 1))
-    plgpu.commit_smem()
+    commit()
     (joined,) = _products(split_of(_columns(matrix, 0, HALF), 2), scratch.half, (0,))
     _put(scratch.half_joined, joined)
-    plgpu.commit_smem()
+    commit()
     (below,) = _products(split_of(jnp.concatenate(blocks[2:], 1), 2), scratch.half_joined, (1,))
     row, _ = indices(CHUNK, HALF)
     left_half = jnp.concatenate(blocks[:2], 1) - jnp.where(row >= HALF, below, 0.0)
-    put_split(scratch.x, jnp.concatenate([left_half, *blocks[2:]], 1))
+    put(along_first(scratch.x), jnp.concatenate([left_half, *blocks[2:]], 1))
 
 
 def _columns(matrix: Array, start: int, width: int) -> Array:
@@ -134,25 +133,22 @@ def _by_band(row: Array, blocks: Sequence[Array]) -> Array:
 
 def _put(ref: Ref, x: Array) -> list[Ref]:
     """Splits and writes a matrix, of which it gives both parts."""
-    ref[...] = jnp.concatenate(split_of(x, 2), 1)
-    return _parts(ref, 0, CHUNK)
+    ref[...] = jnp.concatenate(split_of(x, 2), 0)
+    return _rows(ref, 0, CHUNK)
 
 
-def _parts(ref: Ref, start: int, height: int) -> list[Ref]:
+def _rows(ref: Ref, start: int, height: int) -> list[Ref]:
     """So many rows of both parts."""
-    width = ref.shape[1] // 2
-    return [ref.at[pl.ds(start, height), pl.ds(column, width)] for column in (0, width)]
+    return [ref.at[pl.ds(part * CHUNK + start, height)] for part in (0, 1)]
 
 
 def _products(left: Sequence[Any], right: Ref, blocks: Sequence[int]) -> list[Array]:
     """The products of a split matrix with square blocks, one below another, of a split matrix in shared memory."""
-    high, low = left
-    size = right.shape[1] // 2
+    size = right.shape[1]
 
     def run(*sums: Sum) -> list[Array]:
         for total, n in zip(sums, blocks, strict=True):
-            right_high, right_low = _parts(right, size * n, size)
-            total.add((high, right_high), (low, right_high), (high, right_low))
+            total.add((left, _rows(right, size * n, size)))
         return [total.value() for total in sums]
 
     return with_sums(run, *((CHUNK, size) for _ in blocks))

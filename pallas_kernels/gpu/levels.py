@@ -17,7 +17,8 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.plan import CHUNK
-from pallas_kernels.gpu.warpgroup import Ref, indices, load, loaded, product, put_split, read, shared
+from pallas_kernels.gpu.products import product
+from pallas_kernels.gpu.warpgroup import Ref, along_first, indices, load, loaded, put, read, shared
 from pallas_kernels.inputs import base_two
 
 SIZES = CHUNK.bit_length() - 1  # 1, 2, ..., 32
@@ -76,9 +77,9 @@ def taken_scratch() -> Taken:
 
 def put_gates(target: Ref, gates: Ref) -> None:
     """Splits gates `[64, channels]` as they were given, in base two."""
-    put_split(target, base_two(read(gates)))
+    put(along_first(target), base_two(read(gates)))
 
 
 def factors(gates: Ref, taken: Ref) -> Array:
     """The decays `[64, channels]` of the level of a matrix of `takes`, of split gates `[2, 64, channels]`."""
-    return jnp.exp2(product((taken, gates.at[0]), (taken, gates.at[1])))
+    return jnp.exp2(product((taken, along_first(gates))))

@@ -1,19 +1,22 @@
-"""The general delta rule on a Hopper GPU: outputs and cotangents by the kernels, and the layouts they want."""
+"""The general delta rule on a GPU: outputs and cotangents by the kernels, and the layouts they want."""
 
 import functools
+import operator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.batching import joins_batch
 from pallas_kernels.gpu.arrays import BETA, START, Tokens
 from pallas_kernels.gpu.cotangents import READS, WRITES
 from pallas_kernels.gpu.cotangents import Inputs as Kept
 from pallas_kernels.gpu.gradients import gradients
+from pallas_kernels.gpu.machine import Machine
 from pallas_kernels.gpu.pieces import ends_of_pieces, starts_of_pieces
-from pallas_kernels.gpu.plan import CHUNK, Plan, pieces_of
+from pallas_kernels.gpu.plan import CHUNK, Plan, pieces_of, split_of
 from pallas_kernels.gpu.prepare import prepare
 from pallas_kernels.gpu.reverse import reverse
 from pallas_kernels.gpu.scan import scan
@@ -22,6 +25,7 @@ from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffi
 
 
 def forward(
+    machine: Machine,
     arrays: Inputs,
     initial_state: Array | None,
     reset: Array | None,
@@ -37,21 +41,22 @@ def forward(
     kept for `backward`, whatever `keep` says.
     """
     del keep
-    inputs = _inputs(arrays, reset)
+    inputs = _inputs(machine, arrays, reset)
 
     def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array]:
-        plan = plan_of(inputs, scale, erases)
+        plan = plan_of(machine, inputs, scale, erases)
         tokens = tokens_of(inputs, plan)
         done = prepare(plan, tokens, for_backward=False)
         starts, _ = starts_of_pieces(plan, tokens, done, _float32(initial_state))
         results = scan(plan, tokens, done, starts, want="outputs")
-        return results.o, results.state[:, :, -1]
+        return _by_head(_whole(results.o, inputs.v.dtype), plan.heads), results.state[:, :, -1]
 
     o, state = joins_batch(run)(inputs, initial_state)
     return o[:, : arrays.v.shape[1]], state, None
 
 
 def backward(
+    machine: Machine,
     arrays: Inputs,
     initial_state: Array | None,
     reset: Array | None,
@@ -67,28 +72,29 @@ def backward(
     They follow from the cotangents of its results. Once: this has no gradient itself.
     """
     del kept
-    inputs, pull = jax.vjp(lambda arrays: _inputs(arrays, reset), arrays)
+    inputs, pull = jax.vjp(lambda arrays: _inputs(machine, arrays, reset), arrays)
     d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - arrays.v.shape[1]), (0, 0), (0, 0)))
-    find = joins_batch(functools.partial(_cotangents, scale, erases))
+    find = joins_batch(functools.partial(_cotangents, machine, scale, erases))
     d_inputs, d_state = find(inputs, initial_state, d_o, d_state)
     (d_arrays,) = pull(d_inputs)
     return d_arrays, d_state
 
 
-def _inputs(arrays: Inputs, reset: Array | None) -> Inputs:
+def _inputs(machine: Machine, arrays: Inputs, reset: Array | None) -> Inputs:
     """The op's arrays as the kernels take them: resets in the gates, whole pieces of chunks of 64 tokens."""
     batch, time, heads, value = arrays.v.shape
-    pieces = pieces_of(batch * heads, -(-time // CHUNK), arrays.k.shape[3], value, exact=False)
+    pieces = pieces_of(machine, batch * heads, -(-time // CHUNK), arrays.k.shape[3], value, exact=False)
     return padded(arrays._replace(g=with_resets(arrays.g, reset, arrays.v)), -time % (CHUNK * pieces))
 
 
-def plan_of(inputs: Inputs, scale: float, erases: bool) -> Plan:
+def plan_of(machine: Machine, inputs: Inputs, scale: float, erases: bool) -> Plan:
     batch, time, heads, value = inputs.v.shape
     key, chunks = inputs.k.shape[3], time // CHUNK
     gate: Literal["none", "head", "channel"] = "none"
     if inputs.g is not None:
         gate = "channel" if inputs.g.ndim == 4 else "head"
     return Plan(
+        machine=machine,
         batch=batch,
         key_heads=inputs.k.shape[2],
         heads=heads,
@@ -99,32 +105,41 @@ def plan_of(inputs: Inputs, scale: float, erases: bool) -> Plan:
         erase_heads=0 if inputs.erase is None else inputs.erase.shape[2],
         erases=erases,
         scale=scale,
-        pieces=pieces_of(batch * heads, chunks, key, value, exact=True),
+        split=split_of(inputs.v),
+        pieces=pieces_of(machine, batch * heads, chunks, key, value, exact=True),
     )
 
 
 def _cotangents(
-    scale: float, erases: bool, inputs: Inputs, initial_state: Array | None, d_o: Array, d_state: Array
+    machine: Machine,
+    scale: float,
+    erases: bool,
+    inputs: Inputs,
+    initial_state: Array | None,
+    d_o: Array,
+    d_state: Array,
 ) -> tuple[Inputs, Array]:
     """Cotangents of the inputs and, in float32, of the initial state."""
-    plan = plan_of(inputs, scale, erases)
+    plan = plan_of(machine, inputs, scale, erases)
     tokens = tokens_of(inputs, plan)
     done = prepare(plan, tokens, for_backward=True)
     starts, transitions = starts_of_pieces(plan, tokens, done, _float32(initial_state))
     again = scan(plan, tokens, done, starts, want="states")
-    back = reverse(plan, tokens, done, d_o, ends_of_pieces(plan, tokens, done, d_o, d_state, transitions))
-    found, one = gradients(plan, Kept(tokens, done, again.y, back.d_b, d_o, again.states, back.d_states))
+    of_o = _split(_side_by_side(d_o), plan)
+    back = reverse(plan, tokens, done, of_o, ends_of_pieces(plan, tokens, done, of_o, d_state, transitions))
+    found, one = gradients(plan, Kept(tokens, done, again.y, back.d_b, of_o, again.states, back.d_states))
 
-    def of_heads(d: Array, heads: int) -> Array:
+    def of_heads(parts: tuple[Array, ...], heads: int) -> Array:
         """The sum over the value heads that share a head."""
-        shape = (*d.shape[:2], heads, -1, d.shape[-1])
-        return d if heads == plan.heads else jnp.sum(d.reshape(shape).astype(jnp.float32), 3).astype(d.dtype)
+        d = _by_head(_whole(parts, jnp.float32), plan.heads)
+        shape = (*d.shape[:2], heads, -1, plan.key)
+        return (d if heads == plan.heads else jnp.sum(d.reshape(shape), 3)).astype(inputs.q.dtype)
 
     blocks = jnp.sum(found.sums, 3)
     d_inputs = Inputs(
         q=of_heads(found.d_q, plan.key_heads),
         k=of_heads(found.d_k, plan.key_heads),
-        v=back.d_b[0],
+        v=_by_head(_whole(back.d_b[: plan.split], inputs.v.dtype), plan.heads),
         beta=None,
         g=None,
         erase=of_heads(found.d_erase, plan.erase_heads) if plan.erase_heads else None,
@@ -161,12 +176,35 @@ def tokens_of(inputs: Inputs, plan: Plan) -> Tokens:
         gate = base_two(_by_chunk(inputs.g, plan))
         after = jnp.pad(gate[..., 1:], ((0, 0),) * 3 + ((0, 1),))
         scalars += [gate, jnp.exp2(jnp.cumsum(gate, -1)), jnp.exp2(suffix_sums(after))]
-    return Tokens(inputs.q, inputs.k, inputs.v, inputs.erase, gates, jnp.stack(scalars, 3))
+    q, k, v, erase = (None if x is None else _split(_side_by_side(x), plan) for x in (*inputs[:3], inputs.erase))
+    return Tokens(q, k, v, erase, None if gates is None else _side_by_side(gates), jnp.stack(scalars, 3))
 
 
-def as_they_lie[Tree](arrays: Tree) -> Tree:
-    """The same arrays: on a GPU XLA leaves the axes of an array in their order."""
-    return arrays
+def _split(x: Array, plan: Plan) -> tuple[Array, ...]:
+    """As a sum of so many of bfloat16 as the kernels take."""
+    if plan.split == 1:
+        return (x,)
+    high = lax.reduce_precision(
+        x.astype(jnp.float32), 8, 7
+    )  # not a conversion and its reverse, which XLA may leave out
+    return high.astype(jnp.bfloat16), (x.astype(jnp.float32) - high).astype(jnp.bfloat16)
+
+
+def _whole(parts: tuple[Array, ...], dtype: DTypeLike) -> Array:
+    """The sum of parts."""
+    if len(parts) == 1:
+        return parts[0].astype(dtype)
+    return functools.reduce(operator.add, (x.astype(jnp.float32) for x in parts)).astype(dtype)
+
+
+def _side_by_side(x: Array) -> Array:
+    """`[batch, time, heads, width]` as `[batch, time, heads * width]`."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _by_head(x: Array, heads: int) -> Array:
+    """The reverse of `_side_by_side`."""
+    return x.reshape(*x.shape[:2], heads, -1)
 
 
 def _by_chunk(x: Array, plan: Plan) -> Array:

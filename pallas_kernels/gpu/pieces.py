@@ -27,11 +27,15 @@ def starts_of_pieces(
     if plan.pieces == 1:
         return None if state is None else state[:, :, None], None
     shape = (plan.batch, plan.heads, plan.pieces, plan.key)
-    nothing = jnp.zeros((*tokens.v.shape[:3], plan.key), tokens.v.dtype)
+
+    def with_zeros(v: Array) -> Array:
+        values = v.reshape(*v.shape[:2], plan.heads, plan.value)
+        return jnp.pad(values, ((0, 0),) * 3 + ((0, plan.key),)).reshape(*v.shape[:2], -1)
+
     identity = jnp.broadcast_to(jnp.eye(plan.key), (*shape, plan.key))
     left = scan(
         dataclasses.replace(plan, value=plan.value + plan.key),
-        tokens._replace(v=jnp.concatenate([tokens.v, nothing], 3)),
+        tokens._replace(v=tuple(map(with_zeros, tokens.v))),
         done,
         jnp.concatenate([jnp.zeros((*shape, plan.value), jnp.float32), identity], 4),
         want="ends",
@@ -44,7 +48,7 @@ def starts_of_pieces(
 
 
 def ends_of_pieces(
-    plan: Plan, tokens: Tokens, done: Prepared, d_o: Array, d_state: Array, transitions: Array | None
+    plan: Plan, tokens: Tokens, done: Prepared, d_o: tuple[Array, ...], d_state: Array, transitions: Array | None
 ) -> Array:
     """The cotangent of the state after every piece, `[batch, heads, pieces, key, value]`, from that after all tokens."""
     if transitions is None:

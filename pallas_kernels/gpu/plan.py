@@ -3,20 +3,23 @@
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 from jax import Array
+
+from pallas_kernels.gpu.machine import Machine
+from pallas_kernels.inputs import Inputs
 
 CHUNK = 64  # tokens a chunk: the rows of one product of a warpgroup
 SIZES = {"key": (64, 128, 256), "value": (64, 128, 256, 512)}
 BLOCK = 64  # channels of a key, or of a value, that a program handles at a time
-MULTIPROCESSORS = 132  # of an H100 SXM and an H200
 JOIN = 8  # what joining two pieces of a sequence takes XLA, in chunks of a pass over it: a guess, not measured
-SHARED_BYTES = 227 * 1024  # shared memory that one block of threads may use
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The static choices of a call, whose tokens are padded to whole chunks."""
 
+    machine: Machine
     batch: int
     key_heads: int
     heads: int
@@ -28,6 +31,7 @@ class Plan:
     erases: bool
     scale: float
     pieces: int  # of the sequence, which the sequential passes go over at the same time
+    split: int = 1  # in how many of bfloat16 the kernels have the inputs and all that they round
 
     @property
     def per_key(self) -> int:
@@ -45,19 +49,46 @@ class Plan:
 
     @property
     def parts(self) -> int:
-        """In how many of bfloat16 the backward keeps Y, dB, A and P.
+        """In how many of bfloat16 the backward keeps Y, dB, A and P, at least.
 
         The gradient of a gate of a head sums their products over many tokens; where keys repeat, these sums cancel.
         """
-        return 2 if self.gate == "head" else 1
+        return 2 if self.gate == "head" else self.split
 
     @property
     def own_erase(self) -> bool:
         """Whether the key that erases is another array than the one that writes."""
         return self.erases and (self.erase_heads > 0 or self.gate == "channel")
 
+    @property
+    def kinds(self) -> int:
+        """How many scalars a token has: beta, and with a gate per head the four of `pallas_kernels.gpu.arrays`."""
+        return 4 if self.gate == "head" else 1
 
-def pieces_of(heads: int, chunks: int, key: int, value: int, *, exact: bool) -> int:
+    @property
+    def step(self) -> int:
+        """Channels of the values at a time, where all are summed over."""
+        return 32 if self.machine.places > 1 or self.split == 1 else 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory, what the largest kernel takes at least: matrices of 64 x 64, and three kilobytes for the rest.
+
+        Those are the three passes over the sequence, with one chunk in the ring, and the gradients.
+        """
+        split, keys, places = self.split, self.key_blocks, self.machine.places
+        state = 0 if self.key <= 128 else split * keys  # as an operand, where registers have no room for it
+        chunk = split * (keys * (2 + self.own_erase) + 2) + 2
+        forward = chunk + split + state
+        states = chunk - split * (keys + 1) + places * (split * keys + self.parts)
+        reverse = chunk + max(self.parts, split * (keys if places > 1 or state else 1))
+        values = places * (2 * self.parts + 3 * split) * self.step // BLOCK + 1
+        levels = 2 * split + 2 if self.gate == "channel" else 0
+        gradients = split * (4 + (self.erase_heads > 0)) + 2 * (self.gate == "channel") + max(values, levels)
+        return max(forward, states, reverse, gradients) * 2 * CHUNK * BLOCK + 3 * 1024
+
+
+def pieces_of(machine: Machine, heads: int, chunks: int, key: int, value: int, *, exact: bool) -> int:
     """How many pieces, a power of two, make the sequential passes over so many heads of the batch shortest.
 
     A pass over pieces finds their ends (`pallas_kernels.gpu.pieces`), which are joined one after another, and the pass
@@ -65,7 +96,7 @@ def pieces_of(heads: int, chunks: int, key: int, value: int, *, exact: bool) -> 
     the transitions, shall run at once; without that the pieces only wait for each other. With `exact`, pieces have the same
     number of chunks.
     """
-    room = MULTIPROCESSORS // (heads * ((key + value) // BLOCK))
+    room = machine.multiprocessors // (heads * ((key + value) // BLOCK))
     found, least = 1, float(chunks)
     for pieces in (4, 8, 16, 32, 64):
         cost = 2 * chunks / pieces + JOIN * pieces
@@ -74,11 +105,38 @@ def pieces_of(heads: int, chunks: int, key: int, value: int, *, exact: bool) -> 
     return found
 
 
-def unsupported(q: Array, v: Array) -> str | None:
-    """Why the kernels cannot take queries and values of these shapes and dtypes; None if they can."""
-    if {str(q.dtype), str(v.dtype)} != {"bfloat16"}:
-        return f"the Pallas GPU kernels take bfloat16, not {v.dtype if str(q.dtype) == 'bfloat16' else q.dtype}"
+def unsupported(machine: Machine, inputs: Inputs) -> str | None:
+    """Why the kernels cannot take the op's arrays, of these shapes and dtypes; None if they can."""
+    q, v, g, erase = inputs.q, inputs.v, inputs.g, inputs.erase
+    dtypes = {str(q.dtype), str(v.dtype)} - {"bfloat16", "float16", "float32"}
+    if dtypes:
+        return f"the Pallas GPU kernels take bfloat16, float16 and float32, not {min(dtypes)}"
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
         if size not in SIZES[name]:
             return f"the Pallas GPU kernels take {name} sizes of {', '.join(map(str, SIZES[name]))}, not {size}"
+    plan = Plan(
+        machine=machine,
+        batch=1,
+        key_heads=q.shape[-2],
+        heads=v.shape[-2],
+        chunks=1,
+        key=q.shape[-1],
+        value=v.shape[-1],
+        gate="none" if g is None else "channel" if g.ndim == q.ndim else "head",
+        erase_heads=0 if erase is None else erase.shape[-2],
+        erases=True,
+        scale=1.0,
+        pieces=1,
+        split=split_of(v),
+    )
+    if plan.shared_bytes > machine.shared_bytes:
+        return (
+            f"with keys of {plan.key} in {v.dtype} the Pallas GPU kernels take {plan.shared_bytes // 1024} KiB of shared "
+            f"memory, and this GPU has {machine.shared_bytes // 1024}"
+        )
     return None
+
+
+def split_of(v: Array) -> int:
+    """In how many of bfloat16 the kernels have arrays like this."""
+    return 1 if v.dtype == jnp.bfloat16 else 2

@@ -17,8 +17,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import products as mm
 from pallas_kernels.gpu import warpgroup as wg
-from pallas_kernels.gpu.arrays import GATE, Prepared, Tokens, keys_of, prepared_shapes
+from pallas_kernels.gpu.arrays import GATE, Prepared, Tokens, keys_of, places_of, prepared_shapes
 from pallas_kernels.gpu.inverse import finish
 from pallas_kernels.gpu.plan import CHUNK, Plan
 from pallas_kernels.gpu.prepare_channel import prepare_channel
@@ -27,17 +28,15 @@ from pallas_kernels.gpu.warpgroup import Ref
 
 class PrepareScratch(NamedTuple):
     scalars: Ref  # [kinds, 64]
-    p: Any  # in parts, [64, 64]
-    a: Any
     full: Ref
 
 
 class ScoresScratch(NamedTuple):
-    """What the inverse has no use for, which then has its place."""
+    """What scores and their inverse have no use for, which then have its place."""
 
-    q: Ref  # [64, key]
-    k: Ref
-    erase: Ref
+    q: Any  # [64, key] each
+    k: Any
+    erase: Any
     gates: Ref  # [2, 64, 64]
     after: Ref  # where the row is after the column: ones, [64, 64]
 
@@ -49,24 +48,24 @@ def prepare(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
     def body(inputs: tuple[Tokens, Ref], done: Prepared, here: PrepareScratch) -> None:
         tokens, after = inputs
         batch, head, chunk = wg.place("batch", "head", "chunk")
-        given, now = keys_of(plan, tokens, batch, head), pl.ds(chunk * CHUNK, CHUNK)
+        given = keys_of(plan, tokens, batch, head, pl.ds(chunk * CHUNK, CHUNK))
 
         def scores(keys: ScoresScratch) -> list[Array]:
-            copies = [(given.q.at[now], keys.q), (given.k.at[now], keys.k)]
+            copies = [(given.q, keys.q), (given.k, keys.k)]
             if plan.erase_heads:
-                copies.append((given.erase.at[now], keys.erase))
+                copies.append((given.erase, keys.erase))
             if after is not None:
                 copies.append((after, keys.after))
             wg.load(here.full, *copies, (tokens.scalars.at[batch, head, chunk], here.scalars))
             wg.loaded(here.full)
-            pairs = [[(keys.q, wg.turned(keys.k))]]
+            pairs: list[mm.Pairs] = [[(keys.q, wg.turned(keys.k))]]
             if plan.erases:
                 pairs.append([(keys.erase if plan.erase_heads else keys.k, wg.turned(keys.k))])
 
             decay = pair_decay(plan, here.scalars, keys.gates, keys.after)
-            return [x * decay for x in wg.products(*pairs)]
+            return [x * decay for x in mm.products(*pairs)]
 
-        tile = wg.shared(CHUNK, plan.key)
+        tile = (wg.shared(CHUNK, plan.key),) * plan.split
         p, *others = pl.run_scoped(
             scores,
             ScoresScratch(
@@ -78,27 +77,31 @@ def prepare(plan: Plan, tokens: Tokens, *, for_backward: bool) -> Prepared:
             ),
             collective_axes="warpgroup",
         )
-        wg.put_split(here.p, p * plan.scale)
-        copies = [(x, y.at[batch, head, chunk]) for x, y in zip(here.p, done.p, strict=True)]
-        if done.a is not None:
-            row, column = wg.indices(CHUNK, CHUNK)
-            wg.put_split(here.a, jnp.where(row > column, others[0], 0.0))
-            copies += [(x, y.at[batch, head, chunk]) for x, y in zip(here.a, done.a, strict=True)]
-        wg.store(*copies)
-        finish(others[0] if plan.erases else None, here.scalars, lambda part: done.x.at[batch, head, chunk, part])
+
+        def leave(of_p: Any, of_a: Any) -> None:
+            wg.put(of_p, p * plan.scale)
+            copies = [(of_p, places_of(done.p, (batch, head, chunk)))]
+            if done.a is not None:
+                row, column = wg.indices(CHUNK, CHUNK)
+                wg.put(of_a, jnp.where(row > column, others[0], 0.0))
+                copies.append((of_a, places_of(done.a, (batch, head, chunk))))
+            wg.store(*copies)
+            finish(others[0] if plan.erases else None, here.scalars, lambda part: done.x.at[batch, head, chunk, part])
+
+        matrix = wg.shared(CHUNK, CHUNK)
+        tiles = ((matrix,) * len(results.p), () if results.a is None else (matrix,) * len(results.a))
+        pl.run_scoped(leave, *tiles, collective_axes="warpgroup")
 
     gated = plan.gate == "head"
     results = prepared_shapes(plan, for_backward=for_backward)
-    matrix = wg.shared(CHUNK, CHUNK)
     return wg.kernel(
+        plan.machine,
         body,
         (tokens._replace(v=None), jnp.asarray(np.tri(CHUNK, k=-1), jnp.bfloat16) if gated else None),
         results,
         PrepareScratch(
-            scalars=wg.vectors(*tokens.scalars.shape[-2:]),
-            p=(matrix,) * len(results.p),
-            a=None if results.a is None else (matrix,) * len(results.a),
-            full=plgpu.Barrier(num_arrivals=3 + (plan.erase_heads > 0) + gated),
+            scalars=wg.vectors(plan.kinds, CHUNK),
+            full=plgpu.Barrier(num_arrivals=1 + gated + plan.split * (2 + (plan.erase_heads > 0))),
         ),
         {"chunk": plan.chunks, "head": plan.heads, "batch": plan.batch},
         "delta_rule_prepare",
@@ -113,7 +116,9 @@ def pair_decay(plan: Plan, scalars: Ref, gates: Ref, after: Ref) -> Array:
     row, column = wg.indices(CHUNK, CHUNK)
     if plan.gate != "head":
         return jnp.where(row >= column, 1.0, 0.0)
-    wg.put_split(gates, jnp.where(row >= column, wg.each_column(wg.along_columns(scalars.at[GATE]), CHUNK), 0.0))
-    plgpu.commit_smem()
-    total = wg.product(*((part, after) for part in wg.parts(gates)))
+    wg.put(
+        wg.along_first(gates), jnp.where(row >= column, wg.each_column(wg.along_columns(scalars.at[GATE]), CHUNK), 0.0)
+    )
+    mm.commit()
+    total = mm.product((wg.along_first(gates), after))
     return jnp.exp2(jnp.where(row >= column, total, -1e30))

@@ -16,16 +16,14 @@ passes through shared memory. Products that the chain does not wait for, and wha
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import products as mm
 from pallas_kernels.gpu import warpgroup as wg
-from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_pieces, of_tokens
+from pallas_kernels.gpu.arrays import BETA, END, START, Prepared, Tokens, of_chunks, of_pieces, of_tokens, places_of
 from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
-from pallas_kernels.gpu.ring import Chunk, PassInputs, PassProgram, Ring, fetch, grid_of, program, ring_shapes
+from pallas_kernels.gpu.ring import Chunk, Chunks, PassInputs, Ring, grid_of, program, ring_shapes
 from pallas_kernels.gpu.warpgroup import Ref
 
 Want = Literal["outputs", "states", "ends"]
@@ -34,18 +32,18 @@ Want = Literal["outputs", "states", "ends"]
 class ScanResults(NamedTuple):
     """What the forward gives, the first two; or the backward wants to know again, the last two; or the ends of pieces."""
 
-    o: Ref  # [batch, time, heads, value]
+    o: Any  # in the plan's `split`, bfloat16 [batch, time, heads * value] each
     state: Ref  # after every piece, float32 [batch, heads, pieces, key, value]
-    states: Ref  # the state before every chunk, bfloat16 [batch, heads, chunks, key, value]
-    y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads, value] each
+    states: Any  # the state before every chunk in the plan's `split`, bfloat16 [batch, heads, chunks, key, value] each
+    y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads * value] each
 
 
 class ScanScratch(NamedTuple):
-    """What is stored in every chunk has two places, that of the chunk before may be under way."""
+    """What is stored in every chunk has the machine's `places`."""
 
     ring: Ring
-    old: Ref  # the state that is stored, two of bfloat16 [key, 64]; or its parts, where it is an operand
-    out: Ref  # O, or twice the parts of Y: [64, 64] each
+    old: Ref  # the parts of the state in every place where it is stored, else where it is an operand: [key, 64] each
+    out: Ref  # those of O, or of Y in every place: [64, 64] each
 
 
 def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, want: Want) -> ScanResults:
@@ -58,29 +56,26 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
 
     def body(inputs: PassInputs, results: ScanResults, scratch: ScanScratch) -> None:
         at = program(plan)
-        first_chunk, ring = at.piece * plan.piece, scratch.ring
+        first_chunk = at.piece * plan.piece
+        chunks = Chunks(plan, inputs, at, scratch.ring, lambda step: first_chunk + step)
 
-        @pl.when(at.warpgroup == 1)
-        def _() -> None:
-            fetch(plan, inputs, at, ring, lambda step: first_chunk + step)
-
-        def leave(step: Array, o: Array, *, if_any: bool = False) -> None:
+        def leave(step: Array, o: list[Array], *, if_any: bool = False) -> None:
             """Writes the outputs of the chunk before a step; with `if_any` there may be none."""
             wg.stored()
-            wg.put(wg.turned(scratch.out.at[0]), o)
-            source, target = scratch.out.at[0], results.o.at[at.tokens(first_chunk + step - 1)]
-            wg.store((source, target), when=step > 0 if if_any else None)
+            tiles = wg.along_first(scratch.out)
+            for tile, part in zip(tiles, o, strict=True):
+                wg.put_turned(tile, part)
+            target = places_of(results.o, at.tokens(first_chunk + step - 1))
+            wg.store((tiles, target), when=step > 0 if if_any else None)
 
-        def chunk(step: Array, now: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-            slot, index = lax.rem(step, ring.slots), first_chunk + step
-            return _chunk(plan, want, results, scratch, at, slot, index, *now, lambda o: leave(step, o, if_any=True))
+        def chunk(step: Array, now: tuple[Array, Any]) -> tuple[Array, Any]:
+            return _chunk(chunks, want, results, scratch, step, *now, lambda o: leave(step, o, if_any=True))
 
-        @pl.when(at.warpgroup == 0)
-        def _() -> None:
+        def compute() -> None:
             first = wg.zeros(BLOCK, plan.key)
             if inputs.state is not None:
                 first = wg.read(inputs.state.at[at.edge])
-            nothing = wg.zeros(BLOCK, CHUNK).astype(jnp.bfloat16) if outputs else None
+            nothing = wg.split_of(wg.zeros(BLOCK, CHUNK), plan.split) if outputs else None
             last, o = lax.fori_loop(0, plan.piece, chunk, (first, nothing))
             if o is not None:
                 leave(jnp.int32(plan.piece), o)
@@ -88,89 +83,91 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
                 wg.put(results.state.at[at.edge], last)
             wg.stored(and_written=True)
 
+        chunks.go_over(compute)
+
     results = ScanResults(
-        o=of_tokens(plan, plan.value) if outputs else None,
+        o=(of_tokens(plan, plan.value),) * plan.split if outputs else None,
         state=of_pieces(plan) if not states else None,
-        states=of_chunks(plan, plan.key, plan.value) if states else None,
+        states=(of_chunks(plan, plan.key, plan.value),) * plan.split if states else None,
         y=(of_tokens(plan, plan.value),) * plan.parts if states else None,
     )
     found: ScanResults = wg.kernel(
+        plan.machine,
         body,
         PassInputs(tokens, done, None if state is None else state.mT),
         results,
-        _scratch_shapes(plan, tokens, want),
+        _scratch_shapes(plan, want),
         grid_of(plan),
         {"outputs": "delta_rule_forward", "states": "delta_rule_states", "ends": "delta_rule_ends"}[want],
-        warpgroups=2,
+        warpgroups=1 + plan.machine.fetching,
     )
     return found if states else found._replace(state=found.state.mT)
 
 
-def _scratch_shapes(plan: Plan, tokens: Tokens, want: Want) -> ScanScratch:
-    ends, states, block = want == "ends", want == "states", BLOCK
+def _scratch_shapes(plan: Plan, want: Want) -> ScanScratch:
+    ends, states, places = want == "ends", want == "states", plan.machine.places
     others: dict[str, Any] = {
-        "old": wg.shared(1 + (ends or states), plan.key, block) if states or not in_registers(plan) else None,
-        "out": None if ends else wg.shared(2 * plan.parts if states else 1, CHUNK, block),
+        "old": None,
+        "out": None if ends else wg.shared(places * plan.parts if states else plan.split, CHUNK, BLOCK),
     }
-    ring = ring_shapes(plan, tokens, others, scores=want == "outputs")
+    if states or not in_registers(plan):
+        others["old"] = wg.shared(places * plan.split if states else _parts_of_state(plan, want), plan.key, BLOCK)
+    ring = ring_shapes(plan, others, scores=want == "outputs")
     return ScanScratch(ring=ring, **others)
 
 
 def _chunk(
-    plan: Plan,
+    chunks: Chunks,
     want: Want,
     results: ScanResults,
     scratch: ScanScratch,
-    at: PassProgram,
-    slot: Array,
-    index: Array,
+    step: Array,
     state: Array,
-    o: Array | None,
-    leave: Callable[[Array], None],
-) -> tuple[Array, Array | None]:
-    """Carries the state, float32 `[64, key]`, through the chunk `index`, which arrives in a slot of the ring.
+    o: list[Array] | None,
+    leave: Callable[[list[Array]], None],
+) -> tuple[Array, Any]:
+    """Carries the state, float32 `[64, key]`, through the chunk of a step.
 
     The outputs of a chunk, bfloat16 `[64, 64]`, are written while the first products of the next are under way.
     """
-    outputs, states, ends = (want == name for name in ("outputs", "states", "ends"))
-    here = jax.tree.map(lambda ref: ref.at[slot], scratch.ring.chunks)
-    now, block, turn = at.tokens(index), BLOCK, lax.rem(index, 2)
-    places: list[Any] = []
+    outputs, states = want == "outputs", want == "states"
+    plan, at, here, index = chunks.plan, chunks.at, chunks.slot(step), chunks.chunk_of(step)
+    now, block, turn = at.tokens(index), BLOCK, lax.rem(index, plan.machine.places)
+    places: tuple[Any, ...] = ()
     if scratch.old is not None:
-        places = [scratch.old.at[turn]] if states else list(wg.parts(scratch.old))
+        places = wg.along_first(scratch.old)
+        if states:
+            places = tuple(scratch.old.at[turn * plan.split + n] for n in range(plan.split))
 
     def scalar(kind: int) -> Array:
         return wg.each_column(wg.along_columns(here.scalars.at[kind]), block)
 
-    def run(known: wg.Sum, read: wg.Sum, y: wg.Sum, update: wg.Sum, among: wg.Sum) -> tuple[Array, Array | None]:
-        old: list[Any] = wg.split_of(state, 1 + ends)
+    def run(known: mm.Sum, read: mm.Sum, y: mm.Sum, update: mm.Sum, among: mm.Sum) -> tuple[Array, Any]:
+        old: Any = wg.split_of(state, _parts_of_state(plan, want))
 
         def leave_state() -> None:
             if states:
-                wg.stored(under_way=1 + plan.parts)
+                wg.stored(under_way=(plan.machine.places - 1) * (plan.split + plan.parts))
             for ref, part in zip(places, old, strict=True):
-                ref = wg.turned(ref)
-                ref[...] = part
+                wg.put_turned(ref, part)
             if states:
-                wg.store((places[0], results.states.at[at.batch, at.head, index, :, at.channels]))
+                wg.store((places, places_of(results.states, (at.batch, at.head, index, slice(None), at.channels))))
 
         if not in_registers(plan):
             leave_state()
-            plgpu.commit_smem()
-            old = [wg.turned(x) for x in places]
-        wg.loaded(scratch.ring.full.at[slot])
+            mm.commit()
+            old = wg.turned(places)
+        chunks.arrived(step)
         if plan.erases:
-            known.add(*((part, wg.turned(here.erase_key)) for part in old))
+            known.add((old, wg.turned(here.erase_key)))
         if outputs:
-            read.add((old[0], wg.turned(here.q)))
+            read.add((old, wg.turned(here.q)))
         unknown = wg.read(wg.turned(here.v))
         if plan.erases:
             erased = known.value(under_way=outputs)
             erased = erased * (0.0 - scalar(START)) if plan.gate == "head" else 0.0 - erased
-            high, low = wg.split_of(unknown + erased, 2)
-            x_high, x_low = (wg.turned(part) for part in wg.parts(here.x))
             y.start(wg.zeros(*tokens))
-            y.add((high, x_high), (low, x_high), (high, x_low))
+            y.add((wg.split_of(unknown + erased, 2), wg.turned(wg.along_first(here.x))))
         if states and in_registers(plan):
             leave_state()  # while products are under way
         if o is not None:
@@ -181,22 +178,27 @@ def _chunk(
         update.start(decayed_state(plan, here, state))
         left = y.value() if plan.erases else unknown
         new = left * scalar(BETA)
-        for part in wg.split_of(new * scalar(END) if plan.gate == "head" else new, 1 + ends):
-            update.add((part, here.k))
+        written = new * scalar(END) if plan.gate == "head" else new
+        update.add((wg.split_of(written, _parts_of_state(plan, want)), here.k))
         if outputs:
             among.start(reads)
-            among.add((new.astype(jnp.bfloat16), wg.turned(here.p)))
+            among.add((wg.split_of(new, plan.split), wg.turned(here.p)))
         if states:
             parts = tuple(scratch.out.at[turn * plan.parts + n] for n in range(plan.parts))
-            wg.put_split(tuple(map(wg.turned, parts)), left)
-            wg.store(*((part, y.at[now]) for part, y in zip(parts, results.y, strict=True)))
+            wg.put_turned(parts, left)
+            wg.store((parts, places_of(results.y, now)))
         after = update.value(under_way=outputs)
-        new_o = among.value().astype(jnp.bfloat16) if outputs else None
-        plgpu.barrier_arrive(scratch.ring.empty.at[slot])
+        new_o = wg.split_of(among.value(), plan.split) if outputs else None
+        chunks.done(step)
         return after, new_o
 
     tokens, keys = (block, CHUNK), (block, plan.key)
-    return wg.with_sums(run, tokens, tokens, tokens, keys, tokens)
+    return mm.with_sums(run, tokens, tokens, tokens, keys, tokens)
+
+
+def _parts_of_state(plan: Plan, want: Want) -> int:
+    """In how many parts the state is an operand, and what is written to it."""
+    return max(plan.split, 2 if want == "ends" else 1)
 
 
 def in_registers(plan: Plan) -> bool:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.batching import joins_batch
 from pallas_kernels.gpu import warpgroup as wg
+from pallas_kernels.gpu.machine import Machine
 from pallas_kernels.gpu.plan import BLOCK
 from pallas_kernels.gpu.warpgroup import Ref
 from pallas_kernels.inputs import Inputs
@@ -39,7 +40,9 @@ class StepScratch(NamedTuple):
     full: Ref
 
 
-def delta_rule_step(state: Array, inputs: Inputs, *, scale: float, erases: bool) -> tuple[Array, Array]:
+def delta_rule_step(
+    machine: Machine, state: Array, inputs: Inputs, *, scale: float, erases: bool
+) -> tuple[Array, Array]:
     """Some tokens that continue a state, float32 `[batch, heads, key, value]`, write by write.
 
     `inputs` are those of the op, `[batch, time, heads, ...]`, and where a token has several writes `[batch, time, writes,
@@ -47,7 +50,7 @@ def delta_rule_step(state: Array, inputs: Inputs, *, scale: float, erases: bool)
 
     Returns outputs `[batch, time, heads, value]` in the dtype of `v`, and the new state.
     """
-    step, outputs = joins_batch(functools.partial(_step, scale)), []
+    step, outputs = joins_batch(functools.partial(_step, machine, scale)), []
     for token in _tokens(inputs, erases):
         for write in token:
             o, state = step(state, write)
@@ -75,7 +78,7 @@ def _tokens(inputs: Inputs, erases: bool) -> list[list[Inputs]]:
     return [list(token(t)) for t in range(q.shape[1])]
 
 
-def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
+def _step(machine: Machine, scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
     q, k, v, beta, g, erase = token
     batch, heads, key, value = state.shape
     block, f32 = 32 if key == 256 else BLOCK, jnp.float32
@@ -120,6 +123,7 @@ def _step(scale: float, state: Array, token: Inputs) -> tuple[Array, Array]:
     here = Token(wg.shared(key, block, dtype=f32), wg.vectors(len(keys), key), wg.vectors(block))
     held = jax.new_ref(state.astype(f32))
     o = wg.kernel(
+        machine,
         body,
         Token(held, jnp.stack(list(keys.values()), 2), v.astype(f32)),
         jax.ShapeDtypeStruct((batch, heads, value), f32),

@@ -1,24 +1,32 @@
-"""What a warpgroup does on Hopper: products of tiles in shared memory, vectors along rows and columns, kernels of a grid.
+"""What a warpgroup does: products of tiles in shared memory, vectors along rows and columns, copies, kernels of a grid.
 
 A value lies in the registers of the 128 threads of a warpgroup as the accumulator of a product does; a vector along its
 rows or its columns lies as a reduction of it. Operands of a product lie in shared memory as tiles of 8 rows and 128 bytes
 (64 where a tile is 32 wide), and the two operands of a product must have the same width of tiles.
+
+How products and copies are done is the machine's that a kernel is traced for; what they mean is the same for all.
 """
 
+import contextvars
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.gpu.machine import Machine
+
 Ref = Any  # Pallas has no public type for references. None where a member or a call has no use for one
 WHOLE = plgpu.Layout.WGMMA
 INTERPRET: Any = False  # parameters of the GPU interpreter, for tests
+MACHINE: contextvars.ContextVar[Machine] = contextvars.ContextVar("the machine that a kernel is traced for")
 
 
 def shared(*shape: int, dtype: DTypeLike = jnp.bfloat16, swizzle: int = 128) -> Any:
@@ -34,6 +42,7 @@ def vectors(*shape: int) -> Any:
 
 
 def kernel(
+    machine: Machine,
     body: Callable[[Any, Any, Any], None],
     inputs: Any,
     outputs: Any,
@@ -46,8 +55,16 @@ def kernel(
 
     Programs that differ in the first name of the grid alone run one after another, if not together.
     """
+
+    def traced(*references: Any) -> None:
+        before = MACHINE.set(machine)
+        try:
+            body(*references)
+        finally:
+            MACHINE.reset(before)
+
     (results,) = plgpu.kernel(
-        body,
+        traced,
         out_type=[outputs],
         scratch_types=[scratch],
         grid=tuple(reversed(grid.values())),
@@ -66,9 +83,10 @@ def place(*names: str) -> tuple[Array, ...]:
     return tuple(lax.axis_index(name) for name in names)
 
 
-def read(ref: Ref) -> Array:
-    """A tile, as float32."""
-    return plgpu.load(ref, layout=WHOLE, optimized=False).astype(jnp.float32)
+def read(tile: Any) -> Array:
+    """A tile, or the sum of its parts, as float32."""
+    loaded = [plgpu.load(ref, layout=WHOLE, optimized=False).astype(jnp.float32) for ref in parts(tile)]
+    return functools.reduce(operator.add, loaded)
 
 
 def along_rows(ref: Ref) -> Array:
@@ -106,101 +124,21 @@ def indices(height: int, width: int) -> tuple[Array, Array]:
     return row, column
 
 
-def turned(ref: Ref) -> Ref:
-    """The transpose of a tile."""
-    return ref.transpose((1, 0))
+def turned(tile: Any) -> Any:
+    """The transpose of a tile, or of its parts."""
+    if isinstance(tile, tuple):
+        return tuple(map(turned, tile))
+    return tile.transpose((1, 0))
 
 
-Pairs = Sequence[tuple[Ref, Ref]]
+def parts(tile: Any) -> Sequence[Any]:
+    """The parts of a value that is a sum of bfloat16, the highest first; what is not split is its only one."""
+    return tile if isinstance(tile, tuple | list) else (tile,)
 
 
-def _multiply(accumulators: Sequence[Ref], sums: Sequence[Pairs]) -> None:
-    for accumulator, pairs in zip(accumulators, sums, strict=True):
-        for a, b in pairs:
-            plgpu.wgmma(accumulator, a, b)
-
-
-def _accumulators(sums: Sequence[Pairs]) -> list[Any]:
-    return [plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32) for pairs in sums]
-
-
-def products(*sums: Pairs) -> list[Array]:
-    """Sums of products of pairs of tiles, in float32; all are under way before the first is waited for."""
-
-    def run(*accumulators: Ref) -> list[Array]:
-        _multiply(accumulators, sums)
-        return [accumulator[...] for accumulator in accumulators]
-
-    return pl.run_scoped(run, *_accumulators(sums))
-
-
-def products_over[T](
-    steps: int, body: Callable[[Array, T], tuple[Sequence[Pairs], T]], carry: T, *shapes: tuple[int, int]
-) -> tuple[list[Array], T]:
-    """Sums of products of those shapes over several steps; `body(step, carry)` brings the pairs of tiles of a step."""
-
-    def run(*accumulators: Ref) -> tuple[list[Array], T]:
-        def step(index: Array, now: T) -> T:
-            sums, now = body(index, now)
-            _multiply(accumulators, sums)
-            plgpu.wgmma_wait(0)
-            return now
-
-        end = lax.fori_loop(0, steps, step, carry)
-        return [accumulator[...] for accumulator in accumulators], end
-
-    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-
-
-def product(*pairs: tuple[Ref, Ref]) -> Array:
-    """The sum of the products of pairs of tiles, in float32."""
-    return products(pairs)[0]
-
-
-class Sum:
-    """A sum of products in float32, in registers, to which products are added while other work goes on.
-
-    The left operand of a product may be in registers too: a value of bfloat16, that then needs no shared memory. It may
-    not be a mask of the program's own making: ptxas (13.5) has set a register of such a constant after its first use.
-    """
-
-    def __init__(self, held: Any) -> None:
-        self._held = held  # an accumulator; in the interpreter, which multiplies no values, the sum itself
-
-    def start(self, x: Array) -> None:
-        """Begins with a value, not with zero."""
-        if INTERPRET:
-            self._held = x
-        else:
-            self._held[...] = x
-
-    def add(self, *pairs: tuple[Any, Ref]) -> None:
-        """Starts the products of pairs of tiles, or of a value and a tile."""
-        for a, b in pairs:
-            if INTERPRET:
-                self._held += jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
-            else:
-                plgpu.wgmma(self._held, a, b)
-
-    def value(self, under_way: int = 0) -> Array:
-        """The sum, as soon as no more than the last so many products that were started, of any sum, are under way."""
-        return self._held if INTERPRET else plgpu.wgmma_accumulator_load(self._held, wait_n=under_way)
-
-
-def with_sums[T](body: Callable[..., T], *shapes: tuple[int, int]) -> T:
-    """Runs `body` with a `Sum` of zero for every shape."""
-    if INTERPRET:
-        return body(*(Sum(jnp.zeros(shape, jnp.float32)) for shape in shapes))
-    return pl.run_scoped(lambda *held: body(*map(Sum, held)), *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-
-
-def put(ref: Ref, x: Array) -> None:
-    ref[...] = x.astype(ref.dtype)
-
-
-def parts(split: Ref) -> Sequence[Ref]:
-    """The parts of a value that is a sum of bfloat16, the highest first: a tuple, or the first axis of one reference."""
-    return split if isinstance(split, tuple) else [split.at[n] for n in range(split.shape[0])]
+def along_first(ref: Ref) -> tuple[Ref, ...]:
+    """Parts that lie along the first axis of one reference."""
+    return tuple(ref.at[n] for n in range(ref.shape[0]))
 
 
 def split_of(x: Array, count: int) -> list[Array]:
@@ -213,43 +151,78 @@ def split_of(x: Array, count: int) -> list[Array]:
     return [high.astype(jnp.bfloat16), *split_of(x - high, count - 1)]
 
 
-def put_split(split: Ref, x: Array) -> None:
-    for ref, part in zip(parts(split), split_of(x, len(parts(split))), strict=True):
+def put(tile: Any, x: Array) -> None:
+    """Writes a value to a tile, or split to its parts."""
+    if not isinstance(tile, tuple):
+        tile[...] = x.astype(tile.dtype)
+        return
+    for ref, part in zip(tile, split_of(x, len(tile)), strict=True):
         ref[...] = part
 
 
-def read_split(split: Ref) -> Array:
-    return functools.reduce(operator.add, map(read, parts(split)))
+def put_turned(tile: Any, x: Array) -> None:
+    """Writes the transpose of a value of 64 rows."""
+    if MACHINE.get().copies == "tma":
+        put(turned(tile), x)
+        return
+    for ref, part in zip(parts(tile), split_of(x, len(parts(tile))), strict=True):
+        for start in range(0, x.shape[1], x.shape[0]):  # no instruction of these machines stores a transpose
+            block = ref.at[pl.ds(start, x.shape[0])]
+            block[...] = lax.slice(part, (0, start), (x.shape[0], start + x.shape[0]))
+            block[...] = plgpu.load(turned(block), layout=WHOLE, optimized=False)
 
 
-def split_pairs(a: Ref, b: Ref, *, turn_a: bool = False, turn_b: bool = False) -> list[tuple[Ref, Ref]]:
-    """The pairs whose products sum to that of two split values (error 2^-16)."""
-    return [
-        (turned(x) if turn_a else x, turned(y) if turn_b else y)
-        for i, x in enumerate(parts(a))
-        for j, y in enumerate(parts(b))
-        if i + j < 2
-    ]
+Copies = tuple[Any, Any]  # trees of references: from where, to where
 
 
-def load(barrier: Ref, *copies: tuple[Ref, Ref]) -> None:
-    """Starts copies `(from global, to shared)`, which arrive at a barrier of so many arrivals."""
-    for source, target in copies:
-        plgpu.copy_gmem_to_smem(source, target, barrier)
+def _each(copies: Sequence[Copies]) -> list[tuple[Ref, Ref]]:
+    return [pair for copy in copies for pair in zip(*map(jax.tree.leaves, copy), strict=True)]
 
 
-def loaded(barrier: Ref) -> None:
-    """Waits until all the copies of a `load` have arrived."""
-    plgpu.barrier_wait(barrier)
+def load(barrier: Ref, *copies: Copies) -> None:
+    """Starts copies from global to shared memory, which arrive at a barrier of so many arrivals."""
+    for source, target in _each(copies):
+        if MACHINE.get().copies == "tma":
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+        elif INTERPRET:  # which knows no such copies
+            target[...] = source[...]
+        elif math.prod(target.shape) % 128 == 0:
+            plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+        else:  # a vector so short that not every thread has a part of it
+            for from_, to in _vectors(source, target):
+                to[...] = along_columns(from_)
 
 
-def store(*copies: tuple[Ref, Ref], when: Array | None = None) -> None:
-    """Starts copies `(from shared, to global)` of what this warpgroup has written; not if `when` is false."""
-    plgpu.commit_smem()
+def loaded(barrier: Ref, then: Callable[[], None] = lambda: None) -> None:
+    """Waits until all the copies of a `load` have arrived, and does what shall be under way as soon as can be: other loads.
+
+    Where threads copy for themselves they wait for all that they have begun, and begin `then` after it.
+    """
+    if MACHINE.get().copies == "tma":
+        then()
+        plgpu.barrier_wait(barrier)
+        return
+    if not INTERPRET:
+        plgpu.wait_gmem_to_smem(0)
+    then()
+
+
+def store(*copies: Copies, when: Array | None = None) -> None:
+    """Starts copies from shared to global memory of what this warpgroup has written; not if `when` is false."""
+    tma = MACHINE.get().copies == "tma"
+    if tma:
+        plgpu.commit_smem()
 
     def start() -> None:
-        for source, target in copies:
-            plgpu.copy_smem_to_gmem(source, target)
+        for source, target in _each(copies):
+            if tma:
+                plgpu.copy_smem_to_gmem(source, target)
+            elif len(source.shape) == 1 or source.shape[0] < 8:
+                for from_, to in _vectors(source, target):
+                    to[...] = along_columns(from_)
+            else:
+                layout = plgpu.Layout.SMEM_GMEM_COPY(source.shape, source.dtype, _swizzle(source))
+                target[...] = plgpu.load(source, layout=layout, optimized=False)
 
     start() if when is None else pl.when(when)(start)
 
@@ -259,4 +232,17 @@ def stored(under_way: int = 0, *, and_written: bool = False) -> None:
 
     The last so many copies that were started may still be under way.
     """
-    plgpu.wait_smem_to_gmem(under_way, wait_read_only=not and_written)
+    if MACHINE.get().copies == "tma":
+        plgpu.wait_smem_to_gmem(under_way, wait_read_only=not and_written)
+
+
+def _vectors(*several: Ref) -> list[tuple[Ref, ...]]:
+    """The rows of vectors that lie one after another."""
+    if len(several[0].shape) == 1:
+        return [several]
+    return [tuple(x.at[row] for x in several) for row in range(several[0].shape[0])]
+
+
+def _swizzle(ref: Ref) -> int:
+    """Bytes of a row of a tile of `shared`."""
+    return min(128, ref.shape[-1] * jnp.dtype(ref.dtype).itemsize)

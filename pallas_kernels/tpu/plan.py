@@ -52,8 +52,9 @@ class Plan:
         return int(self.erases and self.tiles >= (FEW_EXACT_TILES if self.exact else FEW_TILES))
 
 
-def unsupported(q: Array, v: Array) -> str | None:
-    """Why the kernels cannot take queries and values of these shapes and dtypes; None if they can."""
+def unsupported(inputs: Inputs) -> str | None:
+    """Why the kernels cannot take the op's arrays, of these shapes and dtypes; None if they can."""
+    q, v = inputs.q, inputs.v
     if str(q.dtype) not in ("bfloat16", "float32"):
         return f"the Pallas TPU kernels take bfloat16 and float32, not {q.dtype}"
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):

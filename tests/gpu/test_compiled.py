@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
-CHIPS = ("h100",)  # one for every generation that the kernels are made for
+# One for every generation that the kernels are made for: copies by threads and by a unit of their own, with much shared
+# memory and with little.
+CHIPS = ("h100", "a100", "rtx4090", "b200", "rtxpro6000")
 GATES = ("none", "head", "channel")
 CALLS = ("forward", "backward", "step")
 
@@ -24,6 +26,15 @@ SPILLS = {
     ("channel", "delta_rule_prepare"): 16,
     # Five cotangents of a block beside the levels of the decays.
     ("channel", "delta_rule_gradients"): 200,
+}
+# Where products are of registers, a state and its update have half of them, and operands that a "wgmma" would read from
+# shared memory want 64 more.
+SPILLS_OF_REGISTERS = {
+    "delta_rule_forward": 300,
+    "delta_rule_states": 160,
+    "delta_rule_reverse": 340,
+    "delta_rule_prepare": 90,
+    "delta_rule_gradients": 250,
 }
 # What ptxas may say of products of warpgroups: C7519, that it fences the registers of a left operand by itself.
 HARMLESS = {"C7519"}
@@ -42,9 +53,9 @@ for gate in sys.argv[2:]:
 print(json.dumps(found))
 """
 
+each_chip = pytest.mark.parametrize("chip", [pytest.param(chip, marks=pytest.mark.xdist_group(chip)) for chip in CHIPS])
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("compiler for GPUs"),
     pytest.mark.skipif(
         not (ROOT / ".venv-gpu" / "installed").exists(),
         reason="the compiler for GPUs, in .venv-gpu (make .venv-gpu/installed), is not installed",
@@ -68,23 +79,27 @@ def kernels(chip: str, gate: str, call: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("chip", CHIPS)
+@each_chip
 def test_what_the_compiler_says(chip: str, gate: str, call: str) -> None:
     for kernel in kernels(chip, gate, call):
         assert kernel["serialised"] == [], kernel["name"]
         assert set(kernel["warnings"]) <= HARMLESS, kernel["name"]
-        assert kernel["spill_stores"] <= SPILLS.get((gate, kernel["name"]), 0), kernel["name"]
+        spills = SPILLS_OF_REGISTERS.get(kernel["name"], 0) if chip != "h100" else SPILLS.get((gate, kernel["name"]), 0)
+        assert kernel["spill_stores"] <= spills, kernel["name"]
         assert kernel["together"] >= 1, kernel["name"]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@each_chip
 def test_machine_code_multiplies_what_the_jaxpr_does(chip: str) -> None:
-    """So loops were told apart, and run as often as they are taken to."""
+    """So loops were told apart, and run as often as they are taken to.
+
+    Of products of registers the compiler leaves out some of which nothing is read, and may take a turn of two apart.
+    """
     rows = compiled(chip)
     assert {"delta_rule_prepare", "delta_rule_forward"} <= {kernel["name"] for kernel in rows[0]["kernels"]}
     for row in rows:
         for kernel in row["kernels"]:
             in_code, in_jaxpr = kernel["multiply_adds"]
-            assert in_code == in_jaxpr, kernel["name"]
+            assert in_code == in_jaxpr if chip == "h100" else 0.5 * in_jaxpr <= in_code <= in_jaxpr, kernel["name"]
             assert kernel["cycles"] > kernel["issue"] > kernel["instructions"]
         assert row["kernels"] and (row["call"] == "step") == (row["kernels"][0]["multiply_adds"][0] == 0)

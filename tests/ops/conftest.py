@@ -22,21 +22,25 @@ def _named(node):
 
 # The kernels see the arrays of another member, with other numbers in them.
 ALIKE = {"negative_eigenvalues": "delta_net", "kaczmarz": "gated_delta_net"}
-# Of the form that "xla" has on accelerators, whose factors are those of the CPU's: both kinds of gate, erase keys of their
-# own, and several writes a token.
+# What is not slow of those that share most of their code with others. Of the form that "xla" has on accelerators, whose
+# factors are those of the CPU's: both kinds of gate, erase keys of their own, and several writes a token.
 QUICK = {
-    "test_float32_on_hard_inputs": ("gated_delta_net", "gated_delta_net_2", "gated_delta_product"),
-    "test_bfloat16_is_as_good_as_rounding_the_inputs": ("gated_delta_net", "gated_delta_net_2"),
-    "test_packed_segments_equal_separate_calls": ("gated_delta_net",),
-    "test_what_is_not_finite_reaches_no_other_segment": ("gated_delta_product",),
-    "test_states_pass_through_groups_of_chunks": ("gated_delta_net",),
+    "xla_parallel": {
+        "test_float32_on_hard_inputs": ("gated_delta_net", "gated_delta_net_2", "gated_delta_product"),
+        "test_bfloat16_is_as_good_as_rounding_the_inputs": ("gated_delta_net", "gated_delta_net_2"),
+        "test_packed_segments_equal_separate_calls": ("gated_delta_net",),
+        "test_what_is_not_finite_reaches_no_other_segment": ("gated_delta_product",),
+        "test_states_pass_through_groups_of_chunks": ("gated_delta_net",),
+    },
+    "mosaic_mma": {"test_bfloat16_is_as_good_as_rounding_the_inputs": ("gated_delta_net", "gated_delta_net_2")},
 }
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
-        if _named(item) == "xla_parallel" and item.callspec.params["member"] not in QUICK.get(item.originalname, ()):
+        quick = QUICK.get(_named(item))
+        if quick is not None and item.callspec.params.get("member") not in quick.get(item.originalname, ()):
             item.add_marker(pytest.mark.slow)
     kernels = [item for item in items if _of_kernels(item) and _of_kernels(item)[1]]
     for item in kernels:
@@ -67,6 +71,6 @@ def _interpreted_where_asked_for(request):
     _Compiled.about = about
     with TRIALS[name].interpreted():
         yield
-    if name == "mosaic_gpu":
+    if name in ("mosaic_gpu", "mosaic_mma"):
         jax.clear_caches()
         _Compiled.about = None

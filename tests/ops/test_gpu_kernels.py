@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from delta_jax import delta_rule
-from delta_jax.ops import device, implementations
+from delta_jax.ops import implementations
+from delta_jax.ops.arguments import Arguments
+from delta_jax.ops.implementations import choose
 from delta_jax.testing import (
     MEMBERS,
     TRIALS,
@@ -17,10 +19,12 @@ from delta_jax.testing import (
     interpreted_gpu,
     op_of,
     problem,
+    reference,
     relative_error,
     step_of,
 )
-from pallas_kernels.gpu import plan
+from pallas_kernels import devices
+from pallas_kernels.gpu import machine, plan
 
 SIZES = TRIALS["mosaic_gpu"].sizes
 each_member = pytest.mark.parametrize("member", MEMBERS)
@@ -107,7 +111,7 @@ def test_many_chunks_go_through_the_ring():
 def test_pieces_of_a_sequence_join_exactly(member, segments, monkeypatch):
     """Four pieces of one chunk; a segment ends in the second."""
     monkeypatch.setattr(plan, "JOIN", 0.0)
-    assert plan.pieces_of(1, 4, 64, 64, exact=False) == 4
+    assert plan.pieces_of(machine.HOPPER, 1, 4, 64, 64, exact=False) == 4
     inputs, cotangents = problem(member, time=250, shape=(1, 1, 1, 64, 64))
     segment_ids = np.repeat([1, segments], [100, 150])[None]
     check(member, inputs, cotangents, segment_ids=segment_ids)
@@ -115,11 +119,11 @@ def test_pieces_of_a_sequence_join_exactly(member, segments, monkeypatch):
 
 def test_when_a_sequence_is_cut():
     """A few heads and many chunks; the programs of the pass over the pieces fit the multiprocessors."""
-    assert plan.pieces_of(1, 8192 // 64, 128, 128, exact=True) == 4
-    assert plan.pieces_of(1, 131072 // 64, 128, 128, exact=True) == 16
-    assert plan.pieces_of(8, 131072 // 64, 128, 128, exact=True) == 4
-    assert plan.pieces_of(32, 131072 // 64, 128, 128, exact=True) == 1
-    assert plan.pieces_of(1, 1024 // 64, 128, 128, exact=True) == 1
+    assert plan.pieces_of(machine.HOPPER, 1, 8192 // 64, 128, 128, exact=True) == 4
+    assert plan.pieces_of(machine.HOPPER, 1, 131072 // 64, 128, 128, exact=True) == 16
+    assert plan.pieces_of(machine.HOPPER, 8, 131072 // 64, 128, 128, exact=True) == 4
+    assert plan.pieces_of(machine.HOPPER, 32, 131072 // 64, 128, 128, exact=True) == 1
+    assert plan.pieces_of(machine.HOPPER, 1, 1024 // 64, 128, 128, exact=True) == 1
 
 
 @some_members
@@ -161,11 +165,51 @@ def test_step_by_step_equals_the_whole(member):
     assert relative_error(state, final) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("generation", "member", "shape"),
+    [
+        ("sm_80", "gated_delta_net", (1, 1, 2, 128, 64)),  # copied by threads, two chunks in shared memory
+        ("sm_86", "gated_delta_net_2", (1, 1, 1, 128, 64)),  # one chunk, keys in two groups
+        ("sm_90", "delta_net", (1, 1, 1, 64, 64)),  # room for several chunks
+    ],
+)
+def test_by_what_every_generation_has(generation, member, shape):
+    inputs, cotangents = problem(member, time=130, shape=shape)
+    with interpreted_gpu(generation):
+        got = evaluate(member, inputs, jnp.bfloat16, cotangents, implementation="mosaic_mma")
+    assert beyond_rounding(member, "plain", inputs, cotangents, got) == []
+
+
+@pytest.mark.parametrize(
+    ("member", "implementation"), [("gated_delta_net", "mosaic_gpu"), ("gated_delta_net_2", "mosaic_mma")]
+)
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 2**-14), ("float16", 2**-10)])
+def test_float32_and_float16_are_split(member, implementation, dtype, limit):
+    inputs, cotangents = problem(member, **SIZES)
+    inputs, cotangents = jax.tree.map(lambda x: np.asarray(x, dtype).astype(np.float64), (inputs, cotangents))
+    got = evaluate(member, inputs, jnp.dtype(dtype), cotangents, implementation=implementation)
+    for name, x in reference(member, inputs, cotangents).items():
+        assert relative_error(got[name], x) < limit, name
+
+
+def test_what_fits_no_shared_memory_is_refused():
+    """Float32 is twice as large; a kernel that is proven for bfloat16 is no automatic choice for it."""
+    q = jnp.ones((1, 4, 2, 128), jnp.float32)
+    with interpreted_gpu("sm_89"):
+        with pytest.raises(
+            ValueError, match=r"with keys of 128 in float32 .* KiB of shared memory, and this GPU has 99"
+        ):
+            delta_rule(q, q, q, implementation="pallas")
+        assert choose(None, Arguments(q, q, q, None, None, None, None, None)).name == "xla"
+    half = q.astype(jnp.bfloat16)
+    assert choose(None, Arguments(q, q, q, None, None, None, None, None)).name == "xla"
+    assert choose(None, Arguments(half, half, half, None, None, None, None, None)).name == "mosaic_gpu"
+
+
 def test_what_they_refuse():
     q = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
     wide = jnp.ones((1, 4, 2, 192), jnp.bfloat16)
     for arguments, message in (
-        ((q.astype(jnp.float32),) * 3, "the Pallas GPU kernels take bfloat16, not float32"),
         ((wide, wide, q), "the Pallas GPU kernels take key sizes of 64, 128, 256, not 192"),
         ((q, q, wide), "the Pallas GPU kernels take value sizes of 64, 128, 256, 512, not 192"),
     ):
@@ -173,6 +217,6 @@ def test_what_they_refuse():
             delta_rule(*arguments, implementation="mosaic_gpu")
         assert delta_rule(*arguments)[0].shape == arguments[2].shape  # the automatic choice finds another way
     assert implementations()["pallas"] is None
-    with mock.patch.object(device, "hopper", return_value=False):
+    with mock.patch.object(devices, "generation", return_value=None):  # a GPU of another maker
         assert "this is another GPU" in implementations()["pallas"]
         assert delta_rule(q, q, q)[0].shape == q.shape
