@@ -16,10 +16,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import jax
-
 from benchmarks.gpu_schedule.compiler import schedule, traced_for  # sets the environment: before what imports JAX
 
+import jax  # isort: skip
 from benchmarks.gpu_schedule import CHIPS  # isort: skip
 from benchmarks.gpu_schedule.page import page, tables  # isort: skip
 from benchmarks.gpu_schedule.published import published  # isort: skip

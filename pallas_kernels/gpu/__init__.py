@@ -36,7 +36,7 @@ class Kernels:
         return plan.unsupported(self._machine(), inputs)
 
     @property
-    def forward(self) -> Callable[..., tuple[Array, Array, None]]:
+    def forward(self) -> Callable[..., tuple[Array, Array, Any]]:
         return functools.partial(op.forward, self._machine())
 
     @property

@@ -28,9 +28,9 @@ class Tokens(NamedTuple):
 class Prepared(NamedTuple):
     """What is known of every chunk before the state is; the last four with a gate per channel, in the plan's `split`."""
 
-    p: Any  # P in the plan's `parts`, in the forward in its `split`: bfloat16 [batch, heads, chunks, 64, 64] each
+    p: Any  # P in the plan's `split`, bfloat16 [batch, heads, chunks, 64, 64] each
     x: Ref  # X, split: bfloat16 [batch, heads, chunks, 2, 64, 64]
-    a: Any  # A for the backward, likewise
+    a: Any  # A for the backward, in the plan's `parts`
     query_in: Any  # scale exp(G) Q, bfloat16 [batch, time, heads * key] each
     erase_in: Any  # exp(G) E, likewise
     keys_out: Any  # exp(Z) K, likewise
@@ -61,7 +61,7 @@ def of_pieces(plan: Plan) -> jax.ShapeDtypeStruct:
 def prepared_shapes(plan: Plan, *, for_backward: bool) -> Prepared:
     decayed = (of_tokens(plan, plan.key),) * plan.split if plan.gate == "channel" else None
     return Prepared(
-        p=(of_chunks(plan, CHUNK, CHUNK),) * (plan.parts if for_backward else plan.split),
+        p=(of_chunks(plan, CHUNK, CHUNK),) * plan.split,
         x=of_chunks(plan, 2, CHUNK, CHUNK) if plan.erases else None,
         a=(of_chunks(plan, CHUNK, CHUNK),) * plan.parts if plan.erases and for_backward else None,
         query_in=decayed,

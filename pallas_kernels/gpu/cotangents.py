@@ -28,8 +28,8 @@ WRITES, READS = range(2)  # the last with a gate per head
 class Inputs(NamedTuple):
     tokens: Tokens
     done: Any  # `Prepared`; the keys have no use for it
-    y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads * value] each
-    d_b: Any  # dB, likewise
+    y: Any  # Y in the plan's `split`, bfloat16 [batch, time, heads * value] each
+    d_b: Any  # dB in its `parts`, likewise
     d_o: Any  # in the plan's `split`
     states: Any  # before every chunk in the plan's `split`, bfloat16 [batch, heads, chunks, key, value] each
     d_states: Any  # the cotangents of those after it, likewise
@@ -181,7 +181,9 @@ def _of_values(plan: Plan, inputs: Inputs, here: Program) -> Products:
         channels = pl.ds(step * plan.step, plan.step)
         now = (batch, pl.ds(chunk * CHUNK, CHUNK), channels_of(head, plan.value, step, plan.step))
         states = (batch, head, chunk, rows, channels)
-        y, d_b, d_o = jax.tree.map(lambda x: x.at[now], (inputs.y, inputs.d_b if plan.erases else None, inputs.d_o))
+        y, d_b, d_o = jax.tree.map(
+            lambda x: x.at[now], (inputs.y, inputs.d_b[: plan.split] if plan.erases else None, inputs.d_o)
+        )
         return Values(y, d_b, d_o, places_of(inputs.states, states), places_of(inputs.d_states, states))
 
     def sums(here: Values) -> list[mm.Pairs]:

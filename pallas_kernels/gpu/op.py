@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.batching import joins_batch
-from pallas_kernels.gpu.arrays import BETA, START, Tokens
+from pallas_kernels.gpu.arrays import BETA, START, Prepared, Tokens
 from pallas_kernels.gpu.cotangents import READS, WRITES
-from pallas_kernels.gpu.cotangents import Inputs as Kept
+from pallas_kernels.gpu.cotangents import Inputs as Given
 from pallas_kernels.gpu.gradients import gradients
 from pallas_kernels.gpu.machine import Machine
 from pallas_kernels.gpu.pieces import ends_of_pieces, starts_of_pieces
@@ -24,6 +24,15 @@ from pallas_kernels.gpu.scores import COLUMNS, DIRECT, PAIRS
 from pallas_kernels.inputs import Inputs, base_two, gate_gradient, padded, suffix_sums, with_resets
 
 
+class Kept(NamedTuple):
+    """What the backward needs of the forward."""
+
+    done: Prepared
+    y: Any  # of `ScanResults`
+    states: Any
+    transitions: Array | None  # of `pallas_kernels.gpu.pieces`
+
+
 def forward(
     machine: Machine,
     arrays: Inputs,
@@ -33,26 +42,26 @@ def forward(
     scale: float,
     erases: bool,
     keep: bool,
-) -> tuple[Array, Array, None]:
+) -> tuple[Array, Array, Kept | None]:
     """Outputs over all tokens, `[batch, time, heads, value]`, and final states, `[batch, heads, key, value]`.
 
     The arrays are those of the op with one write a token, `erase=None` erases with `k` unless `erases` is false, `reset`
-    `[batch, time]` is true where a segment starts; `plan.unsupported` tells what the kernels cannot take. Nothing is
-    kept for `backward`, whatever `keep` says.
+    `[batch, time]` is true where a segment starts; `plan.unsupported` tells what the kernels cannot take. With
+    `keep` also what `backward` needs of it.
     """
-    del keep
     inputs = _inputs(machine, arrays, reset)
 
-    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array]:
+    def run(inputs: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         plan = plan_of(machine, inputs, scale, erases)
         tokens = tokens_of(inputs, plan)
-        done = prepare(plan, tokens, for_backward=False)
-        starts, _ = starts_of_pieces(plan, tokens, done, _float32(initial_state))
-        results = scan(plan, tokens, done, starts, want="outputs")
-        return _by_head(_whole(results.o, inputs.v.dtype), plan.heads), results.state[:, :, -1]
+        done = prepare(plan, tokens, for_backward=keep)
+        starts, transitions = starts_of_pieces(plan, tokens, done, _float32(initial_state))
+        results = scan(plan, tokens, done, starts, want="kept" if keep else "outputs")
+        kept = Kept(done, results.y, results.states, transitions) if keep else None
+        return _by_head(_whole(results.o, inputs.v.dtype), plan.heads), results.state[:, :, -1], kept
 
-    o, state = joins_batch(run)(inputs, initial_state)
-    return o[:, : arrays.v.shape[1]], state, None
+    o, state, kept = joins_batch(run)(inputs, initial_state)
+    return o[:, : arrays.v.shape[1]], state, kept
 
 
 def backward(
@@ -60,7 +69,7 @@ def backward(
     arrays: Inputs,
     initial_state: Array | None,
     reset: Array | None,
-    kept: None,
+    kept: Kept,
     d_o: Array,
     d_state: Array,
     *,
@@ -69,13 +78,13 @@ def backward(
 ) -> tuple[Inputs, Array]:
     """Cotangents of the arrays of `forward`, and always, in float32, of the initial state.
 
-    They follow from the cotangents of its results. Once: this has no gradient itself.
+    They follow from what `forward` kept, and the cotangents of its results. Once: this has no gradient itself.
     """
-    del kept
+    del initial_state
     inputs, pull = jax.vjp(lambda arrays: _inputs(machine, arrays, reset), arrays)
     d_o = jnp.pad(d_o, ((0, 0), (0, inputs.v.shape[1] - arrays.v.shape[1]), (0, 0), (0, 0)))
     find = joins_batch(functools.partial(_cotangents, machine, scale, erases))
-    d_inputs, d_state = find(inputs, initial_state, d_o, d_state)
+    d_inputs, d_state = find(inputs, kept, d_o, d_state)
     (d_arrays,) = pull(d_inputs)
     return d_arrays, d_state
 
@@ -115,19 +124,17 @@ def _cotangents(
     scale: float,
     erases: bool,
     inputs: Inputs,
-    initial_state: Array | None,
+    kept: Kept,
     d_o: Array,
     d_state: Array,
 ) -> tuple[Inputs, Array]:
     """Cotangents of the inputs and, in float32, of the initial state."""
     plan = plan_of(machine, inputs, scale, erases)
     tokens = tokens_of(inputs, plan)
-    done = prepare(plan, tokens, for_backward=True)
-    starts, transitions = starts_of_pieces(plan, tokens, done, _float32(initial_state))
-    again = scan(plan, tokens, done, starts, want="states")
+    done = kept.done
     of_o = _split(_side_by_side(d_o), plan)
-    back = reverse(plan, tokens, done, of_o, ends_of_pieces(plan, tokens, done, of_o, d_state, transitions))
-    found, one = gradients(plan, Kept(tokens, done, again.y, back.d_b, of_o, again.states, back.d_states))
+    back = reverse(plan, tokens, done, of_o, ends_of_pieces(plan, tokens, done, of_o, d_state, kept.transitions))
+    found, one = gradients(plan, Given(tokens, done, kept.y, back.d_b, of_o, kept.states, back.d_states))
 
     def of_heads(parts: tuple[Array, ...], heads: int) -> Array:
         """The sum over the value heads that share a head."""

@@ -49,11 +49,28 @@ class Plan:
 
     @property
     def parts(self) -> int:
-        """In how many of bfloat16 the backward keeps Y, dB, A and P, at least.
+        """In how many of bfloat16 the backward has dB and A, at least.
 
         The gradient of a gate of a head sums their products over many tokens; where keys repeat, these sums cancel.
         """
         return 2 if self.gate == "head" else self.split
+
+    @property
+    def places(self) -> int:
+        """Where the forward pass stores the states and Y: with two, those of the chunk before may be under way."""
+        return 2 if self.machine.places > 1 and self._kept(2) <= self.machine.shared_bytes else 1
+
+    def _chunk(self) -> int:
+        """Matrices of 64 x 64 that a chunk of the ring takes."""
+        return self.split * (self.key_blocks * (2 + self.own_erase) + 2) + 2
+
+    def _kept(self, places: int) -> int:
+        """Bytes of shared memory of the forward pass, with one chunk in the ring."""
+        state = self.split * self.key_blocks
+        stored = (
+            places * (state + self.split) + self.split if places > 1 else self.split + (state if self.key > 128 else 0)
+        )
+        return (self._chunk() + stored) * 2 * CHUNK * BLOCK + 3 * 1024
 
     @property
     def own_erase(self) -> bool:
@@ -74,18 +91,14 @@ class Plan:
     def shared_bytes(self) -> int:
         """Of shared memory, what the largest kernel takes at least: matrices of 64 x 64, and three kilobytes for the rest.
 
-        Those are the three passes over the sequence, with one chunk in the ring, and the gradients.
+        Those are the passes over the sequence, with one chunk in the ring, and the gradients.
         """
         split, keys, places = self.split, self.key_blocks, self.machine.places
-        state = 0 if self.key <= 128 else split * keys  # as an operand, where registers have no room for it
-        chunk = split * (keys * (2 + self.own_erase) + 2) + 2
-        forward = chunk + split + state
-        states = chunk - split * (keys + 1) + places * (split * keys + self.parts)
-        reverse = chunk + max(self.parts, split * (keys if places > 1 or state else 1))
-        values = places * (2 * self.parts + 3 * split) * self.step // BLOCK + 1
+        reverse = self._chunk() + max(self.parts, split * (keys if places > 1 or self.key > 128 else 1))
+        values = places * 5 * split * self.step // BLOCK + 1
         levels = 2 * split + 2 if self.gate == "channel" else 0
         gradients = split * (4 + (self.erase_heads > 0)) + 2 * (self.gate == "channel") + max(values, levels)
-        return max(forward, states, reverse, gradients) * 2 * CHUNK * BLOCK + 3 * 1024
+        return max(self._kept(1), max(reverse, gradients) * 2 * CHUNK * BLOCK + 3 * 1024)
 
 
 def pieces_of(machine: Machine, heads: int, chunks: int, key: int, value: int, *, exact: bool) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.gpu import products as mm
 from pallas_kernels.gpu import warpgroup as wg
@@ -26,33 +27,33 @@ from pallas_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from pallas_kernels.gpu.ring import Chunk, Chunks, PassInputs, Ring, grid_of, program, ring_shapes
 from pallas_kernels.gpu.warpgroup import Ref
 
-Want = Literal["outputs", "states", "ends"]
+Want = Literal["outputs", "kept", "ends"]
 
 
 class ScanResults(NamedTuple):
-    """What the forward gives, the first two; or the backward wants to know again, the last two; or the ends of pieces."""
+    """What the forward gives, the first two; and what is kept for the backward, the last two."""
 
     o: Any  # in the plan's `split`, bfloat16 [batch, time, heads * value] each
     state: Ref  # after every piece, float32 [batch, heads, pieces, key, value]
     states: Any  # the state before every chunk in the plan's `split`, bfloat16 [batch, heads, chunks, key, value] each
-    y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads * value] each
+    y: Any  # Y likewise, bfloat16 [batch, time, heads * value] each
 
 
 class ScanScratch(NamedTuple):
-    """What is stored in every chunk has the machine's `places`."""
+    """What is stored in every chunk has the plan's `places`; with one, all that is stored has the same place in turn."""
 
     ring: Ring
     old: Ref  # the parts of the state in every place where it is stored, else where it is an operand: [key, 64] each
-    out: Ref  # those of O, or of Y in every place: [64, 64] each
+    out: Ref  # those of O, and of Y in every place: [64, 64] each
 
 
 def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, want: Want) -> ScanResults:
-    """Outputs and final states; or the states before every chunk and Y; or the states after every piece.
+    """Outputs and final states, also with the states before every chunk and Y; or the states after every piece alone.
 
     `state` is that before every piece, float32 `[batch, heads, pieces, key, value]`, None for zero. The ends of pieces are
     joined to others: there the state is read, and written to, with operands of two parts.
     """
-    outputs, states = want == "outputs", want == "states"
+    outputs, kept = want != "ends", want == "kept"
 
     def body(inputs: PassInputs, results: ScanResults, scratch: ScanScratch) -> None:
         at = program(plan)
@@ -61,8 +62,9 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
 
         def leave(step: Array, o: list[Array], *, if_any: bool = False) -> None:
             """Writes the outputs of the chunk before a step; with `if_any` there may be none."""
-            wg.stored()
-            tiles = wg.along_first(scratch.out)
+            # Y of the chunk before and the state of this one may be under way, and what is older may not.
+            wg.stored(under_way=2 * plan.split if kept and plan.places > 1 else 0)
+            tiles = wg.along_first(scratch.out)[: plan.split]
             for tile, part in zip(tiles, o, strict=True):
                 wg.put_turned(tile, part)
             target = places_of(results.o, at.tokens(first_chunk + step - 1))
@@ -79,17 +81,16 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
             last, o = lax.fori_loop(0, plan.piece, chunk, (first, nothing))
             if o is not None:
                 leave(jnp.int32(plan.piece), o)
-            if not states:
-                wg.put(results.state.at[at.edge], last)
+            wg.put(results.state.at[at.edge], last)
             wg.stored(and_written=True)
 
         chunks.go_over(compute)
 
     results = ScanResults(
         o=(of_tokens(plan, plan.value),) * plan.split if outputs else None,
-        state=of_pieces(plan) if not states else None,
-        states=(of_chunks(plan, plan.key, plan.value),) * plan.split if states else None,
-        y=(of_tokens(plan, plan.value),) * plan.parts if states else None,
+        state=of_pieces(plan),
+        states=(of_chunks(plan, plan.key, plan.value),) * plan.split if kept else None,
+        y=(of_tokens(plan, plan.value),) * plan.split if kept else None,
     )
     found: ScanResults = wg.kernel(
         plan.machine,
@@ -98,21 +99,21 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
         results,
         _scratch_shapes(plan, want),
         grid_of(plan),
-        {"outputs": "delta_rule_forward", "states": "delta_rule_states", "ends": "delta_rule_ends"}[want],
+        "delta_rule_forward" if outputs else "delta_rule_ends",
         warpgroups=1 + plan.machine.fetching,
     )
-    return found if states else found._replace(state=found.state.mT)
+    return found._replace(state=found.state.mT)
 
 
 def _scratch_shapes(plan: Plan, want: Want) -> ScanScratch:
-    ends, states, places = want == "ends", want == "states", plan.machine.places
-    others: dict[str, Any] = {
-        "old": None,
-        "out": None if ends else wg.shared(places * plan.parts if states else plan.split, CHUNK, BLOCK),
-    }
-    if states or not in_registers(plan):
-        others["old"] = wg.shared(places * plan.split if states else _parts_of_state(plan, want), plan.key, BLOCK)
-    ring = ring_shapes(plan, others, scores=want == "outputs")
+    kept, places = want == "kept", plan.places
+    others: dict[str, Any] = {"old": None, "out": None}
+    if want != "ends":
+        others["out"] = wg.shared((1 + places if kept and places > 1 else 1) * plan.split, CHUNK, BLOCK)
+    if (kept and places > 1) or not in_registers(plan):
+        count = places * plan.split if kept else _parts_of_state(plan, want)
+        others["old"] = wg.shared(count, plan.key, BLOCK)
+    ring = ring_shapes(plan, others, scores=want != "ends")
     return ScanScratch(ring=ring, **others)
 
 
@@ -130,14 +131,16 @@ def _chunk(
 
     The outputs of a chunk, bfloat16 `[64, 64]`, are written while the first products of the next are under way.
     """
-    outputs, states = want == "outputs", want == "states"
+    outputs, kept = want != "ends", want == "kept"
     plan, at, here, index = chunks.plan, chunks.at, chunks.slot(step), chunks.chunk_of(step)
-    now, block, turn = at.tokens(index), BLOCK, lax.rem(index, plan.machine.places)
+    now, block, turn = at.tokens(index), BLOCK, lax.rem(index, plan.places)
     places: tuple[Any, ...] = ()
     if scratch.old is not None:
         places = wg.along_first(scratch.old)
-        if states:
+        if kept:
             places = tuple(scratch.old.at[turn * plan.split + n] for n in range(plan.split))
+    elif kept:
+        places = wg.along_first(scratch.out)
 
     def scalar(kind: int) -> Array:
         return wg.each_column(wg.along_columns(here.scalars.at[kind]), block)
@@ -146,12 +149,15 @@ def _chunk(
         old: Any = wg.split_of(state, _parts_of_state(plan, want))
 
         def leave_state() -> None:
-            if states:
-                wg.stored(under_way=(plan.machine.places - 1) * (plan.split + plan.parts))
-            for ref, part in zip(places, old, strict=True):
-                wg.put_turned(ref, part)
-            if states:
-                wg.store((places, places_of(results.states, (at.batch, at.head, index, slice(None), at.channels))))
+            rows = places[0].shape[0]
+            for start in range(0, plan.key, rows):
+                if kept and plan.places == 1:
+                    wg.stored()
+                for ref, part in zip(places, old, strict=True):
+                    wg.put_turned(ref, part if rows == plan.key else lax.slice(part, (0, start), (block, start + rows)))
+                if kept:
+                    where = (at.batch, at.head, index, pl.ds(start, rows), at.channels)
+                    wg.store((places, places_of(results.states, where)))
 
         if not in_registers(plan):
             leave_state()
@@ -168,7 +174,7 @@ def _chunk(
             erased = erased * (0.0 - scalar(START)) if plan.gate == "head" else 0.0 - erased
             y.start(wg.zeros(*tokens))
             y.add((wg.split_of(unknown + erased, 2), wg.turned(wg.along_first(here.x))))
-        if states and in_registers(plan):
+        if kept and in_registers(plan):
             leave_state()  # while products are under way
         if o is not None:
             leave(o)
@@ -183,8 +189,12 @@ def _chunk(
         if outputs:
             among.start(reads)
             among.add((wg.split_of(new, plan.split), wg.turned(here.p)))
-        if states:
-            parts = tuple(scratch.out.at[turn * plan.parts + n] for n in range(plan.parts))
+        if kept:
+            parts = wg.along_first(scratch.out)
+            if plan.places > 1:
+                parts = tuple(scratch.out.at[(1 + turn) * plan.split + n] for n in range(plan.split))
+            else:
+                wg.stored()
             wg.put_turned(parts, left)
             wg.store((parts, places_of(results.y, now)))
         after = update.value(under_way=outputs)
