@@ -28,8 +28,8 @@ WRITES, READS = range(2)  # the last with a gate per head
 class Inputs(NamedTuple):
     tokens: Tokens
     done: Any  # `Prepared`; the keys have no use for it
-    y: Any  # Y in the plan's `split`, bfloat16 [batch, time, heads * value] each
-    d_b: Any  # dB in its `parts`, likewise
+    y: Any  # Y in the plan's `parts`, bfloat16 [batch, time, heads * value] each
+    d_b: Any  # dB likewise
     d_o: Any  # in the plan's `split`
     states: Any  # before every chunk in the plan's `split`, bfloat16 [batch, heads, chunks, key, value] each
     d_states: Any  # the cotangents of those after it, likewise

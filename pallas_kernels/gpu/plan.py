@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def parts(self) -> int:
-        """In how many of bfloat16 the backward has dB and A, at least.
+        """In how many of bfloat16 the backward has Y, dB and A, at least.
 
         The gradient of a gate of a head sums their products over many tokens; where keys repeat, these sums cancel.
         """
@@ -67,9 +67,9 @@ class Plan:
     def _kept(self, places: int) -> int:
         """Bytes of shared memory of the forward pass, with one chunk in the ring."""
         state = self.split * self.key_blocks
-        stored = (
-            places * (state + self.split) + self.split if places > 1 else self.split + (state if self.key > 128 else 0)
-        )
+        stored = self.parts + (state if self.key > 128 else 0)
+        if places > 1:
+            stored = places * (state + self.parts) + self.split
         return (self._chunk() + stored) * 2 * CHUNK * BLOCK + 3 * 1024
 
     @property

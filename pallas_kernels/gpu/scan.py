@@ -36,7 +36,7 @@ class ScanResults(NamedTuple):
     o: Any  # in the plan's `split`, bfloat16 [batch, time, heads * value] each
     state: Ref  # after every piece, float32 [batch, heads, pieces, key, value]
     states: Any  # the state before every chunk in the plan's `split`, bfloat16 [batch, heads, chunks, key, value] each
-    y: Any  # Y likewise, bfloat16 [batch, time, heads * value] each
+    y: Any  # Y in its `parts`, bfloat16 [batch, time, heads * value] each
 
 
 class ScanScratch(NamedTuple):
@@ -63,7 +63,7 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
         def leave(step: Array, o: list[Array], *, if_any: bool = False) -> None:
             """Writes the outputs of the chunk before a step; with `if_any` there may be none."""
             # Y of the chunk before and the state of this one may be under way, and what is older may not.
-            wg.stored(under_way=2 * plan.split if kept and plan.places > 1 else 0)
+            wg.stored(under_way=plan.parts + plan.split if kept and plan.places > 1 else 0)
             tiles = wg.along_first(scratch.out)[: plan.split]
             for tile, part in zip(tiles, o, strict=True):
                 wg.put_turned(tile, part)
@@ -90,7 +90,7 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
         o=(of_tokens(plan, plan.value),) * plan.split if outputs else None,
         state=of_pieces(plan),
         states=(of_chunks(plan, plan.key, plan.value),) * plan.split if kept else None,
-        y=(of_tokens(plan, plan.value),) * plan.split if kept else None,
+        y=(of_tokens(plan, plan.value),) * plan.parts if kept else None,
     )
     found: ScanResults = wg.kernel(
         plan.machine,
@@ -109,7 +109,8 @@ def _scratch_shapes(plan: Plan, want: Want) -> ScanScratch:
     kept, places = want == "kept", plan.places
     others: dict[str, Any] = {"old": None, "out": None}
     if want != "ends":
-        others["out"] = wg.shared((1 + places if kept and places > 1 else 1) * plan.split, CHUNK, BLOCK)
+        count = plan.split + places * plan.parts if places > 1 else plan.parts
+        others["out"] = wg.shared(count if kept else plan.split, CHUNK, BLOCK)
     if (kept and places > 1) or not in_registers(plan):
         count = places * plan.split if kept else _parts_of_state(plan, want)
         others["old"] = wg.shared(count, plan.key, BLOCK)
@@ -140,7 +141,7 @@ def _chunk(
         if kept:
             places = tuple(scratch.old.at[turn * plan.split + n] for n in range(plan.split))
     elif kept:
-        places = wg.along_first(scratch.out)
+        places = wg.along_first(scratch.out)[: plan.split]
 
     def scalar(kind: int) -> Array:
         return wg.each_column(wg.along_columns(here.scalars.at[kind]), block)
@@ -192,7 +193,7 @@ def _chunk(
         if kept:
             parts = wg.along_first(scratch.out)
             if plan.places > 1:
-                parts = tuple(scratch.out.at[(1 + turn) * plan.split + n] for n in range(plan.split))
+                parts = tuple(scratch.out.at[plan.split + turn * plan.parts + n] for n in range(plan.parts))
             else:
                 wg.stored()
             wg.put_turned(parts, left)

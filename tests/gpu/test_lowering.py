@@ -14,7 +14,7 @@ KERNELS = {
     "forward": ("delta_rule_prepare", "delta_rule_forward"),
     "backward": (
         "delta_rule_prepare",
-        "delta_rule_states",
+        "delta_rule_forward",
         "delta_rule_reverse",
         "delta_rule_scores",
         "delta_rule_gradients",
@@ -72,7 +72,6 @@ def _loss(inputs: dict[str, jax.Array]) -> jax.Array:
     return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(state**2)
 
 
-# A backward lowers all kernels but the forward pass, whose body it shares.
 @pytest.mark.parametrize(
     ("direction", "model", "time"),
     [

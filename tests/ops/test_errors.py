@@ -222,5 +222,5 @@ def test_implementations_say_why_not():
     reasons = implementations()
     assert reasons["recurrent"] is None
     assert reasons["xla"] is None
-    assert reasons["pallas"] == f"{reasons['mosaic_tpu']}; {reasons['mosaic_gpu']}"
+    assert reasons["pallas"] == "; ".join(filter(None, (reasons[f"mosaic_{name}"] for name in ("tpu", "gpu", "mma"))))
     assert "run on TPUs, and this is a cpu" in reasons["mosaic_tpu"]

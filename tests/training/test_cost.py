@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from delta_jax.compiled.jaxpr import Loop, kernel_calls
 from delta_jax.parallel import MeshConfig, make_mesh
 from delta_jax.training.cost import collective_bytes, product_flops
-from pallas_kernels.gpu import warpgroup
+from pallas_kernels.gpu import products, warpgroup
+from pallas_kernels.gpu.machine import HOPPER
 
 X, W = jnp.ones((8, 16)), jnp.ones((16, 16))
 
@@ -68,14 +69,16 @@ def test_kernels_for_gpus_count_what_their_tiles_multiply_once_a_program() -> No
             tiles, ready = scratch
             warpgroup.load(ready, (x, tiles))
             warpgroup.loaded(ready)
-            ((total,), _) = warpgroup.products_over(
+            ((total,), _) = products.products_over(
                 4, lambda n, last: ([[(tiles.at[n], tiles.at[0])]], last), 0, (64, 64)
             )
-            tiles[0] = (total + warpgroup.product((tiles.at[1], tiles.at[2]))).astype(jnp.bfloat16)
+            tiles[0] = (total + products.product((tiles.at[1], tiles.at[2]))).astype(jnp.bfloat16)
             warpgroup.store((tiles.at[0], out))
 
         scratch = (warpgroup.shared(4, 64, 64), plgpu.Barrier())
-        return warpgroup.kernel(body, x, jax.ShapeDtypeStruct((64, 64), jnp.bfloat16), scratch, {"one": 3}, "powers")
+        return warpgroup.kernel(
+            HOPPER, body, x, jax.ShapeDtypeStruct((64, 64), jnp.bfloat16), scratch, {"one": 3}, "powers"
+        )
 
     jaxpr = jax.make_jaxpr(powers)(jnp.ones((4, 64, 64), jnp.bfloat16))
     assert product_flops(jaxpr) == 3 * (4 + 1) * 2 * 64**3
