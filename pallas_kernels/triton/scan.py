@@ -13,7 +13,7 @@ from jax import Array
 from pallas_kernels.triton.launch import Kernel, call
 
 CHUNK = 64
-BLOCK = 64  # channels of a value that a program takes
+BLOCK = 32  # channels of a value that a program takes: more need more shared memory than an MI300 has, 64 KB
 BETA, GATE, START, END = range(4)
 
 
