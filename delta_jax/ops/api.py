@@ -63,8 +63,8 @@ def delta_rule(
       scale: multiplies the output; a finite number, or an array of no axes, which may be traced or learned. Default
         `key ** -0.5`.
       chunk_size: tokens a chunk of the chunkwise form, a power of two from 16 to 128. Default 32, for keys of at most 16
-        channels 16: the fastest on a CPU. The Pallas kernels work on 128 (TPU) or 64 (GPU) tokens at a time whatever it
-        says.
+        channels 16: the fastest on a CPU; on GPUs 64, on TPUs 128. The Pallas kernels work on 128 (TPU) or 64 (GPU) tokens
+        at a time whatever it says.
       implementation: "recurrent" (token by token, the definition), "xla" (chunkwise), "pallas" (kernels for TPUs: key and
         value sizes of 64, 128, 192, 256, 384 and 512, float32 and bfloat16; and for Hopper GPUs: keys of 64, 128 and 256,
         values of these and 512, bfloat16), or None: "pallas" on a TPU or a Hopper GPU where it can

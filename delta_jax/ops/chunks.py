@@ -1,4 +1,4 @@
-"""A group of chunks of the delta rule: its layout, what does not depend on the state, and the pass that carries the state.
+"""A group of chunks of the delta rule: its layout, what does not depend on the state, and the passes that carry the state.
 
 The symbols are those of `delta_jax.ops.chunkwise`. The op's arrays are `[batch, time, sets, heads, dim]` here: a token has
 one query and one gate but n keys, values, step sizes and erase keys. Those of a group are
@@ -6,6 +6,7 @@ one query and one gate but n keys, values, step sizes and erase keys. Those of a
 are merged, the `n C` rows are the writes of a chunk, all first ones first.
 """
 
+from types import EllipsisType
 from typing import NamedTuple
 
 import jax
@@ -22,13 +23,24 @@ from delta_jax.ops.recurrence import repeat_heads
 
 
 class Blocking(NamedTuple):
-    """How the tokens are cut, and what else the shapes do not say; static."""
+    """How the tokens are cut, and what else the shapes do not say; static.
+
+    `parallel` says how the state passes through a group: chunk by chunk, or as `delta_jax.ops.transitions` has it, by
+    which all states are known before the rest of all chunks is done at once.
+    """
 
     scale: float
     chunk: int  # tokens a chunk
     group: int  # chunks a group
     writes: int  # of a token
     erases: bool
+    parallel: bool
+    to: jnp.dtype  # operands of products with inputs and states are as precise as this
+
+    @property
+    def careful(self) -> jnp.dtype:
+        """The same of products whose errors others enlarge: in the inverse sums cancel where eigenvalues are below zero."""
+        return jnp.dtype(jnp.float16) if self.to == jnp.bfloat16 else self.to
 
 
 class Factors(NamedTuple):
@@ -46,13 +58,13 @@ class Factors(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """The sequential part of a group: the state after it, and of every chunk the state before it, B, R and its reads."""
+    """What depends on the state: the one after the group, and of every chunk the one before it, B, R and its reads."""
 
     end: Array
-    states: list[Array]
-    news: list[Array]
-    writes: list[Array]
-    reads: list[Array]
+    states: Array
+    news: Array
+    writes: Array
+    reads: Array
 
 
 def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
@@ -69,11 +81,11 @@ def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
     if blocking.erases:
         erase = k if inputs.erase is None else enter(inputs.erase, index, blocking, dtype, heads)
         rows = jnp.concatenate([erase, rows], -3)
-    scores = decayed_scores(rows, k, decay)
+    scores = decayed_scores(rows, k, decay, blocking.to)
     inverse = None
     if blocking.erases:
         a = scores[..., :-1, :, :, :]
-        inverse = _inverse(a if beta is None else beta[..., None] * a)
+        inverse = _inverse(a if beta is None else beta[..., None] * a, blocking)
     reads, writes = rows, k
     if decay is not None:
         reads, writes = rows * decay.start[..., None, :, :], k * decay.end[..., None, :, :]
@@ -82,7 +94,7 @@ def prepare(inputs: Arrays, index: Array, blocking: Blocking) -> Factors:
     return Factors(rows, k, merged(v), beta, decay, scores, inverse, merged(reads), merged(writes))
 
 
-def _inverse(a: Array) -> Array:
+def _inverse(a: Array, blocking: Blocking) -> Array:
     """(I + A)^-1 for A `[..., n, C, n, C]`: triangular only in the order of time, a token's writes next to one another."""
     writes, chunk = a.shape[-4:-2]
 
@@ -90,26 +102,35 @@ def _inverse(a: Array) -> Array:
         return jnp.swapaxes(jnp.swapaxes(x, -4, -3), -2, -1)
 
     x = transposed_sets(a).reshape(*a.shape[:-4], writes * chunk, writes * chunk)
-    x = unit_lower_inverse(x).reshape(*a.shape[:-4], chunk, writes, chunk, writes)
+    x = unit_lower_inverse(x, blocking.careful).reshape(*a.shape[:-4], chunk, writes, chunk, writes)
     return transposed_sets(x).reshape(*a.shape[:-4], writes * chunk, writes * chunk)
 
 
 def carry(factors: Factors, state: Array, blocking: Blocking) -> Pass:
-    """Carries the state through the chunks of a group."""
-    result = Pass(state, [], [], [], [])
+    """Carries the state through the chunks of a group, one after the other."""
+    states, chunks = [], []
     write_keys = transposed(factors.writes)
     for n in range(blocking.group):
-        read = einsum("bhik,bhkv->bhiv", factors.reads[n], state)
-        new = factors.v[n] - read[..., : -blocking.chunk, :] if blocking.erases else factors.v[n]
-        write = new if factors.beta is None else factors.beta[n] * new
-        if factors.inverse is not None:
-            write = einsum("bhij,bhjv->bhiv", factors.inverse[n], write)
-        result.states.append(state)
-        result.news.append(new)
-        result.writes.append(write)
-        result.reads.append(read[..., -blocking.chunk :, :])
-        state = through_chunk(state, factors.decay, n) + einsum("bhkj,bhjv->bhkv", write_keys[n], write)
-    return result._replace(end=state)
+        states.append(state)
+        chunks.append(meet(factors, state, blocking, n))
+        change = einsum("...kj,...jv->...kv", write_keys[n], chunks[n][1])
+        state = through_chunk(state, factors.decay, n) + change
+    return Pass(state, jnp.stack(states), *(jnp.stack(x) for x in zip(*chunks, strict=True)))
+
+
+def meet(factors: Factors, state: Array, blocking: Blocking, n: int | EllipsisType = ...) -> tuple[Array, Array, Array]:
+    """B, R and what the queries read of chunk `n` and the state before it, or of all chunks and the states before them."""
+    read = einsum("...ik,...kv->...iv", factors.reads[n], state, to=blocking.to)
+    new = factors.v[n] - read[..., : -blocking.chunk, :] if blocking.erases else factors.v[n]
+    return new, solve(factors, new, blocking, n), read[..., -blocking.chunk :, :]
+
+
+def solve(factors: Factors, right: Array, blocking: Blocking, n: int | EllipsisType = ...) -> Array:
+    """R of (I + A) R = b B."""
+    right = right if factors.beta is None else factors.beta[n] * right
+    if factors.inverse is None:
+        return right
+    return einsum("...ij,...jv->...iv", factors.inverse[n], right, to=blocking.careful)
 
 
 def query_scores(factors: Factors) -> Array:
@@ -118,7 +139,7 @@ def query_scores(factors: Factors) -> Array:
     return p.reshape(*p.shape[:-2], -1)
 
 
-def through_chunk(state: Array, decay: Decay | None, n: int) -> Array:
+def through_chunk(state: Array, decay: Decay | None, n: int | EllipsisType = ...) -> Array:
     """A state, or its cotangent, decayed over the whole of chunk n."""
     return state if decay is None else jnp.swapaxes(decay.whole[n], -1, -2) * state
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from delta_jax.ops.precision import constant, einsum, masked, transposed
@@ -80,19 +81,25 @@ def chunk_decay(g: Float[Array, "*batch chunk channels"], reset: Bool[Array, "*#
 
 
 def decayed_scores(
-    rows: Float[Array, "*batch rows chunk key"], keys: Float[Array, "*batch writes chunk key"], decay: Decay | None
+    rows: Float[Array, "*batch rows chunk key"],
+    keys: Float[Array, "*batch writes chunk key"],
+    decay: Decay | None,
+    to: DTypeLike | None = None,
 ) -> Float[Array, "*batch rows chunk writes chunk"]:
-    """`sum_d rows_i[d] keys_j[d] exp(G_i[d] - G_j[d])` for tokens i >= j, else 0; all row sets with all key sets."""
+    """`sum_d rows_i[d] keys_j[d] exp(G_i[d] - G_j[d])` for tokens i >= j, else 0; all row sets with all key sets.
+
+    Operands of the products are as precise as the dtype `to`, here and in the backward.
+    """
     size = keys.shape[-2]
     if decay is None or not decay.levels:
-        scores = _product(rows, keys)
+        scores = _product(rows, keys, to)
         if decay is None:
             return masked(np.tril(np.ones((size, size), bool))[:, None], scores)
         return _within(scores, decay)
     own = jnp.sum(rows[..., None, :, :] * keys[..., None, :, :, :], -1)
     scores = jnp.swapaxes(own, -1, -2)[..., None] * constant(np.eye(size)[:, None], rows[..., None])
     for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
-        part = _product(_right(rows, block) * right[..., None, :, :], _left(keys, block) * left[..., None, :, :])
+        part = _product(_right(rows, block) * right[..., None, :, :], _left(keys, block) * left[..., None, :, :], to)
         scores = scores + _place(part, block)
     return _within(scores, decay)
 
@@ -109,12 +116,13 @@ def decayed_scores_backward(
     rows: Float[Array, "*batch rows chunk key"],
     keys: Float[Array, "*batch writes chunk key"],
     decay: Decay | None,
+    to: DTypeLike | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Cotangents of `rows`, `keys` and of the log decays through `decayed_scores`; `d_scores` is 0 where i < j."""
     size = keys.shape[-2]
     if decay is None or not decay.levels:
         d_product = d_scores if decay is None else _within(d_scores, decay)
-        d_rows, d_keys = _product_backward(d_product, rows, keys)
+        d_rows, d_keys = _product_backward(d_product, rows, keys, to)
         if decay is None:
             return d_rows, d_keys, None
         crossing = einsum("...ij,sj->...is", jnp.sum(d_scores * scores, (-4, -2)), _earlier(size, keys.dtype))
@@ -127,7 +135,7 @@ def decayed_scores_backward(
     for block, (left, right) in zip(_blocks(size), decay.levels, strict=True):
         left, right = left[..., None, :, :], right[..., None, :, :]
         row, key = _right(rows, block), _left(keys, block)
-        d_row, d_key = _product_backward(_corners(d_scores, block), row * right, key * left)
+        d_row, d_key = _product_backward(_corners(d_scores, block), row * right, key * left, to)
         d_row, d_key = d_row * right, d_key * left
         # The pairs of a block that cross a token: in its left half those whose key comes before the token, in its right
         # half those whose row does not.
@@ -163,28 +171,28 @@ def merged(x: Float[Array, "*batch sets chunk dim"]) -> Float[Array, "*batch set
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def _product(rows: Array, keys: Array) -> Array:
-    scores = _einsum("...ik,...jk->...ij", merged(rows), merged(keys))
+def _product(rows: Array, keys: Array, to: DTypeLike | None) -> Array:
+    scores = _einsum("...ik,...jk->...ij", merged(rows), merged(keys), to=to)
     return scores.reshape(*rows.shape[:-1], *keys.shape[-3:-1])
 
 
-def _product_backward(d_product: Array, rows: Array, keys: Array) -> tuple[Array, Array]:
+def _product_backward(d_product: Array, rows: Array, keys: Array, to: DTypeLike | None) -> tuple[Array, Array]:
     flat_rows, flat_keys = merged(rows), merged(keys)
     flat_d = d_product.reshape(*flat_rows.shape[:-1], -1)
-    d_rows = _einsum("...ij,...jk->...ik", flat_d, flat_keys).reshape(rows.shape)
-    return d_rows, _einsum("...ji,...ik->...jk", transposed(flat_d), flat_rows).reshape(keys.shape)
+    d_rows = _einsum("...ij,...jk->...ik", flat_d, flat_keys, to=to).reshape(rows.shape)
+    return d_rows, _einsum("...ji,...ik->...jk", transposed(flat_d), flat_rows, to=to).reshape(keys.shape)
 
 
-def _einsum(subscripts: str, *operands: Array) -> Array:
+def _einsum(subscripts: str, *operands: Array, to: DTypeLike | None = None) -> Array:
     """`einsum` in which heads and blocks of a level, the last two of four axes, are one.
 
     XLA's CPU backend aborts the process on products of eight axes (jaxlib 0.12.0.1), which two vmaps would make of six.
     """
     batch = operands[-1].shape[:-2]
     if len(batch) < 4:
-        return einsum(subscripts, *operands)
+        return einsum(subscripts, *operands, to=to)
     flat = [x.reshape(*x.shape[:-4], -1, *x.shape[-2:]) if x.ndim > 5 else x for x in operands]
-    product = einsum(subscripts, *flat)
+    product = einsum(subscripts, *flat, to=to)
     return product.reshape(*batch, *product.shape[-2:])
 
 

@@ -11,6 +11,11 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def accelerator() -> bool:
+    """Whether that device is none of the CPU's: products are cheap there, and every one of them takes time to start."""
+    return platform() != "cpu"
+
+
 def hopper() -> bool:
     """Whether that device is a GPU of NVIDIA's Hopper generation."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

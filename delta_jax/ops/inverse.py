@@ -2,13 +2,15 @@
 
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from delta_jax.ops.precision import constant, einsum, masked
 
 
-def unit_lower_inverse(a: Float[Array, "*batch c c"]) -> Float[Array, "*batch c c"]:
-    """Inverts `I + a` for a strictly lower-triangular `a` (what stands on or above its diagonal is not read).
+def unit_lower_inverse(a: Float[Array, "*batch c c"], to: DTypeLike | None = None) -> Float[Array, "*batch c c"]:
+    """Inverts `I + a` for a strictly lower-triangular `a` (what stands on or above its diagonal is not read);
+    `to` as in `einsum`.
 
     With the inverses X of the diagonal blocks of size b known, those of size 2b follow from one correction a level,
 
@@ -26,6 +28,6 @@ def unit_lower_inverse(a: Float[Array, "*batch c c"]) -> Float[Array, "*batch c 
     block = 2
     while block < size:
         corner = masked((level >= block) & (level < 2 * block), a)
-        x = x - einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", x, corner), x)
+        x = x - einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", x, corner, to=to), x, to=to)
         block *= 2
     return x

@@ -1,14 +1,28 @@
 """Products at full precision: float32 stays float32 on every device (a TPU or GPU would round to bfloat16 or TF32)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+from delta_jax.ops import device
+
+
+def einsum(subscripts: str, *operands: Array, to: DTypeLike | None = None) -> Array:
+    """A sum of products, accumulated in the operands' dtype.
+
+    Args:
+      subscripts: as `jnp.einsum` takes them.
+      operands: arrays of one dtype.
+      to: the dtype as precise as which the operands have to be; None is their own. To bfloat16 they are rounded. For
+        float16, in which states overflow, a GPU takes TF32, as precise and of float32's range, and a TPU three products.
+    """
+    if to == jnp.bfloat16:
+        rounded = (x.astype(jnp.bfloat16) for x in operands)
+        return jnp.einsum(subscripts, *rounded, preferred_element_type=operands[0].dtype)
+    precision = jax.lax.Precision.HIGH if to == jnp.float16 else jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, *operands, precision=precision)
 
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -28,8 +42,9 @@ def masked(mask: np.ndarray, x: Array) -> Array:
 
 
 def transposed(x: Array) -> Array:
-    """Swaps the last two axes and writes the result out: XLA's CPU products are far slower on a folded transpose."""
-    return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
+    """Swaps the last two axes; on a CPU writes the result out, where products are far slower on a folded transpose."""
+    x = jnp.swapaxes(x, -1, -2)
+    return x if device.accelerator() else jax.lax.optimization_barrier(x)
 
 
 def varying_like(x: Array, *others: Array | None) -> Array:

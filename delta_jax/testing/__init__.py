@@ -6,7 +6,7 @@ For whoever writes a kernel: `problem` draws a member's inputs, `evaluate` runs 
 
 from delta_jax.testing.comparison import beyond_rounding, evaluate, reference, relative_error, rounded
 from delta_jax.testing.members import HARD, MEMBERS, draw, op_of, problem, step_of
-from delta_jax.testing.trials import TRIALS, Trial, interpreted_gpu, interpreted_tpu
+from delta_jax.testing.trials import TRIALS, Trial, interpreted_gpu, interpreted_tpu, xla_of_accelerators
 
 __all__ = [
     "HARD",
@@ -24,4 +24,5 @@ __all__ = [
     "relative_error",
     "rounded",
     "step_of",
+    "xla_of_accelerators",
 ]

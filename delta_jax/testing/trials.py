@@ -1,12 +1,15 @@
 """How every implementation is tried on a CPU: a line for each, by which the contract suite holds it to the definition."""
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from unittest import mock
 
-from delta_jax.ops import delta_product, device
+from delta_jax.ops import containment, delta_product, device
+from delta_jax.ops.implementations import CHUNKWISE, IMPLEMENTATIONS
 from delta_jax.testing.members import MEMBERS, op_of
 
 
@@ -17,7 +20,8 @@ class Trial(NamedTuple):
       dtypes: what it takes; with float32 it is held to the last bits, else to what rounding to bfloat16 does.
       sizes: `time` and `shape` of `problem` that it takes; those of `problem` where there are none.
       chunk_sizes: values of `chunk_size` that are tried.
-      interpreted: a context in which it runs on a CPU.
+      interpreted: a context in which kernels run on a CPU.
+      named: a context in which an implementation goes by this name that has none of its own.
 
     Examples:
         >>> TRIALS["mosaic_gpu"].dtypes
@@ -28,6 +32,7 @@ class Trial(NamedTuple):
     sizes: dict[str, Any] = {}  # noqa: RUF012
     chunk_sizes: tuple[int | None, ...] = (None,)
     interpreted: Callable[[], AbstractContextManager[None]] | None = None
+    named: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     @property
     def members(self) -> list[str]:
@@ -79,9 +84,28 @@ def interpreted_gpu() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def xla_of_accelerators() -> Iterator[None]:
+    """What "xla" is on accelerators runs here too, as "xla_parallel".
+
+    Examples:
+        >>> with xla_of_accelerators():
+        ...     implementations()["xla_parallel"] is None
+        True
+    """
+    (xla,) = (one for one in IMPLEMENTATIONS if one.name == "xla")
+    run = functools.partial(containment.run, CHUNKWISE[True])
+    records = (*IMPLEMENTATIONS, xla._replace(name="xla_parallel", run=run, automatic=False))
+    # By its path, for the package has a function of the module's name.
+    module = importlib.import_module("delta_jax.ops.implementations")
+    with mock.patch.object(module, "IMPLEMENTATIONS", records):
+        yield
+
+
 TRIALS = {
     "recurrent": Trial(),
     "xla": Trial(chunk_sizes=(16, 64)),
+    "xla_parallel": Trial(chunk_sizes=(16,), named=xla_of_accelerators),
     # Head sizes that fill registers, and more than a tile of 128 tokens.
     "mosaic_tpu": Trial(sizes={"time": 140, "shape": (1, 1, 2, 64, 64)}, interpreted=interpreted_tpu),
     "mosaic_gpu": Trial(("bfloat16",), {"time": 100, "shape": (1, 1, 1, 64, 64)}, interpreted=interpreted_gpu),

@@ -1,5 +1,7 @@
 """Kernels run in interpretation where a test's parameter names them; a member's tests share what was compiled."""
 
+import contextlib
+
 import jax
 import pytest
 
@@ -13,12 +15,29 @@ def _of_kernels(node):
     return (name, params.get("member")) if name in TRIALS and TRIALS[name].interpreted else None
 
 
+def _named(node):
+    """The implementation that a test is about, as the suite calls it."""
+    return getattr(getattr(node, "callspec", None), "params", {}).get("implementation")
+
+
 # The kernels see the arrays of another member, with other numbers in them.
 ALIKE = {"negative_eigenvalues": "delta_net", "kaczmarz": "gated_delta_net"}
+# Of the form that "xla" has on accelerators, whose factors are those of the CPU's: both kinds of gate, erase keys of their
+# own, and several writes a token.
+QUICK = {
+    "test_float32_on_hard_inputs": ("gated_delta_net", "gated_delta_net_2", "gated_delta_product"),
+    "test_bfloat16_is_as_good_as_rounding_the_inputs": ("gated_delta_net", "gated_delta_net_2"),
+    "test_packed_segments_equal_separate_calls": ("gated_delta_net",),
+    "test_what_is_not_finite_reaches_no_other_segment": ("gated_delta_product",),
+    "test_states_pass_through_groups_of_chunks": ("gated_delta_net",),
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if _named(item) == "xla_parallel" and item.callspec.params["member"] not in QUICK.get(item.originalname, ()):
+            item.add_marker(pytest.mark.slow)
     kernels = [item for item in items if _of_kernels(item) and _of_kernels(item)[1]]
     for item in kernels:
         if _of_kernels(item)[1] in ALIKE:
@@ -36,7 +55,9 @@ class _Compiled:
 def _interpreted_where_asked_for(request):
     about = _of_kernels(request.node)
     if about is None:
-        yield
+        name = _named(request.node)
+        with TRIALS[name].named() if name in TRIALS else contextlib.nullcontext():
+            yield
         return
     name, member = about
     if (

@@ -281,6 +281,19 @@ def test_states_kept_between_groups_of_tiles(implementation, monkeypatch):
     assert_exact(got, reference("gated_delta_net", inputs, cotangents))
 
 
+@pytest.mark.parametrize("joined", [1, 2**27])
+@pytest.mark.parametrize(("implementation", "member"), [("xla_parallel", "gated_delta_net")])
+def test_states_pass_through_groups_of_chunks(implementation, member, joined, monkeypatch):
+    """Two groups of three chunks, one after the other or joined."""
+    monkeypatch.setattr("delta_jax.ops.transitions.JOINED", joined)
+    monkeypatch.setattr("delta_jax.ops.chunkwise.BYTES_PER_GROUP", 2**19)
+    inputs, cotangents = problem(member)
+    # An option of its own, for what was compiled with other limits is kept.
+    options = {"implementation": implementation, "chunk_size": 16, "scale": 0.5 + joined % 2}
+    got = evaluate(member, inputs, np.float32, cotangents, **options)
+    assert_exact(got, reference(member, inputs, cotangents, scale=options["scale"]))
+
+
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_erase_keys_of_their_own_for_every_value_head(implementation):
     inputs, cotangents = problem("online_scaled", **sizes(implementation))

@@ -163,6 +163,26 @@ def test_the_backward_keeps_little():
     assert extra <= 2 * states
 
 
+@pytest.mark.parametrize(
+    ("platform", "time", "channels", "kept"),
+    [
+        ("cpu", 1024, 1, (8,)),
+        ("gpu", 1024, 1, (1, 8)),
+        ("gpu", 1024, 32, (1, 8)),
+        ("tpu", 512, 1, (1, 2)),
+        ("tpu", 512, 32, (4,)),
+    ],
+)
+def test_the_chunkwise_form_is_that_of_the_device(platform, time, channels, kept, monkeypatch):
+    """The states that are kept tell: one a group of 128 tokens, or every second chunk of all that are done at once."""
+    monkeypatch.setattr("delta_jax.ops.device.platform", lambda: platform)
+    x = inputs(time=time, shape=(1, 2, 2, 32, 32))
+    if channels > 1:
+        x |= {"g": jnp.broadcast_to(x["g"][..., None], x["k"].shape)}
+    saved = jax.eval_shape(lambda x: jax.vjp(lambda x: delta_rule(**x, implementation="xla"), x)[1], x)
+    assert [a.shape for a in jax.tree.leaves(saved) if a.ndim > 4] == [(*kept, 1, 2, 32, 32)]
+
+
 @each_implementation
 def test_gates_that_are_equal_in_all_channels_are_gates_of_the_head(implementation):
     x = inputs(**sizes(implementation))
