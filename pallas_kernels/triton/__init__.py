@@ -1,1 +1,1 @@
-"""The delta rule as Triton kernels, for GPUs of AMD and NVIDIA: the sequential forward pass."""
+"""Triton kernels, for GPUs of AMD and NVIDIA: the pass of a state through all chunks."""

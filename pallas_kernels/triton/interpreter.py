@@ -65,12 +65,18 @@ def run(
 
 
 def _dot(a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-    """A product of what Triton keeps as bits where numpy has no such numbers."""
-    tl = interpreter.tl
-    left, right = (
-        interpreter._convert_float(x.data, x.dtype, tl.float32, None).view(np.float32)
-        if x.dtype.scalar == tl.bfloat16
-        else x.data.astype(np.float32)
-        for x in (a, b)
-    )
-    return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
+    """A product as a GPU makes it: of TF32 what the multipliers see, or as three such products."""
+    kinds = interpreter._ir.INPUT_PRECISION
+    left, right = a.data, b.data
+    if precision == kinds.TF32x3:
+        high, other = _tf32(left, 0x1000), _tf32(right, 0x1000)  # rounded, not cut off
+        product = high @ other + high @ _tf32(right - other) + _tf32(left - high) @ other
+    else:
+        product = left @ right if precision == kinds.IEEE else _tf32(left) @ _tf32(right)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _tf32(x: np.ndarray, added: int = 0) -> np.ndarray:
+    """The eleven bits of a number that TF32 multiplies."""
+    bits = (x.view(np.uint32) + np.uint32(added)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(x), bits.view(np.float32), x)

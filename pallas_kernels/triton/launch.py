@@ -62,14 +62,28 @@ def call(
     Raises:
       ValueError: the device is none that kernels are compiled for, or JAX has no plugin for it.
     """
-    target = target_of(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
-    if target is None:
+    here = target()
+    if here is None:
         run = functools.partial(interpreter.run, kernel.fn, grid, outputs, constants)
         return tuple(jax.pure_callback(run, outputs, *inputs))
     arrays: tuple[Any, ...] = (*inputs, *outputs)
     types = tuple(TYPES[str(x.dtype)] for x in arrays)
-    opaque = _compiled(kernel, target, grid, types, warps, stages, tuple(constants.items()))
+    opaque = _compiled(kernel, here, grid, types, warps, stages, tuple(constants.items()))
     return tuple(jax.ffi.ffi_call("triton_kernel_call_ffi", outputs)(*inputs, opaque=opaque))
+
+
+def target() -> GPUTarget | None:
+    """What is compiled for where this is traced; None where it is interpreted."""
+    return target_of(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
+
+
+def unavailable() -> str | None:
+    """Why no kernel can be compiled where this is traced; None if one can."""
+    try:
+        target()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def target_of(device: Any) -> GPUTarget | None:

@@ -22,7 +22,7 @@ def _named(node):
 
 # The kernels see the arrays of another member, with other numbers in them.
 ALIKE = {"negative_eigenvalues": "delta_net", "kaczmarz": "gated_delta_net"}
-# Of the form that "xla" has on accelerators, whose factors are those of the CPU's: both kinds of gate, erase keys of their
+# Of the form that "xla" has on accelerators, and with a kernel for its states, whose factors are those of the CPU's: both kinds of gate, erase keys of their
 # own, and several writes a token.
 QUICK = {
     "test_float32_on_hard_inputs": ("gated_delta_net", "gated_delta_net_2", "gated_delta_product"),
@@ -36,7 +36,9 @@ QUICK = {
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
-        if _named(item) == "xla_parallel" and item.callspec.params["member"] not in QUICK.get(item.originalname, ()):
+        if _named(item) in ("xla_parallel", "triton") and item.callspec.params["member"] not in QUICK.get(
+            item.originalname, ()
+        ):
             item.add_marker(pytest.mark.slow)
     kernels = [item for item in items if _of_kernels(item) and _of_kernels(item)[1]]
     for item in kernels:
@@ -56,6 +58,8 @@ def _interpreted_where_asked_for(request):
     about = _of_kernels(request.node)
     if about is None:
         name = _named(request.node)
+        if name == "triton":
+            pytest.importorskip("triton", reason="triton is not installed")
         with TRIALS[name].named() if name in TRIALS else contextlib.nullcontext():
             yield
         return
