@@ -66,8 +66,8 @@ def states_before(maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = 
       maps: what every chunk does to a state, M S + N.
       state: the one before them all.
       to: as in `einsum`.
-      backwards: whether it goes through M^T S + N, from the last chunk to the first, as the cotangent of a state does where N
-        is D, what the outputs of a chunk send to the state before it; then the one "before" is that of the state after.
+      backwards: whether it goes through M^T S + N, from the last chunk to the first, as the cotangent of a state does where
+        N is D, what the outputs of a chunk send to the state before it; the one "before" then is that of the state after.
     """
     if backwards:
         whole = maps.transitions

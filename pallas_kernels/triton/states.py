@@ -1,7 +1,7 @@
 """The pass of a state through all chunks: it stays in registers while one chunk after the other changes it.
 
-Of every chunk it is known what it does to a state, S' = M S + N (`delta_jax.ops.transitions` derives it). A program takes some
-channels of the values of one head, and reads M by tiles. The cotangent of the state passes the other way, through M^T.
+Of every chunk it is known what it does to a state, S' = M S + N (`delta_jax.ops.transitions` derives it). A program takes
+some channels of the values of one head, and reads M by tiles. The cotangent of the state passes the other way, through M^T.
 """
 
 from functools import partial
@@ -61,8 +61,8 @@ def states_before(
     """The state before every chunk, `[chunks, batch, heads, key, value]`, and the one after them all.
 
     Args:
-      maps: M, `[chunks, batch, heads, key, key]` or a diagonal `[chunks, batch, heads, key or 1, 1]`, and N, like the states;
-        float32 like all here.
+      maps: M, `[chunks, batch, heads, key, key]` or a diagonal `[chunks, batch, heads, key or 1, 1]`, and N, shaped as the
+        states; float32 like all here.
       state: the state before them all, `[batch, heads, key, value]`.
       to: the dtype as precise as which products are: float32, or float16 for less, TF32 where there is such.
       backwards: whether it goes through M^T from the last chunk to the first; the state "before" a chunk then is the

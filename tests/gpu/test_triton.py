@@ -12,9 +12,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget
 
-from delta_jax.testing import relative_error
+from delta_jax import delta_rule
+from delta_jax.ops import implementations
+from delta_jax.testing import interpreted_triton, relative_error
 from pallas_kernels.triton import launch
-from pallas_kernels.triton.states import _pass, plan, states_before
+from pallas_kernels.triton.states import _pass, plan, states_before, unsupported
 
 
 def problem(key, value, diagonal=0, chunks=2):
@@ -101,6 +103,21 @@ def test_it_is_compiled_for_a_gpu_that_is_not_here(arch, key, exact):
     else:
         assert made.asm["hsaco"] and "v_mfma_f32" in made.asm["amdgcn"]
         assert ".vgpr_spill_count: 0" in made.asm["amdgcn"]
+
+
+def test_what_it_does_not_take_is_named(monkeypatch):
+    with interpreted_triton():
+        assert implementations()["triton"] is None
+        wide = jnp.ones((1, 4, 1, 257))
+        with pytest.raises(ValueError) as caught:
+            delta_rule(wide, wide, wide[..., :3], implementation="triton")
+        assert "'triton' cannot run here: the Triton kernel takes key sizes up to 256, not 257." in str(caught.value)
+        with jax.enable_x64(True):
+            assert "not float64" in unsupported(*[jnp.ones((1, 4, 1, 8))] * 2)
+        (batch,) = jax.export.symbolic_shape("b")
+        assert "not b, 4, 1, 8" in unsupported(*[jax.ShapeDtypeStruct((batch, 4, 1, 8), jnp.float32)] * 2)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert implementations()["triton"] == "Triton is not installed: it is the extra `triton` of this package"
 
 
 def test_a_device_that_is_described_but_unknown_is_named():

@@ -22,8 +22,8 @@ def _named(node):
 
 # The kernels see the arrays of another member, with other numbers in them.
 ALIKE = {"negative_eigenvalues": "delta_net", "kaczmarz": "gated_delta_net"}
-# Of the form that "xla" has on accelerators, and with a kernel for its states, whose factors are those of the CPU's: both kinds of gate, erase keys of their
-# own, and several writes a token.
+# Of the form that "xla" has on accelerators, with products and with a kernel for its states; its factors are those of the
+# CPU's: both kinds of gate, erase keys of their own, and several writes a token.
 QUICK = {
     "test_float32_on_hard_inputs": ("gated_delta_net", "gated_delta_net_2", "gated_delta_product"),
     "test_bfloat16_is_as_good_as_rounding_the_inputs": ("gated_delta_net", "gated_delta_net_2"),
