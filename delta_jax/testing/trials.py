@@ -21,7 +21,7 @@ class Trial(NamedTuple):
       sizes: `time` and `shape` of `problem` that it takes; those of `problem` where there are none.
       chunk_sizes: values of `chunk_size` that are tried.
       interpreted: a context in which kernels run on a CPU.
-      named: a context in which an implementation goes by this name that has none of its own here.
+      named: a context in which an implementation goes by this name, or runs on a CPU, that else does not.
 
     Examples:
         >>> TRIALS["mosaic_gpu"].dtypes

@@ -82,7 +82,7 @@ def _of_batch(transitions: Array, left: Array, state: Array, *, exact: bool, bac
     tile, block, precision, stages = plan(target(), key, value, exact=exact)
     before, end = call(
         _pass,
-        (-(-value // block), batch * heads),
+        (-(-value // block) * batch * heads,),
         (transitions, left, state),
         (jax.ShapeDtypeStruct(left.shape, left.dtype), jax.ShapeDtypeStruct(state.shape, state.dtype)),
         stages=stages,
@@ -119,8 +119,9 @@ def _pass(  # type: ignore[no-untyped-def]
     backwards: tl.constexpr,
     precision: tl.constexpr,
 ):
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row, column = tl.arange(0, tile), tl.program_id(0) * block + tl.arange(0, block)
+    blocks: tl.constexpr = (value + block - 1) // block
+    head, heads = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
+    row, column = tl.arange(0, tile), tl.program_id(0) % blocks * block + tl.arange(0, block)
     parts: tl.constexpr = (key + tile - 1) // tile
     state = ()
     for i in tl.static_range(parts):

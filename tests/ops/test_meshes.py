@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from delta_jax.testing import TRIALS, op_of, problem, relative_error
 
 CASES = [
-    pytest.param(name, member, marks=[pytest.mark.slow] if trial.interpreted or name == "triton" else [])
+    pytest.param(name, member, marks=[pytest.mark.slow] if trial.interpreted else [])
     for name, trial in TRIALS.items()
     if "float32" in trial.dtypes
     for member in trial.members
