@@ -72,8 +72,8 @@ def states_before(maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = 
     if backwards:
         whole = maps.transitions
         turned = whole if whole.shape[-1] == 1 else jnp.swapaxes(whole, -1, -2)
-        states, end = states_before(Maps(turned[::-1], maps.left[::-1]), state, to)
-        return states[::-1], end
+        found, end = states_before(Maps(turned[::-1], maps.left[::-1]), state, to)
+        return found[::-1], end
     chunks = maps.left.shape[0]
     if chunks == 1 or _joining(maps) >= JOINED:
         states = [state]

@@ -128,7 +128,7 @@ def _pass(  # type: ignore[no-untyped-def]
         here = (i * tile + row)[:, None]
         inside = (here < key) & (column[None, :] < value)
         part = tl.load(first + head * key * value + here * value + column[None, :], mask=inside, other=0.0)
-        state = state + (part,)  # noqa: RUF005
+        state = state + (part,)  # type: ignore[assignment]  # noqa: RUF005
     for n in range(chunks):
         chunk = (chunks - 1 - n if backwards else n) * heads + head
         after = ()
@@ -147,7 +147,7 @@ def _pass(  # type: ignore[no-untyped-def]
                     found = (here < key) & (other < key)
                     m = tl.load(transitions + chunk * key * key + entry, mask=found, other=0.0)
                     part = tl.dot(m, state[j], part, input_precision=precision)
-            after = after + (part,)  # noqa: RUF005
+            after = after + (part,)  # type: ignore[assignment]  # noqa: RUF005
         state = after
     for i in tl.static_range(parts):
         here = (i * tile + row)[:, None]
