@@ -10,6 +10,8 @@ EXTRAS := dev,docs$(if $(X86_LINUX),$(COMMA)tpu)
 # The compiler for GPUs stays out of .venv, where JAX would look for a GPU with it: its tests run .venv-gpu/bin/python, and are
 # left out, with the reason, where it cannot be installed.
 GPU_COMPILER := $(if $(X86_LINUX),.venv-gpu/tried)
+# Triton is a gigabyte, which only the slow tests need; where it cannot be installed, its tests are left out with the reason.
+TRITON := $(if $(X86_LINUX),.venv/triton)
 # Where there is no accelerator, libtpu would look for one at every start and complain at length.
 ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*),)
 export JAX_PLATFORMS ?= cpu
@@ -23,7 +25,7 @@ demo: .venv/installed  ## train the tiny DeltaNet on real text, show bits per by
 test: .venv/installed  ## the test suite
 	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-slow: .venv/installed $(GPU_COMPILER)  ## what cannot be quicker: many processes, interpreted kernels at more sizes
+test-slow: .venv/installed $(GPU_COMPILER) $(TRITON)  ## what cannot be quicker: many processes, interpreted kernels at more sizes
 	$(RUN) -m pytest -n 2 --dist loadgroup -m slow
 
 test-oldest: .venv-oldest/installed  ## the op's tests on the oldest supported JAX
@@ -66,6 +68,11 @@ accuracy: .venv/installed  ## the float64 error table in docs
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed on the PATH (or make PYTHON=/path/to/python)."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+.venv/triton: .venv/installed
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[triton]' || \
+	    echo "Going on without Triton."
 	touch $@
 
 .venv-oldest/installed: pyproject.toml

@@ -61,9 +61,10 @@ def test_imports_point_downwards(folder):
 
 
 def test_kernels_import_jax_alone():
-    allowed = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
+    allowed = {"jax", "jaxlib", "numpy", "pallas_kernels", *sys.stdlib_module_names}
     for path in files("pallas_kernels"):
         others = {module.split(".")[0] for module in imported(path)} - allowed
+        others -= {"triton"} if path.parent.name == "triton" else set()
         assert not others, f"{path.relative_to(ROOT)} imports {others}"
 
 

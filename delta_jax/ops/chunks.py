@@ -23,18 +23,13 @@ from delta_jax.ops.recurrence import repeat_heads
 
 
 class Blocking(NamedTuple):
-    """How the tokens are cut, and what else the shapes do not say; static.
-
-    `parallel` says how the state passes through a group: chunk by chunk, or as `delta_jax.ops.transitions` has it, by
-    which all states are known before the rest of all chunks is done at once.
-    """
+    """How the tokens are cut, and what else the shapes do not say; static."""
 
     scale: float
     chunk: int  # tokens a chunk
     group: int  # chunks a group
     writes: int  # of a token
     erases: bool
-    parallel: bool
     to: jnp.dtype  # operands of products with inputs and states are as precise as this
 
     @property

@@ -52,7 +52,7 @@ from delta_jax.ops.chunks import (
 )
 from delta_jax.ops.decay import boundary_gate_gradient, decayed_scores_backward, merged
 from delta_jax.ops.precision import accumulator_dtype, constant, einsum, masked, transposed, varying_like
-from delta_jax.ops.transitions import cotangents_after, maps_of, states_before, states_between
+from delta_jax.ops.transitions import Maps, Through, maps_of, states_between
 
 # In writes. Measured on two CPU cores: the chunk with the least work for heads of 128 and for heads of at most 16, and the
 # group that stays in the cache.
@@ -66,7 +66,7 @@ BYTES_PER_GROUP = 2**29
 
 
 def forward(
-    arrays: Arrays, options: Options, keep: bool, *, parallel: bool = False
+    arrays: Arrays, options: Options, keep: bool, *, through: Through | None = None
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"], Array]:
     """The chunkwise form over all tokens.
 
@@ -74,7 +74,8 @@ def forward(
       arrays: the inputs.
       options: what is static about them.
       keep: whether `backward` follows.
-      parallel: whether all chunks of a group are done at once, as accelerators like it.
+      through: how the state passes through the chunks of a group where all else of them is done at once, as accelerators
+        like it; None is one chunk after the other.
 
     Returns:
       The outputs, the final state, and for the backward states every so many chunks, which whoever does not keep them need
@@ -82,18 +83,18 @@ def forward(
     """
     del keep
     k, v, initial = arrays.k, arrays.v, arrays.initial_state
-    blocking = _blocking(arrays, options, parallel)
+    blocking = _blocking(arrays, options, through is not None)
     inputs = _in_sets(arrays, blocking)
     if initial is None:
         initial = jnp.zeros((v.shape[0], v.shape[-2], k.shape[-1], v.shape[-1]), accumulator_dtype(v.dtype))
 
     def body(state: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
         factors = prepare(inputs, index, blocking)
-        done = _at_once(factors, state, blocking) if parallel else carry(factors, state, blocking)
+        done = _at_once(factors, state, blocking, through) if through else carry(factors, state, blocking)
         own = einsum("...ij,...jv->...iv", query_scores(factors), done.writes, to=blocking.to)
         o = done.reads + own
-        end = _admitting(done.end, o) if parallel else done.end
-        return end, (leave(o[..., None, :, :])[:, :, 0].astype(v.dtype), done.states[::2] if parallel else state)
+        end = _admitting(done.end, o) if through else done.end
+        return end, (leave(o[..., None, :, :])[:, :, 0].astype(v.dtype), done.states[::2] if through else state)
 
     state = varying_like(initial.astype(accumulator_dtype(v.dtype)), *inputs)
     state, (o, states) = jax.lax.scan(body, state, jnp.arange(_groups(inputs, blocking)))
@@ -107,19 +108,19 @@ def backward(
     d_o: Float[Array, "batch time heads value"],
     d_state: Float[Array, "batch heads key value"],
     *,
-    parallel: bool = False,
+    through: Through | None = None,
 ) -> tuple[Arrays, Float[Array, "batch heads key value"]]:
     """Cotangents of the arrays but the initial state, and of that one by itself, in its results' dtype.
 
     `states` is what `forward` keeps, `d_o` and `d_state` are the cotangents of its results.
     """
-    blocking, time = _blocking(arrays, options, parallel), arrays.v.shape[1]
+    blocking, time = _blocking(arrays, options, through is not None), arrays.v.shape[1]
     inputs = _in_sets(arrays, blocking)
     padding = inputs.v.shape[1] - time
     d_o = jnp.pad(d_o, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else d_o
 
     def body(d_state: Array, group: tuple[Array, Array]) -> tuple[Array, Arrays]:
-        return _group_backward(inputs, *group, d_o, d_state, blocking)
+        return _group_backward(inputs, *group, d_o, d_state, blocking, through)
 
     d_state, d_inputs = jax.lax.scan(body, d_state, (jnp.arange(states.shape[0]), states), reverse=True)
     like = arrays._replace(initial_state=None, reset=None)
@@ -144,7 +145,7 @@ def _blocking(arrays: Arrays, options: Options, parallel: bool) -> Blocking:
             least = min(range(least, 2 * least), key=lambda groups: groups * -(-chunks // groups))
         group = -(-chunks // least)
     to = dtype if parallel else accumulator_dtype(dtype)
-    return Blocking(options.scale, chunk, group, writes, options.erases, parallel, to)
+    return Blocking(options.scale, chunk, group, writes, options.erases, to)
 
 
 def _parallel_group(arrays: Arrays, chunk: int) -> int:
@@ -157,9 +158,9 @@ def _parallel_group(arrays: Arrays, chunk: int) -> int:
     return max(1, BYTES_PER_GROUP // (size * (batch if isinstance(batch, int) else 1)))
 
 
-def _at_once(factors: Factors, state: Array, blocking: Blocking) -> Pass:
+def _at_once(factors: Factors, state: Array, blocking: Blocking, through: Through) -> Pass:
     """What `carry` gives, of all chunks of a group at once."""
-    states, end = states_before(maps_of(factors, blocking), state, blocking.careful)
+    states, end = through(maps_of(factors, blocking), state, blocking.careful)
     return Pass(end, states, *meet(factors, states, blocking))
 
 
@@ -197,16 +198,22 @@ def power_of_two(limit: int) -> int:
 
 
 def _group_backward(
-    inputs: Arrays, index: Array, state: Array, d_o: Array, d_state: Array, blocking: Blocking
+    inputs: Arrays,
+    index: Array,
+    state: Array,
+    d_o: Array,
+    d_state: Array,
+    blocking: Blocking,
+    through: Through | None,
 ) -> tuple[Array, Arrays]:
     """Cotangents of a group's first state and inputs, from those of its outputs and last state."""
     factors = prepare(inputs, index, blocking)
     d_o = enter(d_o[:, :, None], index, blocking, d_state.dtype)[..., 0, :, :]
-    if blocking.parallel:
+    if through:
         maps = maps_of(factors, blocking)
         states = states_between(maps, state, blocking.careful)
         done = Pass(states[-1], states, *meet(factors, states, blocking))
-        d_state, found = _all_back(factors, done, maps.transitions, d_o, d_state, blocking)
+        d_state, found = _all_back(factors, done, maps.transitions, d_o, d_state, blocking, through)
     else:
         done = carry(factors, state, blocking)
         d_state, found = _carry_back(factors, done, d_o, d_state, blocking)
@@ -287,13 +294,19 @@ def _carry_back(
 
 
 def _all_back(
-    factors: Factors, done: Pass, transitions: Array, d_o: Array, d_state: Array, blocking: Blocking
+    factors: Factors,
+    done: Pass,
+    transitions: Array,
+    d_o: Array,
+    d_state: Array,
+    blocking: Blocking,
+    through: Through,
 ) -> tuple[Array, _PassCotangents]:
     """What `_carry_back` gives, of all chunks of a group at once."""
     way = _way(factors, d_o, blocking)
     d_read = _to_reads(factors, way, way.from_outputs, blocking, ...)[1]
     sent = einsum("...ki,...iv->...kv", way.read_keys, d_read, to=blocking.to)
-    d_states, d_state = cotangents_after(transitions, sent, d_state, blocking.careful)
+    d_states, d_state = through(Maps(transitions, sent), d_state, blocking.careful, backwards=True)
     found, _ = _chunk_back(factors, done, way, d_states, blocking, ...)
     return _admitting(d_state, found.rights), found._replace(reads=found.reads * way.sign)
 

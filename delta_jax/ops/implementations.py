@@ -5,6 +5,7 @@ contract suite holds it to the definition.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from delta_jax.ops import chunkwise, containment, device, recurrence
 from delta_jax.ops.arguments import Arguments
 from delta_jax.ops.arrays import Arrays, Options
 from delta_jax.ops.kernels import Kernels, passes_of, step_of, steps_of
+from delta_jax.ops.transitions import Through, states_before
 from pallas_kernels import devices
 from pallas_kernels.inputs import Inputs
 
@@ -128,12 +130,17 @@ def _of_xla(
     )
 
 
-CHUNKWISE = {  # by whether all chunks of a group are done at once
-    parallel: containment.Passes(
-        functools.partial(chunkwise.forward, parallel=parallel),
-        functools.partial(chunkwise.backward, parallel=parallel),
+def _chunkwise_passes(through: Through | None) -> containment.Passes:
+    """The chunkwise form, by how the state passes through a group of which all chunks are done at once, if they are."""
+    return containment.Passes(
+        functools.partial(chunkwise.forward, through=through),
+        functools.partial(chunkwise.backward, through=through),
     )
-    for parallel in (False, True)
+
+
+CHUNKWISE = {  # by whether all chunks of a group are done at once
+    False: _chunkwise_passes(None),
+    True: _chunkwise_passes(states_before),
 }
 
 
@@ -148,12 +155,39 @@ def _chunkwise(arrays: Arrays, options: Options) -> tuple[Array, Array]:
     return containment.run(CHUNKWISE[parallel], arrays, options)
 
 
+@functools.cache
+def _triton_passes() -> containment.Passes:
+    """The chunkwise form of accelerators with its state's pass as a Triton kernel, imported when it is first needed."""
+    from pallas_kernels.triton import states
+
+    return _chunkwise_passes(states.states_before)
+
+
+def _triton_unavailable() -> str | None:
+    if device.platform() != "gpu":
+        return f"triton runs on GPUs, and this is a {device.platform()}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: it is the extra `triton` of this package"
+    from pallas_kernels.triton import launch
+
+    return launch.unavailable()
+
+
+def _triton_unsupported(given: Arguments) -> str | None:
+    from pallas_kernels.triton import states
+
+    return states.unsupported(given.q, given.v)
+
+
 # The automatic choice is the first that may be and can run.
 IMPLEMENTATIONS = (
     _of_kernels("mosaic_tpu", mosaic_tpu, "TPUs", lambda: device.platform() == "tpu", in_place=True, proven=True),
     _of_kernels("mosaic_gpu", mosaic_gpu, "Hopper GPUs", lambda: _runs(mosaic_gpu), in_place=False),
     _of_kernels("mosaic_mma", mosaic_mma, "NVIDIA GPUs since Ampere", lambda: _runs(mosaic_mma), in_place=False),
     _of_xla("xla", _chunkwise),
+    _of_xla(
+        "triton", lambda *given: containment.run(_triton_passes(), *given), automatic="no GPU has run it yet"
+    )._replace(unavailable=_triton_unavailable, unsupported=_triton_unsupported, cut_by_compiler=False),
     _of_xla("recurrent", jax.jit(recurrence.recurrent, static_argnums=1), automatic="it goes token by token"),
 )
 

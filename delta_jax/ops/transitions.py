@@ -16,7 +16,7 @@ from chunk to chunk.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,8 +52,28 @@ def maps_of(factors: Factors, blocking: Blocking) -> Maps:
     return Maps(transitions, change[..., :value])
 
 
-def states_before(maps: Maps, state: Array, to: DTypeLike) -> tuple[Array, Array]:
-    """The state before every chunk, and the one after them all, from the one before them all; `to` as in `einsum`."""
+@runtime_checkable
+class Through(Protocol):
+    """How a state passes through all chunks: what `states_before` says, by XLA's products or by a kernel."""
+
+    def __call__(self, maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = False) -> tuple[Array, Array]: ...
+
+
+def states_before(maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = False) -> tuple[Array, Array]:
+    """The state before every chunk, and the one after them all, from the one before them all.
+
+    Args:
+      maps: what every chunk does to a state, M S + N.
+      state: the one before them all.
+      to: as in `einsum`.
+      backwards: whether it goes through M^T S + N, from the last chunk to the first, as the cotangent of a state does where
+        N is D, what the outputs of a chunk send to the state before it; the one "before" then is that of the state after.
+    """
+    if backwards:
+        whole = maps.transitions
+        turned = whole if whole.shape[-1] == 1 else jnp.swapaxes(whole, -1, -2)
+        found, end = states_before(Maps(turned[::-1], maps.left[::-1]), state, to)
+        return found[::-1], end
     chunks = maps.left.shape[0]
     if chunks == 1 or _joining(maps) >= JOINED:
         states = [state]
@@ -74,20 +94,6 @@ def states_between(maps: Maps, states: Array, to: DTypeLike) -> Array:
     between = _through(_some(maps, slice(0, chunks - 1, 2)), states[: chunks // 2], to)
     both = jnp.stack([states[: chunks // 2], between], 1).reshape(-1, *states.shape[1:])
     return jnp.concatenate([both, states[-1:]]) if chunks % 2 else both
-
-
-def cotangents_after(transitions: Array, sent: Array, d_end: Array, to: DTypeLike) -> tuple[Array, Array]:
-    """Cotangents of the state after every chunk, and of the one before them all.
-
-    Args:
-      transitions: M of every chunk.
-      sent: D, what the outputs of a chunk send to the state before it.
-      d_end: the cotangent of the state after them all.
-      to: as in `einsum`.
-    """
-    turned = transitions if transitions.shape[-1] == 1 else jnp.swapaxes(transitions, -1, -2)
-    d_states, d_state = states_before(Maps(turned[::-1], sent[::-1]), d_end, to)
-    return d_states[::-1], d_state
 
 
 def _joining(maps: Maps) -> int:

@@ -6,7 +6,14 @@ For whoever writes a kernel: `problem` draws a member's inputs, `evaluate` runs 
 
 from delta_jax.testing.comparison import beyond_rounding, evaluate, reference, relative_error, rounded
 from delta_jax.testing.members import HARD, MEMBERS, draw, op_of, problem, step_of
-from delta_jax.testing.trials import TRIALS, Trial, interpreted_gpu, interpreted_tpu, xla_of_accelerators
+from delta_jax.testing.trials import (
+    TRIALS,
+    Trial,
+    interpreted_gpu,
+    interpreted_tpu,
+    interpreted_triton,
+    xla_of_accelerators,
+)
 
 __all__ = [
     "HARD",
@@ -18,6 +25,7 @@ __all__ = [
     "evaluate",
     "interpreted_gpu",
     "interpreted_tpu",
+    "interpreted_triton",
     "op_of",
     "problem",
     "reference",

@@ -21,7 +21,7 @@ class Trial(NamedTuple):
       sizes: `time` and `shape` of `problem` that it takes; those of `problem` where there are none.
       chunk_sizes: values of `chunk_size` that are tried.
       interpreted: a context in which kernels run on a CPU.
-      named: a context in which an implementation goes by this name that has none of its own.
+      named: a context in which an implementation goes by this name, or runs on a CPU, that else does not.
 
     Examples:
         >>> TRIALS["mosaic_gpu"].dtypes
@@ -103,10 +103,24 @@ def xla_of_accelerators() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def interpreted_triton() -> Iterator[None]:
+    """The Triton kernel runs in interpretation on the CPU, if Triton is installed.
+
+    Examples:
+        >>> with interpreted_triton():
+        ...     "not installed" in (implementations()["triton"] or "not installed")
+        True
+    """
+    with mock.patch.object(device, "platform", return_value="gpu"):
+        yield
+
+
 TRIALS = {
     "recurrent": Trial(),
     "xla": Trial(chunk_sizes=(16, 64)),
     "xla_parallel": Trial(chunk_sizes=(16,), named=xla_of_accelerators),
+    "triton": Trial(named=interpreted_triton),
     # Head sizes that fill registers, and more than a tile of 128 tokens.
     "mosaic_tpu": Trial(sizes={"time": 140, "shape": (1, 1, 2, 64, 64)}, interpreted=interpreted_tpu),
     "mosaic_gpu": Trial(("bfloat16",), {"time": 100, "shape": (1, 1, 1, 64, 64)}, interpreted=interpreted_gpu),

@@ -281,8 +281,8 @@ def test_states_kept_between_groups_of_tiles(implementation, monkeypatch):
     assert_exact(got, reference("gated_delta_net", inputs, cotangents))
 
 
-@pytest.mark.parametrize("joined", [1, 2**27])
-@pytest.mark.parametrize(("implementation", "member"), [("xla_parallel", "gated_delta_net")])
+@pytest.mark.parametrize("member", ["gated_delta_net"])
+@pytest.mark.parametrize(("implementation", "joined"), [("xla_parallel", 1), ("xla_parallel", 2**27), ("triton", 1)])
 def test_states_pass_through_groups_of_chunks(implementation, member, joined, monkeypatch):
     """Two groups of three chunks, one after the other or joined."""
     monkeypatch.setattr("delta_jax.ops.transitions.JOINED", joined)

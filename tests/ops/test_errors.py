@@ -68,6 +68,7 @@ BAD = {
     "implementation='pallas' cannot run here: the Pallas kernels of mosaic_tpu run on TPUs, and this is a cpu; the": {
         "implementation": "pallas"
     },
+    "implementation='triton' cannot run here: triton runs on GPUs, and this is a cpu.": {"implementation": "triton"},
     "implementation='fast' cannot run here: the names are": {"implementation": "fast"},
 }
 

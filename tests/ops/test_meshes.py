@@ -14,6 +14,7 @@ CASES = [
     if "float32" in trial.dtypes
     for member in trial.members
 ]
+KERNELS = ("mosaic_tpu", "triton")  # which do not say along which axes their results vary
 SIZES = {"mosaic_tpu": {"time": 20, "shape": (2, 1, 1, 64, 64)}}
 
 
@@ -42,7 +43,7 @@ def test_sequences_cut_and_arguments_replicated(implementation, member):
     def local(x):
         return jax.lax.psum(loss(x), "data")
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(cut,), out_specs=P(), check_vma=implementation != "mosaic_tpu")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(cut,), out_specs=P(), check_vma=implementation not in KERNELS)
     one = x | {alone: x[alone][:1]}
     got = jax.jit(jax.grad(mapped))(
         {name: jax.device_put(a, NamedSharding(mesh, cut[name])) for name, a in one.items()}
