@@ -30,7 +30,7 @@ SPILLS = {
 # Where products are of registers, a state and its update have half of them, and operands that a "wgmma" would read from
 # shared memory want 64 more.
 SPILLS_OF_REGISTERS = {
-    "delta_rule_forward": 300,
+    "delta_rule_forward": 480,
     "delta_rule_reverse": 340,
     "delta_rule_prepare": 90,
     "delta_rule_gradients": 250,
