@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # Mosaic prints what ptxas says,
-os.environ["MOSAIC_GPU_DUMP_SASS_CTRL"] = "1"  # machine code
-os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"  # and shared memory
 
 import jax  # JAX reads the environment when it is imported
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
@@ -26,6 +23,8 @@ from delta_jax.compiled.sass import Program
 from delta_jax.parallel import GPUS, gpu_topology
 from delta_jax.parallel.gpus import description
 
+# By these Mosaic prints what ptxas says, machine code, and shared memory; no process but this one's is to inherit them.
+_PRINTS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_SASS_CTRL", "MOSAIC_GPU_DUMP_RESOURCES")
 _ENTRY = re.compile(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel' for '(sm_\w+)'")
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.(\w+?)_mosaic_gpu_kernel,", re.M)
 
@@ -109,8 +108,10 @@ def traced_for(chip: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def printed() -> Iterator[Path]:
-    """A file of all that is written to standard output inside, by the compiler's own threads too."""
+    """A file of what the compiler prints inside: all that is written to standard output, by its own threads too."""
     sys.stdout.flush()
+    before = {name: os.environ.get(name) for name in _PRINTS}
+    os.environ.update(dict.fromkeys(_PRINTS, "1"))
     with tempfile.TemporaryDirectory(prefix="delta_jax-") as folder:
         path = Path(folder) / "output.txt"
         saved = os.dup(1)
@@ -122,6 +123,9 @@ def printed() -> Iterator[Path]:
             sys.stdout.flush()
             os.dup2(saved, 1)
             os.close(saved)
+            for name, value in before.items():
+                os.environ.pop(name)
+                os.environ.update({} if value is None else {name: value})
 
 
 def matched(
