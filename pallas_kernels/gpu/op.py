@@ -191,9 +191,8 @@ def _split(x: Array, plan: Plan) -> tuple[Array, ...]:
     """As a sum of so many of bfloat16 as the kernels take."""
     if plan.split == 1:
         return (x,)
-    high = lax.reduce_precision(
-        x.astype(jnp.float32), 8, 7
-    )  # not a conversion and its reverse, which XLA may leave out
+    # Not a conversion and its reverse, which XLA may leave out.
+    high = lax.reduce_precision(x.astype(jnp.float32), 8, 7)
     return high.astype(jnp.bfloat16), (x.astype(jnp.float32) - high).astype(jnp.bfloat16)
 
 

@@ -19,9 +19,8 @@ from pallas_kernels.gpu.registers import moved
 from pallas_kernels.gpu.warpgroup import Ref
 
 OPERAND = 64  # rows and columns of a right operand in registers at a time: what a tile of shared memory has
-Pairs = Sequence[
-    tuple[Any, Any]
-]  # of tiles or values; of split ones those products count that are not below the last parts
+# Of tiles or values; of split ones those products count that are not below the last parts.
+Pairs = Sequence[tuple[Any, Any]]
 
 
 def commit() -> None:

@@ -87,9 +87,8 @@ class Ring(NamedTuple):
 def ring_shapes(plan: Plan, others: object, *, scores: bool) -> Ring:
     """Shared memory for as many chunks as there is room for, up to four, beside what else a program wants."""
     one = _chunk_shapes(plan, 1, scores=scores)
-    most = (
-        4 if plan.machine.copies == "tma" else 2
-    )  # threads that copy for themselves wait for all that they have begun
+    # Threads that copy for themselves wait for all that they have begun.
+    most = 4 if plan.machine.copies == "tma" else 2
     slots = min(most, plan.piece, (plan.machine.shared_bytes - 2048 - _bytes_of(others)) // _bytes_of(one))
     arrivals = len(jax.tree.leaves(one)) + (one.x is not None)  # X comes in two copies
     return Ring(

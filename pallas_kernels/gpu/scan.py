@@ -62,8 +62,9 @@ def scan(plan: Plan, tokens: Tokens, done: Prepared, state: Array | None, *, wan
 
         def leave(step: Array, o: list[Array], *, if_any: bool = False) -> None:
             """Writes the outputs of the chunk before a step; with `if_any` there may be none."""
-            # Y of the chunk before and the state of this one may be under way, and what is older may not.
-            wg.stored(under_way=plan.parts + plan.split if kept and plan.places > 1 else 0)
+            # In a chunk Y of the one before and its own state may be under way, and what is older may not; after the last
+            # there is no state, so that as many would let the outputs before be written over.
+            wg.stored(under_way=plan.parts + plan.split if kept and if_any and plan.places > 1 else 0)
             tiles = wg.along_first(scratch.out)[: plan.split]
             for tile, part in zip(tiles, o, strict=True):
                 wg.put_turned(tile, part)
