@@ -1,6 +1,6 @@
 """What the kernels of every platform do to the op's arrays before and after: gates, resets, padding."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ class Inputs(NamedTuple):
     beta: Array | None
     g: Array | None
     erase: Array | None
+
+    @property
+    def gate(self) -> Literal["none", "head", "channel"]:
+        """What has a gate of its own; of one token's arrays, without the axis of time, too."""
+        if self.g is None:
+            return "none"
+        return "channel" if self.g.ndim == self.q.ndim else "head"
 
 
 def base_two(g: Array) -> Array:

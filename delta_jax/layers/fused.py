@@ -4,7 +4,6 @@ from functools import partial
 
 from jaxtyping import Array, Float
 
-from delta_jax.layers.contained import finite_tokens, select_finite
 from delta_jax.layers.convolution import of_prologue
 from delta_jax.layers.norm import RMSNorm
 from delta_jax.layers.options import GATE_ACTIVATIONS
@@ -42,7 +41,7 @@ def gated_norm(
             run = partial(kernel.gated_norm, eps=norm.eps, activation=activation)
             y: Array = by_shares(run, (flat, norm.multiplier(), gate), (stream, (None,), stream), stream)
             return y
-    flat = norm(select_finite(finite_tokens(o), o, 0.0)).reshape(flat.shape)
+    flat = norm.normalised(o)[0].reshape(flat.shape)
     if gate is None:
         return flat
     return flat.astype(gate.dtype) * GATE_ACTIVATIONS[activation](gate)

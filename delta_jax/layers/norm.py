@@ -5,18 +5,17 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from delta_jax.layers.checks import require_dtypes, require_flags, require_positive_integers, require_positive_numbers
-from delta_jax.layers.contained import contained
 from delta_jax.layers.convolution import unit_heads
 from delta_jax.ops import device
 from delta_jax.ops.arguments import checked_array
 from delta_jax.ops.implementations import FEW_TOKENS
-from delta_jax.ops.norm import EPS, inverse_length
+from delta_jax.ops.norm import EPS, normalised
 from delta_jax.parallel import by_shares, shares
 
-__all__ = ["RMSNorm", "inverse_length", "l2_normalize"]
+__all__ = ["RMSNorm", "l2_normalize"]
 
 
 class RMSNorm(nnx.Module):
@@ -85,14 +84,18 @@ class RMSNorm(nnx.Module):
                 rows = ("batch", None, None)
                 y: Array = by_shares(run, (x, self.multiplier()), (rows, (None,)), rows)
                 return y
-        return contained(self._normalise, x, tokens=x.ndim - 1)
+        y, finite = self.normalised(x)
+        return jnp.where(finite, y, jnp.asarray(jnp.nan, y.dtype))
 
-    def _normalise(self, x: Float[Array, "*leading size"]) -> Float[Array, "*leading size"]:
+    def normalised(
+        self, x: Float[Array, "*leading size"]
+    ) -> tuple[Float[Array, "*leading size"], Bool[Array, "*leading 1"]]:
+        """What calling it does, and where x is finite; elsewhere entries may be zero, and nothing passes back."""
         parts = x if self.groups == 1 else x.reshape(*x.shape[:-1], self.groups, -1)
-        power, rest = inverse_length(parts, self.eps, jnp.mean)
-        wide = (parts.astype(rest.dtype) * power * rest).reshape(x.shape)
-        scale = self.multiplier(rest.dtype)
-        return (wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        normal, finite = normalised(parts, self.eps, jnp.mean)
+        scale = self.multiplier(normal.dtype)
+        y = (normal.reshape(x.shape) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        return y, finite if self.groups == 1 else jnp.all(finite, axis=-2)
 
     def multiplier(self, dtype: DTypeLike = jnp.float32) -> Float[Array, " size"]:
         """What the normalised entries are multiplied with."""

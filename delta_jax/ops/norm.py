@@ -1,18 +1,22 @@
 """What brings vectors to length one, for entries of any size."""
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from delta_jax.ops.precision import accumulator_dtype
 
-__all__ = ["EPS", "inverse_length", "unit_length"]
+__all__ = ["EPS", "inverse_length", "normalised", "unit_length"]
 
 EPS = 1e-6  # of the length of queries and keys
 SMALLEST = 1e-35  # the root of the smallest eps that counts, which float32 still holds with all its bits
+_UP, _SMALL = 2.0**90, 2.0**-60  # what vectors are multiplied with whose sum of squares is below
 
 
 def unit_length(x: Float[Array, "*leading size"], eps: float) -> Float[Array, "*leading size"]:
@@ -20,26 +24,79 @@ def unit_length(x: Float[Array, "*leading size"], eps: float) -> Float[Array, "*
 
     Where one entry is not finite all are NaN, by selection: the cotangents there are zero.
     """
-    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)  # on a CPU a maximum may pass over NaN
-    clean = jnp.where(finite, x, jnp.zeros((), x.dtype))
-    power, rest = inverse_length(clean, eps)
-    y = (clean.astype(rest.dtype) * power * rest).astype(x.dtype)
-    return jnp.where(finite, y, jnp.asarray(jnp.nan, x.dtype))
+    y, finite = normalised(x, eps)
+    return jnp.where(finite, y.astype(x.dtype), jnp.asarray(jnp.nan, x.dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def normalised(
+    x: Float[Array, "*leading size"], eps: float, reduce: Callable[..., Array] = jnp.sum
+) -> tuple[Float[Array, "*leading size"], Bool[Array, "*leading 1"]]:
+    """`x / sqrt(reduce(x^2) + eps)` over the last axis, in float32 (float64 for float64 x); and where all of x is finite.
+
+    Elsewhere it is zero, and nothing passes back.
+    """
+    y, finite, *_ = _with_factors(x, eps, reduce)
+    return y, finite
+
+
+@normalised.defjvp
+def _derivative(
+    eps: float, reduce: Callable[..., Array], given: tuple[Array], tangents: tuple[Any]
+) -> tuple[tuple[Array, Array], tuple[Array, Any]]:
+    # What is kept for it is x, as it is: in float32 it would be as large again.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def along(x: Array, d_x: Array) -> Array:
+        y, finite, power, rest = _with_factors(x, eps, reduce)
+        d_x = d_x.astype(y.dtype)
+        return jnp.where(finite, (d_x - y * reduce(y * d_x, axis=-1, keepdims=True)) * power * rest, 0.0)
+
+    y, finite = normalised(given[0], eps, reduce)
+    return (y, finite), (along(given[0], tangents[0]), np.zeros(finite.shape, jax.dtypes.float0))
 
 
 def inverse_length(
-    x: Float[Array, "*leading size"], eps: float, reduce: Callable[..., Array] = jnp.sum
+    x: Float[Array, "*leading size"], eps: float
 ) -> tuple[Float[Array, "*leading 1"], Float[Array, "*leading 1"]]:
-    """Two factors whose product is `1 / sqrt(reduce(x^2) + eps)`, in float32 (float64 for float64 x).
+    """Two factors whose product is `1 / sqrt(sum(x^2) + eps)`, in float32 (float64 for float64 x).
 
-    The first is a power of two that brings the largest entry, or the root of eps, between a half and one: the squares of
-    x times it neither overflow nor vanish, and where they did neither before, nothing is rounded in another way.
+    The first is a power of two, one unless squares of x overflow or vanish; those of x times it do neither.
+    """
+    return _factors(_squares(x, jnp.sum), eps)
+
+
+def _with_factors(x: Array, eps: float, reduce: Callable[..., Array]) -> tuple[Array, Array, Array, Array]:
+    """What `normalised` returns, and the factors of `inverse_length`, of which the second is zero where x is not finite."""
+    squares = _squares(x, reduce)
+    power, rest = _factors(squares, eps)
+    finite = jnp.isfinite(squares[1])
+    rest = jnp.where(finite, rest, 0.0)
+    return jnp.where(finite, x, jnp.zeros((), x.dtype)).astype(rest.dtype) * power * rest, finite, power, rest
+
+
+def _squares(x: Array, reduce: Callable[..., Array]) -> tuple[Array, Array, Array]:
+    """Sums of squares: of x, of x times a power of two by which none overflows, and of x times one by which none vanishes.
+
+    They take one look at x, where its largest entry would have to be known before any sum. The second is finite where x is.
     """
     wide = x.astype(accumulator_dtype(x.dtype))
+    plain, down, up = (
+        reduce(jnp.square(wide * factor), axis=-1, keepdims=True) for factor in (1.0, _down(wide.dtype), _UP)
+    )
+    return plain, down, up
+
+
+def _factors(squares: tuple[Array, Array, Array], eps: float) -> tuple[Array, Array]:
+    plain, down, up = squares
     root = max(math.sqrt(eps), SMALLEST)
-    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True, initial=0.0).astype(wide.dtype)
-    _, exponent = jnp.frexp(jnp.maximum(largest, root))
-    limit = -int(jnp.finfo(wide.dtype).minexp)
-    power = jnp.ldexp(jnp.ones((), wide.dtype), jnp.clip(-exponent, -limit, limit))
-    squares = reduce(jnp.square(wide * power), axis=-1, keepdims=True)
-    return power, jax.lax.rsqrt(squares + jnp.square(root * power))
+    large = ~jnp.isfinite(plain)
+    power, found = jnp.where(large, _down(plain.dtype), 1.0), jnp.where(large, down, plain)
+    if root * root < _SMALL:
+        small = plain < _SMALL
+        power, found = jnp.where(small, _UP, power), jnp.where(small, up, found)
+    return power, jax.lax.rsqrt(found + jnp.square(root * power))
+
+
+def _down(dtype: jnp.dtype) -> Array:
+    """A power of two that brings the largest number far below the root of it, and the root far above the smallest."""
+    return jnp.asarray(2.0 ** -(jnp.finfo(dtype).maxexp // 2 + 16), dtype)

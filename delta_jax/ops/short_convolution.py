@@ -151,19 +151,16 @@ def _convolve(
     """The definition."""
     time, tail = x.shape[1], kernel.shape[0] - 1
     accumulate = accumulator_dtype(x.dtype)
-    inputs = jnp.concatenate([cache, x], axis=1)
-    if segments is not None:
-        segments = jnp.pad(segments, ((0, 0), (tail, 0)))
-    finite = jnp.isfinite(inputs)  # zero times NaN would be in the kernel's gradient
-    clean = jnp.where(finite, inputs, jnp.zeros((), x.dtype))
+    # Zero times NaN would be in the kernel's gradient.
+    clean, before = (jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) for x in (x, cache))
     y, lost = jnp.zeros(x.shape, accumulate), jnp.zeros(x.shape, jnp.bool_)
-    for offset in range(tail + 1):
-        here = slice(offset, offset + time)
-        tap, bad = clean[:, here].astype(accumulate), ~finite[:, here]
-        if segments is not None and offset < tail:
-            same = (segments[:, here] == segments[:, tail:])[..., None]
+    for back in range(tail, -1, -1):
+        # Cut for every tap out of what was given: of all inputs side by side, or a mask of them, XLA writes an array.
+        tap, bad = _earlier(before, clean, back).astype(accumulate), ~jnp.isfinite(_earlier(cache, x, back))
+        if segments is not None and back:
+            same = (jnp.pad(segments, ((0, 0), (back, 0)))[:, :time] == segments)[..., None]
             tap, bad = jnp.where(same, tap, 0.0), bad & same
-        y, lost = y + tap * kernel[None, None, offset].astype(accumulate), lost | bad
+        y, lost = y + tap * kernel[None, None, tail - back].astype(accumulate), lost | bad
     y = y.astype(x.dtype)
     if bias is not None:
         y = y + bias.astype(y.dtype)[None, None]
@@ -172,6 +169,11 @@ def _convolve(
     if heads is not None:
         y = unit_length(y.reshape(*y.shape[:2], heads, -1), EPS).reshape(y.shape)
     return y if lengths is None else select_tokens(first_tokens(lengths, time), y)
+
+
+def _earlier(cache: Array, x: Array, back: int) -> Array:
+    """What came so many tokens before each."""
+    return jnp.concatenate([cache[:, cache.shape[1] - back :], x], axis=1)[:, : x.shape[1]] if back else x
 
 
 def _reach(segment_ids: Array | None, lengths: Array | None, shape: tuple[int, ...], tail: int) -> Array | None:

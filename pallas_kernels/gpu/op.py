@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +99,6 @@ def _inputs(machine: Machine, arrays: Inputs, reset: Array | None) -> Inputs:
 def plan_of(machine: Machine, inputs: Inputs, scale: float, erases: bool) -> Plan:
     batch, time, heads, value = inputs.v.shape
     key, chunks = inputs.k.shape[3], time // CHUNK
-    gate: Literal["none", "head", "channel"] = "none"
-    if inputs.g is not None:
-        gate = "channel" if inputs.g.ndim == 4 else "head"
     return Plan(
         machine=machine,
         batch=batch,
@@ -110,7 +107,7 @@ def plan_of(machine: Machine, inputs: Inputs, scale: float, erases: bool) -> Pla
         chunks=chunks,
         key=key,
         value=value,
-        gate=gate,
+        gate=inputs.gate,
         erase_heads=0 if inputs.erase is None else inputs.erase.shape[2],
         erases=erases,
         scale=scale,

@@ -120,7 +120,7 @@ def pieces_of(machine: Machine, heads: int, chunks: int, key: int, value: int, *
 
 def unsupported(machine: Machine, inputs: Inputs) -> str | None:
     """Why the kernels cannot take the op's arrays, of these shapes and dtypes; None if they can."""
-    q, v, g, erase = inputs.q, inputs.v, inputs.g, inputs.erase
+    q, v, erase = inputs.q, inputs.v, inputs.erase
     dtypes = {str(q.dtype), str(v.dtype)} - {"bfloat16", "float16", "float32"}
     if dtypes:
         return f"the Pallas GPU kernels take bfloat16, float16 and float32, not {min(dtypes)}"
@@ -135,7 +135,7 @@ def unsupported(machine: Machine, inputs: Inputs) -> str | None:
         chunks=1,
         key=q.shape[-1],
         value=v.shape[-1],
-        gate="none" if g is None else "channel" if g.ndim == q.ndim else "head",
+        gate=inputs.gate,
         erase_heads=0 if erase is None else erase.shape[-2],
         erases=True,
         scale=1.0,

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -101,9 +100,6 @@ def _plans(inputs: Inputs, scale: float, erases: bool, group: int) -> list[Plan]
 def _plan_of(inputs: Inputs, scale: float, erases: bool, here: int, group: int) -> Plan:
     batch, time, heads, value = inputs.v.shape
     key_heads, key = inputs.k.shape[2:]
-    gate: Literal["none", "head", "channel"] = "none"
-    if inputs.g is not None:
-        gate = "channel" if inputs.g.ndim == 4 else "head"
     return Plan(
         batch=batch,
         key_heads=here * key_heads // heads,
@@ -113,7 +109,7 @@ def _plan_of(inputs: Inputs, scale: float, erases: bool, here: int, group: int) 
         groups=-(-time // (group * TILE)),
         key=key,
         value=value,
-        gate=gate,
+        gate=inputs.gate,
         erase_heads=0 if inputs.erase is None else here * inputs.erase.shape[2] // heads,
         erases=erases,
         exact=inputs.v.dtype == jnp.float32,

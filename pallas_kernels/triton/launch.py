@@ -16,24 +16,13 @@ from jax import Array
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pallas_kernels import devices
 from pallas_kernels.triton import interpreter
 
 # What CUDA's assembler has read since 12.9. Triton would write for the one it brings, and jaxlib takes the one it finds,
 # which may be older.
 PTX_VERSION = 88
 ALIGNED = 16  # bytes, what XLA's allocator promises and Triton's wide loads need
-# What a device that is only described is called, and what it is compiled for; one that is there says so itself.
-DESCRIBED: dict[str, int | str] = {
-    "NVIDIA A100": 80,
-    "NVIDIA RTX A6000": 86,
-    "NVIDIA H100": 90,
-    "NVIDIA H200": 90,
-    "NVIDIA B200": 100,
-    "NVIDIA RTX PRO 6000 Blackwell": 120,
-    "MI250": "gfx90a",
-    "MI300": "gfx942",
-    "MI350": "gfx950",
-}
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
 BINARIES = tempfile.TemporaryDirectory()
 
@@ -90,17 +79,14 @@ def target_of(device: Any) -> GPUTarget | None:
     """What is compiled for; None where it is interpreted."""
     if device.platform == "cpu":
         return None
-    known: Any = getattr(device, "compute_capability", None)
-    if known is None or "unknown" in str(known):
-        known = next((arch for kind, arch in DESCRIBED.items() if device.device_kind.startswith(kind)), None)
-    arch = str(known)
-    if known is None or (arch.startswith("gfx") and not arch.startswith("gfx9")):  # jaxlib takes a warp for 64 threads
-        raise ValueError(
-            f"Triton kernels are compiled for {', '.join(DESCRIBED)} and for GPUs that are here, not {device.device_kind}"
-        )
-    if arch.startswith("gfx"):
-        return GPUTarget("hip", arch.split(":")[0], 64)
-    return GPUTarget("cuda", int(arch.replace(".", "")), 32)
+    known = devices.generation_of(device) or ""
+    if known.startswith("sm_"):
+        return GPUTarget("cuda", int(known.removeprefix("sm_")), 32)
+    if known.startswith("gfx9"):  # jaxlib takes a warp for 64 threads
+        return GPUTarget("hip", known, 64)
+    raise ValueError(
+        f"Triton kernels are compiled for NVIDIA's GPUs and AMD's of the MI series, and not for {device.device_kind}"
+    )
 
 
 def compiled(

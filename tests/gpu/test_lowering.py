@@ -1,6 +1,7 @@
 """The kernels lower for Hopper GPUs that are not here: layouts and copies are checked, up to what ptxas makes of them."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from delta_jax import delta_rule, delta_rule_step
+from pallas_kernels import devices
 
 KERNELS = {
     "forward": ("delta_rule_prepare", "delta_rule_forward"),
@@ -131,3 +133,28 @@ def test_elsewhere_the_automatic_choice_is_another_way(kind: str) -> None:
 def test_on_hopper_the_automatic_choice_is_the_kernels() -> None:
     inputs = _inputs(SHAPES["Qwen3-Next"], 1, 256)
     assert set(KERNELS["forward"]) <= set(_lowered(lambda x: delta_rule(**x), inputs, kind="NVIDIA H200"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", None, "sm_90"),
+        ("NVIDIA A100-SXM4-80GB", "unknown", "sm_80"),
+        ("NVIDIA RTX A6000", None, "sm_86"),
+        ("NVIDIA GeForce RTX 4090", None, "sm_89"),
+        ("NVIDIA B200", None, "sm_100"),
+        ("NVIDIA B300", None, "sm_103"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None, "sm_120"),
+        ("a GPU of another name", "9.0", "sm_90"),
+        ("AMD Instinct MI300X", "gfx942:sramecc+:xnack-", "gfx942"),
+        ("MI300", None, "gfx942"),
+        ("AMD Instinct MI250X", None, "gfx90a"),
+        ("AMD Instinct MI355X", None, "gfx950"),
+        ("GTX 480", None, None),
+    ],
+)
+def test_the_generation_of_a_device(kind: str, capability: str | None, found: str | None) -> None:
+    """By what it says of itself, else by its name."""
+    device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    assert devices.generation_of(device) == found
+    assert devices.generation_of(jax.devices("cpu")[0]) is None

@@ -124,7 +124,7 @@ def test_a_device_that_is_described_but_unknown_is_named():
     device = AbstractDevice(device_kind="GTX 480", num_cores=15, platform="gpu")
     with pytest.raises(ValueError) as caught:
         launch.target_of(device)
-    assert "MI300" in str(caught.value)
+    assert "MI series" in str(caught.value)
     assert "not GTX 480" in str(caught.value)
     mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

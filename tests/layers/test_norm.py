@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
 from delta_jax.layers import MIXERS, Mixer, RMSNorm, l2_normalize
 from delta_jax.testing import relative_error
 
-SIZES = [1.0, 1e-15, 1e-30, 1e19, 1e30, 1e37]
+SIZES = [1.0, 1e-9, 1e-15, 1e-30, 1e19, 1e30, 1e37]
 WEIGHTS = np.cos(np.arange(24.0)).reshape(3, 8)
 
 
@@ -38,6 +39,41 @@ def test_entries_of_any_size(size, eps, mean):
     np.testing.assert_allclose(
         pull(jnp.asarray(WEIGHTS, jnp.float32))[0], gradient, rtol=1e-6, atol=max(1e-6 * np.abs(gradient).max(), 2e-38)
     )
+
+
+def test_derivatives_of_any_order_and_in_both_directions():
+    with jax.enable_x64(True):
+        x = entries(1.0, jnp.float64)
+        norm = RMSNorm(8, param_dtype=jnp.float64)
+        for function in (l2_normalize, norm):
+            check_grads(
+                lambda x, function=function: function(jnp.asarray(x)),
+                (x,),
+                order=3,
+                modes=("fwd", "rev"),
+                atol=1e-6,
+                rtol=1e-6,
+            )
+
+
+def test_what_is_not_finite_gives_nothing_and_takes_nothing():
+    """Whatever comes back to it: it is left out by selection."""
+    x = jnp.concatenate([entries(1.0), entries(1e30).at[0, 0].set(jnp.nan).at[1, 1].set(-jnp.inf)])
+    d_y = jnp.concatenate([jnp.asarray(WEIGHTS, jnp.float32), jnp.full((2, 8), jnp.nan), jnp.zeros((1, 8))])
+
+    def by_layer(x, scale):
+        norm = RMSNorm(8)
+        norm.scale[...] = scale
+        return norm(x)
+
+    for norm in (by_layer, lambda x, scale: l2_normalize(x)):
+        (y, pull), (_, pull_clean) = (jax.vjp(norm, rows, jnp.ones(8)) for rows in (x, x[:3]))
+        np.testing.assert_array_equal(np.isnan(y).all(1), [False, False, False, True, True, False])
+        assert np.isfinite(y[5]).all()
+        (d_x, d_scale), (clean, of_scale) = pull(d_y), pull_clean(d_y[:3])
+        np.testing.assert_array_equal(d_x[3:5], np.zeros((2, 8)))
+        np.testing.assert_allclose(d_x[:3], clean, rtol=1e-6)
+        np.testing.assert_allclose(d_scale, of_scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
