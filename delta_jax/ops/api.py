@@ -7,6 +7,7 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int
 
+from delta_jax.ops import sequence
 from delta_jax.ops.arguments import (
     Arguments,
     arguments_of,
@@ -35,6 +36,7 @@ def delta_rule(
     scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "*layers batch heads key value"]]:
     """The general delta rule: every member of the family is a choice of these inputs.
 
@@ -93,7 +95,7 @@ def delta_rule(
         True
     """
     arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids, layers=layer is not None)
-    return _run(arguments, layer, scale, chunk_size, implementation)
+    return _run(arguments, layer, scale, chunk_size, implementation, axis_name)
 
 
 def delta_product(
@@ -110,6 +112,7 @@ def delta_product(
     scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "*layers batch heads key value"]]:
     """Several delta-rule writes a token: the gate comes before the first, the query after the last.
 
@@ -138,7 +141,7 @@ def delta_product(
         ((1, 3, 1, 2), (1, 1, 4, 2))
     """
     arguments = arguments_of(q, k, v, beta, g, erase, initial_state, segment_ids, writes=True, layers=layer is not None)
-    return _run(arguments, layer, scale, chunk_size, implementation)
+    return _run(arguments, layer, scale, chunk_size, implementation, axis_name)
 
 
 def linear_attention(
@@ -153,6 +156,7 @@ def linear_attention(
     scale: float | Float[Array, ""] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "*layers batch heads key value"]]:
     """The same machinery without the erase: linear attention, gated linear attention, RetNet, the Mamba-2 core.
 
@@ -167,7 +171,7 @@ def linear_attention(
         3.0
     """
     arguments = arguments_of(q, k, v, None, g, None, initial_state, segment_ids, layers=layer is not None)
-    return _run(arguments, layer, scale, chunk_size, implementation, erases=False)
+    return _run(arguments, layer, scale, chunk_size, implementation, axis_name, erases=False)
 
 
 def delta_rule_step(
@@ -290,6 +294,7 @@ def _run(
     scale: Any,
     chunk_size: int | None,
     implementation: str | None,
+    axis_name: str | None,
     *,
     erases: bool = True,
 ) -> tuple[Array, Array]:
@@ -297,9 +302,13 @@ def _run(
     require_chunk_size(chunk_size)
     scale, q = with_scale(scale, arguments.q, arguments.q.shape[-1] ** -0.5)
     options = Options(scale, chunk_size, erases)
+    if axis_name is not None:
+        sequence.require_axis(axis_name, layer)
 
     def run(*arrays: Any) -> tuple[Array, Array]:
         *given, segment_ids, layer = arrays
+        if axis_name is not None:
+            return sequence.over_axis(chosen, Arguments(*given, segment_ids), options, axis_name)
         reset = None
         if segment_ids is not None:
             reset = segment_starts(segment_ids)

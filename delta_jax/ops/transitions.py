@@ -35,6 +35,9 @@ class Maps(NamedTuple):
 
     transitions: Array  # M, [chunks, batch, heads, K, K], or a diagonal, [chunks, batch, heads, K or 1, 1]
     left: Array  # N, what is left where the state is zero, [chunks, batch, heads, K, V]
+    resets: Array | None = (
+        None  # true where nothing of a state gets through, whatever it holds: like `left`, or one for many
+    )
 
 
 def maps_of(factors: Factors, blocking: Blocking) -> Maps:
@@ -59,7 +62,7 @@ class Through(Protocol):
     def __call__(self, maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = False) -> tuple[Array, Array]: ...
 
 
-def states_before(maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = False) -> tuple[Array, Array]:
+def states_before(maps: Maps, state: Array, to: DTypeLike = None, *, backwards: bool = False) -> tuple[Array, Array]:
     """The state before every chunk, and the one after them all, from the one before them all.
 
     Args:
@@ -72,42 +75,46 @@ def states_before(maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = 
     if backwards:
         whole = maps.transitions
         turned = whole if whole.shape[-1] == 1 else jnp.swapaxes(whole, -1, -2)
-        found, end = states_before(Maps(turned[::-1], maps.left[::-1]), state, to)
+        resets = None if maps.resets is None else maps.resets[::-1]
+        found, end = states_before(Maps(turned[::-1], maps.left[::-1], resets), state, to)
         return found[::-1], end
     chunks = maps.left.shape[0]
     if chunks == 1 or _joining(maps) >= JOINED:
         states = [state]
         for n in range(chunks):  # no loop of XLA's, which would copy every M, N and state besides
-            states.append(_through(_some(maps, n), states[n], to))
+            states.append(after(_some(maps, n), states[n], to))
         return jnp.stack(states[:-1]), states[-1]
     first, second = _some(maps, slice(0, chunks - 1, 2)), _some(maps, slice(1, None, 2))
-    joined = Maps(_times(second.transitions, first.transitions, to), _through(second, first.left, to))
+    resets = None if first.resets is None or second.resets is None else first.resets | second.resets
+    joined = Maps(_times(second.transitions, first.transitions, to), after(second, first.left, to), resets)
     every_second, end = states_before(joined, state, to)
     if chunks % 2:
-        every_second, end = jnp.concatenate([every_second, end[None]]), _through(_some(maps, -1), end, to)
+        every_second, end = jnp.concatenate([every_second, end[None]]), after(_some(maps, -1), end, to)
     return states_between(maps, every_second, to), end
 
 
 def states_between(maps: Maps, states: Array, to: DTypeLike) -> Array:
     """The states before all chunks, of which `states` are those before the first, the third, and so on."""
     chunks = maps.left.shape[0]
-    between = _through(_some(maps, slice(0, chunks - 1, 2)), states[: chunks // 2], to)
+    between = after(_some(maps, slice(0, chunks - 1, 2)), states[: chunks // 2], to)
     both = jnp.stack([states[: chunks // 2], between], 1).reshape(-1, *states.shape[1:])
     return jnp.concatenate([both, states[-1:]]) if chunks % 2 else both
 
 
 def _joining(maps: Maps) -> int:
     """Multiplications that join two chunks; a symbolic batch, of `jax.export`, counts as one."""
-    sizes = (*maps.transitions.shape[1:], sum(x.shape[-1] for x in maps))
+    sizes = (*maps.transitions.shape[1:], maps.transitions.shape[-1] + maps.left.shape[-1])
     return math.prod(size for size in sizes if isinstance(size, int))
 
 
+def after(maps: Maps, state: Array, to: DTypeLike = None) -> Array:
+    """The state after chunks that each take one of the states."""
+    found = _times(maps.transitions, state, to) + maps.left
+    return found if maps.resets is None else jnp.where(maps.resets, maps.left, found)
+
+
 def _some(maps: Maps, chunks: slice | int) -> Maps:
-    return Maps(maps.transitions[chunks], maps.left[chunks])
-
-
-def _through(maps: Maps, state: Array, to: DTypeLike) -> Array:
-    return _times(maps.transitions, state, to) + maps.left
+    return Maps(maps.transitions[chunks], maps.left[chunks], None if maps.resets is None else maps.resets[chunks])
 
 
 def _times(transition: Array, x: Array, to: DTypeLike) -> Array:

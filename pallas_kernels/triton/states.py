@@ -5,7 +5,7 @@ some channels of the values of one head, and reads M by tiles. The cotangent of 
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def unsupported(q: Array, v: Array) -> str | None:
 
 
 def states_before(
-    maps: tuple[Array, Array], state: Array, to: DTypeLike, *, backwards: bool = False
+    maps: tuple[Any, ...], state: Array, to: DTypeLike = None, *, backwards: bool = False
 ) -> tuple[Array, Array]:
     """The state before every chunk, `[chunks, batch, heads, key, value]`, and the one after them all.
 
@@ -69,7 +69,7 @@ def states_before(
         cotangent of the one after it.
     """
     mapped = joins_batch(partial(_of_batch, exact=jnp.dtype(to) == jnp.float32, backwards=backwards))
-    before, end = mapped(*(jnp.swapaxes(x, 0, 1) for x in maps), state)
+    before, end = mapped(*(jnp.swapaxes(x, 0, 1) for x in maps[:2]), state)
     return jnp.swapaxes(before, 0, 1), end
 
 
