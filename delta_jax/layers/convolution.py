@@ -14,12 +14,12 @@ from delta_jax.layers.token_mixer import TokenMixer
 from delta_jax.ops import device
 from delta_jax.ops.prologue import KERNELS, heads_of_unit_length, step_by_kernel, takes_kernel
 from delta_jax.ops.short_convolution import short_convolution
-from delta_jax.parallel import by_shares, current_cut, indivisible, share_of, shares
+from delta_jax.parallel import axis_of_tokens, by_shares, current_cut, indivisible, share_of, shares
 
 __all__ = ["ShortConvolution", "convolved", "of_prologue", "unit_heads"]
 
 
-_STREAM = ("batch", None, "heads")
+_STREAM = ("batch", "time", "heads")
 
 
 class ShortConvolution(nnx.Module):
@@ -66,7 +66,7 @@ class ShortConvolution(nnx.Module):
         parts = x.shape[2] if heads is None else heads
         chosen = _takes_kernel(self, x, heads, implementation)
 
-        def run(x: Array, kernel: Array, *rest: Array | None, implementation: str | None = None) -> tuple[Array, Array]:
+        def run(x: Array, kernel: Array, *rest: Array | None, **options: str | None) -> tuple[Array, Array]:
             bias, segment_ids, cache, lengths = rest
             return short_convolution(
                 x,
@@ -77,15 +77,21 @@ class ShortConvolution(nnx.Module):
                 segment_ids=segment_ids,
                 cache=cache,
                 lengths=lengths,
-                implementation=implementation,
+                **options,
             )
 
         channels = x.shape[2]
         arrays = (x, kernel, bias, segment_ids, cache, lengths)
-        if not chosen or indivisible(x.shape[0], parts):
+        uneven = indivisible(x.shape[0], parts)
+        # How many tokens of a row are there counts from its beginning: then every device has the row whole.
+        axis = None if uneven or lengths is not None else axis_of_tokens(x.shape[1])
+        if uneven or not (chosen or axis):
             return run(*arrays, implementation="xla")
-        axes = (_STREAM, (None, "heads"), ("heads",), ("batch", None), _STREAM, ("batch",))
-        result: tuple[Array, Array] = by_shares(run, arrays, axes, (_STREAM, _STREAM))
+        time = None if axis is None else "time"
+        stream, of_cache = ("batch", time, "heads"), ("batch", None, "heads")
+        axes = (stream, (None, "heads"), ("heads",), ("batch", time), of_cache, ("batch",))
+        local = partial(run, implementation=None if chosen else "xla", axis_name=axis)
+        result: tuple[Array, Array] = by_shares(local, arrays, axes, (stream, of_cache))
         return result
 
 

@@ -36,7 +36,7 @@ def gated_norm(
     if here and len(dtypes) == 1:
         from pallas_kernels.tpu import gated_norm as kernel
 
-        stream = ("batch", None, "heads")
+        stream = ("batch", "time", "heads")
         if kernel.unsupported(share_of(flat, stream).shape[-1], size, *dtypes) is None:
             run = partial(kernel.gated_norm, eps=norm.eps, activation=activation)
             y: Array = by_shares(run, (flat, norm.multiplier(), gate), (stream, (None,), stream), stream)

@@ -81,7 +81,7 @@ class RMSNorm(nnx.Module):
 
             if gated_norm.unsupported(x.shape[2], x.shape[2], x.dtype) is None:
                 run = partial(gated_norm.gated_norm, gate=None, eps=self.eps, keeps_nan=True)
-                rows = ("batch", None, None)
+                rows = ("batch", "time", None)
                 y: Array = by_shares(run, (x, self.multiplier()), (rows, (None,)), rows)
                 return y
         y, finite = self.normalised(x)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from delta_jax.layers.mixer_cache import OfLayer
 from delta_jax.ops.arguments import Arguments
 from delta_jax.ops.implementations import choose
-from delta_jax.parallel import by_heads, indivisible
+from delta_jax.parallel import axis_of_tokens, by_heads, indivisible
 from delta_jax.parallel.op import warn_uncut
 
 __all__ = ["Rule", "RuleInputs", "apply_rule"]
@@ -68,14 +68,15 @@ def apply_rule(
     elif uncut and chosen.cut_by_compiler:
         warn_uncut(uncut)
     options: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    axis = None if uncut else axis_of_tokens(inputs.q.shape[1])
     whole: Callable[..., tuple[Array, Any]]
     if state is not None and inputs.q.shape[1] == 1:
         whole = partial(_one_token, rule.step, options)
     else:
-        whole = partial(_sequence, rule.whole, options | {"chunk_size": chunk_size})
+        whole = partial(_sequence, rule.whole, options | {"chunk_size": chunk_size, "axis_name": axis})
     if uncut and chosen.cut_by_compiler:
         return whole(inputs, state, segment_ids)
-    return by_heads(whole, inputs, state, segment_ids, axes=inputs.axes_of_heads())
+    return by_heads(whole, inputs, state, segment_ids, axes=inputs.axes_of_heads(), axis_name=axis)
 
 
 def _given(inputs: RuleInputs) -> dict[str, Array]:
@@ -90,6 +91,9 @@ def _sequence(
     segment_ids: Array | None,
 ) -> tuple[Array, Array | OfLayer]:
     given = _given(inputs) | options | {"segment_ids": segment_ids}
+    if isinstance(state, OfLayer) and options["axis_name"] is not None:
+        o, new = rule(**given, initial_state=state.taken())
+        return o, state.put(new)
     if isinstance(state, OfLayer):
         o, states = rule(**given, initial_state=state.stack, layer=state.layer)
         return o, OfLayer(states, state.layer)

@@ -72,6 +72,11 @@ def delta_rule(
         128 and 256, values of these and 512, bfloat16, and float16 and float32 to about 1e-5), or None: "pallas" on a TPU,
         and with bfloat16 on a Hopper GPU, where it can run, else "xla".
 
+      axis_name: inside `jax.shard_map`, the axis of the mesh over which the tokens of every sequence are cut. Each device
+        passes its own, in the order of the devices, with `segment_ids` as they are in the whole sequence, and the state
+        before all tokens, and gets its own outputs and the state after all; both states are the same on every device.
+        Then there are gradients in reverse mode alone. None: the tokens are all there are.
+
     Returns:
       `o` `[batch, time, heads, value]` in the dtype of `v`, and the final state `[batch, heads, key, value]` in float32
       (float64 for float64 inputs). Products accumulate in that dtype too. With a `layer` all states, the new one in its
@@ -303,7 +308,7 @@ def _run(
     scale, q = with_scale(scale, arguments.q, arguments.q.shape[-1] ** -0.5)
     options = Options(scale, chunk_size, erases)
     if axis_name is not None:
-        sequence.require_axis(axis_name, layer)
+        sequence.require_axis(axis_name, {"layer": layer})
 
     def run(*arrays: Any) -> tuple[Array, Array]:
         *given, segment_ids, layer = arrays

@@ -13,7 +13,7 @@ them along a ring in blocks. Both for linear attention, whose transitions are di
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -112,23 +112,34 @@ def over_axis(
     arrays = Arrays(*arguments[:6], None, reset)
     static = _Static(chosen.run, options, axis, join or join_of(sizes), wide)
     o, state = _joined(static, arrays, first.astype(dtype))
-    last = lax.axis_index(axis) == sizes.devices - 1
-    return o, lax.psum(jnp.where(last, state, jnp.zeros_like(state)), axis)
+    return o, of_last(state, axis)
 
 
-def require_axis(axis_name: str, layer: Any) -> None:
+def require_axis(axis_name: str, others: Mapping[str, Any]) -> None:
     """
     Raises:
-      ValueError: there is no such axis here, or what was asked for does not go with one.
+      ValueError: there is no such axis here, or an argument was given that does not go with one.
     """
-    if layer is not None:
-        raise ValueError("axis_name must be None where a layer is given: the states of all layers lie on every device.")
+    for name, x in others.items():
+        if x is not None:
+            raise ValueError(f"{name} must be None with axis_name={axis_name!r}: it is about sequences that are whole.")
     try:
         lax.axis_size(axis_name)
-    except NameError:
+    except (NameError, TypeError):
         raise ValueError(
             f"axis_name must be an axis of the jax.shard_map around this call, got {axis_name!r}."
         ) from None
+
+
+def from_before(x: Array, axis: str) -> Array:
+    """What the device before this one along the axis has; zeros on the first."""
+    return lax.ppermute(x, axis, [(a, a + 1) for a in range(lax.axis_size(axis) - 1)])
+
+
+def of_last(x: Array, axis: str) -> Array:
+    """What the last device along the axis has, on every device."""
+    last = lax.axis_index(axis) == lax.axis_size(axis) - 1
+    return lax.psum(jnp.where(last, x, jnp.zeros_like(x)), axis)
 
 
 class _Static(NamedTuple):
@@ -173,8 +184,7 @@ _joined.defvjp(_forward, _backward)
 
 def _resets(segment_ids: Array, axis: str) -> Array:
     """Where a segment starts; the first token of a piece is compared with the last of the piece before."""
-    n = lax.axis_size(axis)
-    earlier = lax.ppermute(segment_ids[:, -1:], axis, [(a, a + 1) for a in range(n - 1)])
+    earlier = from_before(segment_ids[:, -1:], axis)
     starts = segment_starts(segment_ids)
     first = (segment_ids[:, :1] != earlier) & (lax.axis_index(axis) > 0)
     return jnp.concatenate([first, starts[:, 1:]], 1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from delta_jax.ops import sequence
 from delta_jax.ops.arguments import checked_array, require_count
 from delta_jax.ops.norm import EPS, unit_length
 from delta_jax.ops.padding import first_tokens, select_tokens
@@ -36,6 +37,7 @@ def short_convolution(
     cache: Float[Array, "batch tail channels"] | None = None,
     lengths: Int[Array, " batch"] | None = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "batch time channels"], Float[Array, "batch tail channels"]]:
     """Filters every channel over its own past.
 
@@ -64,6 +66,8 @@ def short_convolution(
             outputs are zero, and the new cache is the one after the last real token.
         implementation: "xla", the definition; "pallas", one kernel on TPUs, which the compiler cannot cut over a mesh and
             which is differentiable once, in reverse mode; None is that where it can run.
+        axis_name: inside `jax.shard_map`, the axis of the mesh over which tokens are cut: x and `segment_ids` are those of
+            this device, at least W - 1 tokens, and the caches are those before and after all tokens. None: x is all.
 
     Returns:
         y [B, T, C] in the dtype of x (products are summed in float32 at least), and the new cache.
@@ -93,6 +97,10 @@ def short_convolution(
     cache = checked_array("cache", cache, {"batch": batch, "tail": tail, "channels": channels})
     if lengths is not None:
         lengths = checked_array("lengths", lengths, {"batch": batch}, "integers")
+    if axis_name is not None:
+        sequence.require_axis(axis_name, {"lengths": lengths})
+        if time < tail:
+            raise ValueError(f"x must have at least {tail} tokens on every device of {axis_name!r}, got {time}.")
 
     axes: tuple[Axes, ...] = (
         ("batch", None, "heads"),
@@ -120,13 +128,16 @@ def short_convolution(
     ) -> tuple[Array, Array]:
         cache = cache.astype(x.dtype)
         segments = None if segment_ids is None else segment_numbers(segment_ids)
+        if axis_name is not None:
+            cache = _from_before(x, segment_ids, segments, cache, axis_name)
         heads = None if head is None else x.shape[2] // head
         if chosen(x, heads=heads):
             reach = _reach(segment_ids, lengths, x.shape, tail)
             y = by_kernel(x, kernel, bias, reach, cache, activation=activation, heads=heads)
         else:
             y = _convolve(x, kernel, bias, segments, cache, lengths, ACTIVATIONS[activation], heads)
-        return y, _new_cache(x, segments, cache, lengths)
+        new = _new_cache(x, segments, cache, lengths)
+        return y, new if axis_name is None else sequence.of_last(new, axis_name)
 
     result: tuple[Array, Array] = by_parts(
         convolve,
@@ -185,6 +196,15 @@ def _reach(segment_ids: Array | None, lengths: Array | None, shape: tuple[int, .
         here = positions(segment_ids)  # the first segment continues that of the cache
         reach = jnp.where(here.segment == 0, reach, jnp.minimum(here.position, reach))
     return reach if lengths is None else jnp.where(first_tokens(lengths, shape[1]), reach, -1)
+
+
+def _from_before(x: Array, segment_ids: Array | None, segments: Array | None, cache: Array, axis_name: str) -> Array:
+    """The last inputs of the device before this one, of the segment of the first token here; the first has the cache."""
+    last = sequence.from_before(_new_cache(x, segments, cache, None), axis_name)
+    if segment_ids is not None:
+        same = sequence.from_before(segment_ids[:, -1:], axis_name) == segment_ids[:, :1]
+        last = jnp.where(same[..., None], last, jnp.zeros((), x.dtype))
+    return jnp.where(jax.lax.axis_index(axis_name) == 0, cache, last)
 
 
 def _new_cache(x: Array, segments: Array | None, cache: Array, lengths: Array | None) -> Array:

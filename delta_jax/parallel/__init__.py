@@ -3,6 +3,7 @@
 from delta_jax.parallel.gpus import GPUS, Gpu, gpu_of, gpu_topology
 from delta_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from delta_jax.parallel.op import (
+    axis_of_tokens,
     by_compiler,
     by_heads,
     by_shares,
@@ -36,6 +37,7 @@ __all__ = [
     "Gpu",
     "MeshConfig",
     "ParameterRule",
+    "axis_of_tokens",
     "batch_parts",
     "batch_sharding",
     "by_compiler",

@@ -1,4 +1,4 @@
-"""The device mesh: data, fsdp and tensor axes."""
+"""The device mesh: data, fsdp, sequence and tensor axes."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from delta_jax.config import check_fields, convert
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class MeshConfig:
     Attributes:
         data: copies of the model, each with its own part of the batch.
         fsdp: parts into which parameters are cut; the batch is cut along it too.
+        sequence: parts into which the tokens of every sequence are cut; parameters are cut as if there were as many more of
+            fsdp.
         tensor: parts into which heads, MLP channels and the vocabulary are cut.
 
     Examples:
@@ -28,11 +30,12 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {name: getattr(self, name) for name in AXES}
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"{name} should be a positive number of devices or -1 (the rest), got {size}")
@@ -41,7 +44,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor, whose shardings the compiler propagates
+    """A mesh with the axes data, fsdp, sequence and tensor, whose shardings the compiler propagates
     (``AxisType.Auto``).
 
     Args:
@@ -57,11 +60,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Examples:
         >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         >>> dict(mesh.shape)
-        {'data': 1, 'fsdp': 1, 'tensor': 1}
+        {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
     convert(MeshConfig, config, "config")
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, name) for name in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float
 
 from delta_jax.ops.partition import Axes, axes_of, explicit_mesh
 from delta_jax.parallel.mesh import AXES
-from delta_jax.parallel.sharding import BATCH
+from delta_jax.parallel.sharding import BATCH, TIME
 
 P = PartitionSpec
 HEADS = "tensor"
 SEQUENCES = "sequences"
+TOKENS = "tokens of a sequence"
 LATER = "every device may compute all of them, the same numbers, but slower than of a number that divides."
 
 
@@ -27,11 +28,13 @@ class Cut(NamedTuple):
         mesh: the mesh.
         batch: the axes over which sequences are cut.
         heads: the axes over which heads are cut.
+        time: the axis over which the tokens of a sequence are cut, if there is one of more than one device.
     """
 
     mesh: AbstractMesh
     batch: tuple[str, ...]
     heads: tuple[str, ...]
+    time: tuple[str, ...] = ()
 
 
 # Of the layer that is being traced, if the types of its arguments say how they are cut.
@@ -48,7 +51,23 @@ def current_cut() -> Cut | None:
     mesh = jax.sharding.get_abstract_mesh()
     if set(mesh.axis_types) != {AxisType.Auto} or mesh.size == 1:
         return None
-    return Cut(mesh, BATCH, (HEADS,)) if mesh.axis_names == AXES else _EXPLICIT.get()
+    if mesh.axis_names != AXES:
+        return _EXPLICIT.get()
+    return Cut(mesh, BATCH, (HEADS,), (TIME,) if mesh.shape[TIME] > 1 else ())
+
+
+def axis_of_tokens(time: int) -> str | None:
+    """The axis of the current mesh over which so many tokens of a sequence are cut, each device its own; None where none is.
+
+    Tokens that do not divide over it are whole on each of its devices, with a warning unless there is only one.
+
+    Examples:
+        >>> axis_of_tokens(8) is None  # no mesh is set
+        True
+    """
+    cut = current_cut()
+    over = () if cut is None else _if_even(cut.mesh, cut.time, time, TOKENS)
+    return over[0] if over else None
 
 
 def spec_of(x: Array) -> P:
@@ -96,8 +115,8 @@ def by_compiler[Result](function: Callable[..., Result], arguments: tuple[Any, .
     return result
 
 
-def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
-    """Cuts the batch as the mesh says, every device with the other axes whole; ``x`` itself without a mesh.
+def cut_batch(x: Float[Array, "batch time *rest"]) -> Float[Array, "batch time *rest"]:
+    """Cuts batch and time as the mesh says, every device with the other axes whole; ``x`` itself without a mesh.
 
     Left alone, the compiler may prefer to keep the layout of a parameter and give every device the whole batch, or to cut
     the channels between two layers and gather them for every product. A batch that does not divide over the mesh is left
@@ -111,9 +130,10 @@ def cut_batch(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
     """
     cut = current_cut()
     batch = () if cut is None else _if_even(cut.mesh, cut.batch, x.shape[0], SEQUENCES)
-    if not batch:
+    time = axis_of_tokens(x.shape[1])
+    if not batch and time is None:
         return x
-    return jax.lax.with_sharding_constraint(x, P(batch))
+    return jax.lax.with_sharding_constraint(x, P(batch or None, time))
 
 
 def indivisible(batch: int, heads: int) -> str | None:
@@ -166,8 +186,11 @@ def share_of(x: Array, axes: Axes) -> jax.ShapeDtypeStruct:
     parts = {
         "batch": math.prod(cut.mesh.shape[axis] for axis in cut.batch) if x.shape[0] != 1 else 1,
         "heads": math.prod(cut.mesh.shape[axis] for axis in cut.heads),
+        "time": 1,
         None: 1,
     }
+    if "time" in axes and axis_of_tokens(x.shape[axes.index("time")]) is not None:
+        parts["time"] = math.prod(cut.mesh.shape[axis] for axis in cut.time)
     return jax.ShapeDtypeStruct(tuple(n // parts[of] for n, of in zip(x.shape, axes, strict=True)), x.dtype)
 
 
@@ -183,6 +206,7 @@ def by_heads(
     segment_ids: Array | None,
     *,
     axes: Any = None,
+    axis_name: str | None = None,
 ) -> tuple[Array, Any]:
     """``rule(inputs, state, segment_ids)``, run by every device on its own sequences and heads.
 
@@ -196,6 +220,8 @@ def by_heads(
         state: [B, H, K, V] or None; or a tree of such arrays with axes in front, and of arrays without axes.
         segment_ids: [B, T] or None.
         axes: a tree like inputs that says which axis of each holds the heads; None is the third of all.
+        axis_name: of ``axis_of_tokens`` for a rule that joins the states over that axis; then a device has its own tokens
+            alone. None is all of them.
 
     Returns:
         The output [B, T, H, V] and the final state [B, H, K, V], a tree like that given.
@@ -217,16 +243,16 @@ def by_heads(
     if reason is not None:
         raise ValueError(f"q has shape {q.shape}, but {reason}.")
     batch, heads = cut.batch if q.shape[0] != 1 else None, cut.heads or None
-    of_output, of_state = P(batch, None, heads), P(batch, heads)
+    of_output, of_state = P(batch, axis_name, heads), P(batch, heads)
     if state is not None:
         of_state = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 4), batch, heads) if x.ndim else P(), state)
     if axes is None:
         axes = jax.tree.map(lambda _: 2, inputs)
     arguments = (inputs, state, segment_ids)
     specs = (
-        jax.tree.map(lambda axis: P(batch, *(None,) * (axis - 1), heads), axes),
+        jax.tree.map(lambda axis: P(batch, axis_name, *(None,) * (axis - 2), heads), axes),
         None if state is None else of_state,
-        None if segment_ids is None else P(batch),
+        None if segment_ids is None else P(batch, axis_name),
     )
     # Kernels do not say along which axes their results vary, which the check wants to know.
     by_parts = jax.shard_map(rule, mesh=cut.mesh, in_specs=specs, out_specs=(of_output, of_state), check_vma=False)
@@ -243,7 +269,7 @@ def by_shares(function: Callable[..., Any], arrays: Sequence[Array | None], axes
     Args:
         function: of the arrays, or None in their place.
         arrays: the first begins with sequences.
-        axes: what the axes of each are, "batch", "heads" or None.
+        axes: what the axes of each are, "batch", "time", "heads" or None.
         results: a tree of the same of what it returns.
 
     Examples:
@@ -254,7 +280,9 @@ def by_shares(function: Callable[..., Any], arrays: Sequence[Array | None], axes
     if cut is None:
         return function(*arrays)
     size = next(x.shape[0] for x in arrays if x is not None)
-    names = {"batch": cut.batch if size != 1 else None, "heads": cut.heads or None, None: None}
+    names: dict[str | None, Any] = {"batch": cut.batch if size != 1 else None, "heads": cut.heads or None, None: None}
+    times = (x.shape[of.index("time")] for x, of in zip(arrays, axes, strict=True) if x is not None and "time" in of)
+    names["time"] = next(map(axis_of_tokens, times), None)
 
     def spec(of: Axes) -> P:
         return P(*(names[name] for name in of))
@@ -278,9 +306,9 @@ def by_tokens(
     """``mix(tokens, gate, up, down)``, run by every device on its own sequences and its channels of every expert.
 
     The compiler would sort the tokens of all devices together. Under the current mesh the batch is cut over data and
-    fsdp and the channels of the experts over tensor, whose parts of the output are added up. One of the two that does not
-    divide is whole on every device, with a warning unless it is a single sequence; see ``warn_uncut``. Without a mesh
-    it is a plain call.
+    fsdp, tokens over sequence and the channels of the experts over tensor, whose parts of the output are added up. What does
+    not divide is whole on every device, with a warning unless it is a single sequence or token; see ``warn_uncut``. Without
+    a mesh it is a plain call.
 
     Args:
         mix: returns the float32 output [B, T, D], linear in ``down``, and how many tokens every expert got [E].
@@ -304,16 +332,19 @@ def by_tokens(
     if cut is not None:
         batch = _if_even(cut.mesh, cut.batch, first.shape[0], SEQUENCES)
         heads = _if_even(cut.mesh, cut.heads, gate.shape[2], "channels of an expert")
-    if cut is None or _parts(cut.mesh, batch + heads) == 1:
+    time = axis_of_tokens(first.shape[1])
+    tokens_over = batch if time is None else (*batch, time)
+    if cut is None or _parts(cut.mesh, tokens_over + heads) == 1:
         y, load = mix(tokens, gate, up, down)
         return y.astype(first.dtype), load
 
     def part(tokens: Any, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
         y, load = mix(tokens, gate, up, down)
-        return jax.lax.psum(y, heads).astype(first.dtype), jax.lax.psum(load, batch)
+        return jax.lax.psum(y, heads).astype(first.dtype), jax.lax.psum(load, tokens_over)
 
-    specs = (jax.tree.map(lambda _: P(batch), tokens), P(None, None, heads), P(None, None, heads), P(None, heads))
-    by_parts = jax.shard_map(part, mesh=cut.mesh, in_specs=specs, out_specs=(P(batch), P()))
+    of_tokens = P(batch, time)
+    specs = (jax.tree.map(lambda _: of_tokens, tokens), P(None, None, heads), P(None, None, heads), P(None, heads))
+    by_parts = jax.shard_map(part, mesh=cut.mesh, in_specs=specs, out_specs=(of_tokens, P()))
     result: tuple[Array, Array] = by_parts(tokens, gate, up, down)
     return result
 

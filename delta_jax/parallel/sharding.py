@@ -1,5 +1,6 @@
 """Where parameters and batches live on the mesh: one rule per kind of parameter."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,6 +38,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 STACKED = "blocks/"
 BATCH = ("data", "fsdp")
+TIME = "sequence"
+# What a rule calls by one name: devices that have parts of the same sequences need not have the same parameters whole.
+JOINT = {"fsdp": ("fsdp", TIME)}
 
 
 class ParameterRule(NamedTuple):
@@ -98,13 +102,22 @@ def partition_spec(
     spec = (None, *rule) if path.startswith(STACKED) else rule
     if len(spec) != len(shape):
         raise ValueError(f"parameter {path} has shape {shape}, but its partition rule is for {len(spec)} axes")
-    for axis, name in enumerate(spec):
-        if name is not None and shape[axis] % mesh.shape[name]:
+    over = tuple(name if name is None else _with_tokens(name, mesh) for name in spec)
+    for axis, names in enumerate(over):
+        parts = [] if names is None else [names] if isinstance(names, str) else list(names)
+        sizes = [mesh.shape[name] for name in parts]
+        if shape[axis] % math.prod(sizes):
+            axes = "axis" if len(parts) == 1 else "axes"
             raise ValueError(
                 f"parameter {path} of shape {shape}: dimension {axis} ({shape[axis]}) does not divide over "
-                f"the mesh axis {name} of size {mesh.shape[name]}"
+                f"the mesh {axes} {' x '.join(parts)} of size {' x '.join(map(str, sizes))}"
             )
-    return P(*spec)
+    return P(*over)
+
+
+def _with_tokens(name: str, mesh: Mesh) -> str | tuple[str, ...]:
+    """The axes that a rule means by a name: the one alone where no sequence is cut."""
+    return JOINT.get(name, name) if mesh.shape[TIME] > 1 else name
 
 
 def parameter_shardings(parameters: Any, mesh: Mesh, rules: Mapping[str, ParameterRule] | None = None) -> Any:
@@ -138,13 +151,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays [micro_batches, batch, time]: the batch is cut over data and fsdp.
+    """The sharding of arrays [micro_batches, batch, time]: the batch is cut over data and fsdp, its tokens over sequence.
 
     Examples:
         >>> tuple(batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1])).spec)
-        (None, ('data', 'fsdp'))
+        (None, ('data', 'fsdp'), 'sequence')
     """
-    return NamedSharding(mesh, P(None, BATCH))
+    return NamedSharding(mesh, P(None, BATCH, TIME))
 
 
 def batch_parts(mesh: Mesh) -> int:
