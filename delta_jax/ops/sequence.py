@@ -59,9 +59,9 @@ def received(join: Join, sizes: Sizes) -> tuple[float, int] | None:
     states = batch * heads * key * 4
     transition = key if erases else 1
     if join == "gather":
-        return (n - 1) * states * (value + transition), 1
+        return float((n - 1) * states * (value + transition)), 1
     if join == "ring":
-        return states * value, n - 2 + _blocks(value)
+        return float(states * value), n - 2 + _blocks(value)
     cut = _cut(sizes)
     return None if cut is None else ((n - 1) / n * states * (cut * transition + 2 * value), 2)
 

@@ -59,10 +59,14 @@ def maps_of(factors: Factors, blocking: Blocking) -> Maps:
 class Through(Protocol):
     """How a state passes through all chunks: what `states_before` says, by XLA's products or by a kernel."""
 
-    def __call__(self, maps: Maps, state: Array, to: DTypeLike, *, backwards: bool = False) -> tuple[Array, Array]: ...
+    def __call__(
+        self, maps: Maps, state: Array, to: DTypeLike | None, *, backwards: bool = False
+    ) -> tuple[Array, Array]: ...
 
 
-def states_before(maps: Maps, state: Array, to: DTypeLike = None, *, backwards: bool = False) -> tuple[Array, Array]:
+def states_before(
+    maps: Maps, state: Array, to: DTypeLike | None = None, *, backwards: bool = False
+) -> tuple[Array, Array]:
     """The state before every chunk, and the one after them all, from the one before them all.
 
     Args:
@@ -93,7 +97,7 @@ def states_before(maps: Maps, state: Array, to: DTypeLike = None, *, backwards: 
     return states_between(maps, every_second, to), end
 
 
-def states_between(maps: Maps, states: Array, to: DTypeLike) -> Array:
+def states_between(maps: Maps, states: Array, to: DTypeLike | None) -> Array:
     """The states before all chunks, of which `states` are those before the first, the third, and so on."""
     chunks = maps.left.shape[0]
     between = after(_some(maps, slice(0, chunks - 1, 2)), states[: chunks // 2], to)
@@ -107,7 +111,7 @@ def _joining(maps: Maps) -> int:
     return math.prod(size for size in sizes if isinstance(size, int))
 
 
-def after(maps: Maps, state: Array, to: DTypeLike = None) -> Array:
+def after(maps: Maps, state: Array, to: DTypeLike | None = None) -> Array:
     """The state after chunks that each take one of the states."""
     found = _times(maps.transitions, state, to) + maps.left
     return found if maps.resets is None else jnp.where(maps.resets, maps.left, found)
@@ -117,5 +121,5 @@ def _some(maps: Maps, chunks: slice | int) -> Maps:
     return Maps(maps.transitions[chunks], maps.left[chunks], None if maps.resets is None else maps.resets[chunks])
 
 
-def _times(transition: Array, x: Array, to: DTypeLike) -> Array:
+def _times(transition: Array, x: Array, to: DTypeLike | None) -> Array:
     return transition * x if transition.shape[-1] == 1 else einsum("...ij,...jv->...iv", transition, x, to=to)

@@ -25,7 +25,7 @@ class MeshConfig:
 
     Examples:
         >>> MeshConfig(fsdp=4, tensor=2)  # and copies on what is left
-        MeshConfig(data=-1, fsdp=4, tensor=2)
+        MeshConfig(data=-1, fsdp=4, sequence=1, tensor=2)
     """
 
     data: int = -1

@@ -56,7 +56,7 @@ def unsupported(q: Array, v: Array) -> str | None:
 
 
 def states_before(
-    maps: tuple[Any, ...], state: Array, to: DTypeLike = None, *, backwards: bool = False
+    maps: tuple[Any, ...], state: Array, to: DTypeLike | None = None, *, backwards: bool = False
 ) -> tuple[Array, Array]:
     """The state before every chunk, `[chunks, batch, heads, key, value]`, and the one after them all.
 

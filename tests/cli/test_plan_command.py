@@ -25,7 +25,7 @@ def test_a_plan_that_fits(libtpu, capsys):
     lines = out.splitlines()
     shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
     assert shown["topology"] == "v5e:1x1, 1 chip (TPU v5 lite); figures are those of one chip"
-    assert shown["mesh"] == "data=1, fsdp=1, tensor=1"
+    assert shown["mesh"] == "data=1, fsdp=1, sequence=1, tensor=1"
     assert shown["batch"] == "4 sequences of 128 tokens in 1 micro-batch"
     kernels = shown["kernels"].split(", ")
     assert {"delta_rule_forward", "delta_rule_backward", "gated_norm_forward"} <= set(kernels)
@@ -77,7 +77,7 @@ def test_a_plan_for_gpus(topology, kernels):
     shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
     number, kind = (4, "NVIDIA H100 80GB HBM3") if kernels else (1, "NVIDIA A100-SXM4-80GB")
     assert shown["topology"].startswith(f"{topology}, {number} GPU") and kind in shown["topology"]
-    assert shown["mesh"] == f"data=1, fsdp={number}, tensor=1"
+    assert shown["mesh"] == f"data=1, fsdp={number}, sequence=1, tensor=1"
     assert shown["kernels"].startswith(kernels or "made by XLA")
     assert "all-gather" in shown if kernels else shown["collectives"] == "none"
     assert re.match(r"at least [\d.]+ [mun]s, a bound, no estimate", shown["step time"])

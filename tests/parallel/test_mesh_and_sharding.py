@@ -19,7 +19,7 @@ from delta_jax.training.state import abstract_model
 
 def test_the_rest_of_the_devices_goes_to_the_axis_of_minus_one() -> None:
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     assert dict(make_mesh(MeshConfig(data=1, fsdp=-1)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert make_mesh(MeshConfig(), jax.devices()[:2]).devices.size == 2
 
@@ -27,9 +27,9 @@ def test_the_rest_of_the_devices_goes_to_the_axis_of_minus_one() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=3), "data=3, fsdp=1, tensor=1 does not fit the 8 cpu"),
-        (MeshConfig(data=-1, tensor=3), "data=-1, fsdp=1, tensor=3 does not fit the 8 cpu"),
-        (MeshConfig(data=4), "data=4, fsdp=1, tensor=1 does not fit the 8 cpu"),
+        (MeshConfig(data=3), "data=3, fsdp=1, sequence=1, tensor=1 does not fit the 8 cpu"),
+        (MeshConfig(data=-1, tensor=3), "data=-1, fsdp=1, sequence=1, tensor=3 does not fit the 8 cpu"),
+        (MeshConfig(data=4), "data=4, fsdp=1, sequence=1, tensor=1 does not fit the 8 cpu"),
     ],
 )
 def test_a_mesh_that_does_not_fit_says_what_is_there(config: MeshConfig, message: str) -> None:

@@ -25,7 +25,7 @@ def _plan(topology: str, *overrides: str) -> Plan:
 def test_one_chip() -> None:
     one = _plan("v5e:1x1")
     assert (one.chips, one.devices, one.device_kind, one.hbm) == (1, 1, "TPU v5 lite", 16 * 2**30)
-    assert one.mesh == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert one.mesh == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     named = [
         f"{what}_{way}" for what in ("short_convolution", "delta_rule", "gated_norm") for way in ("forward", "backward")
     ]
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_said() -> None:
         ("v9:2x2", (), "topology 'v9:2x2'"),
         ("v5e:3x3", (), "topology 'v5e:3x3'"),
         ("v3:2x2", (), "topology 'v3:2x2'"),
-        ("v5e:2x2", ("mesh.data=3",), "data=3, fsdp=1, tensor=1 does not fit the 4 tpu device"),
+        ("v5e:2x2", ("mesh.data=3",), "data=3, fsdp=1, sequence=1, tensor=1 does not fit the 4 tpu device"),
         ("v5e:4x4", (), "wanted a multiple of the 16 parts"),
         ("v5e:2x4", ("mesh.tensor=4",), "does not divide over the mesh axis tensor of size 4"),
     ],
