@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from delta_jax.ops.precision import accumulator_dtype
@@ -28,7 +27,6 @@ def unit_length(x: Float[Array, "*leading size"], eps: float) -> Float[Array, "*
     return jnp.where(finite, y.astype(x.dtype), jnp.asarray(jnp.nan, x.dtype))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def normalised(
     x: Float[Array, "*leading size"], eps: float, reduce: Callable[..., Array] = jnp.sum
 ) -> tuple[Float[Array, "*leading size"], Bool[Array, "*leading 1"]]:
@@ -36,23 +34,27 @@ def normalised(
 
     Elsewhere it is zero, and nothing passes back.
     """
-    y, finite, *_ = _with_factors(x, eps, reduce)
-    return y, finite
+    return _normalised(x, eps, reduce), _finite(_squares(jax.lax.stop_gradient(x), reduce))
 
 
-@normalised.defjvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _normalised(x: Array, eps: float, reduce: Callable[..., Array]) -> Array:
+    power, rest, finite = _factors_where_finite(x, eps, reduce)
+    return jnp.where(finite, x, jnp.zeros((), x.dtype)).astype(rest.dtype) * power * rest
+
+
+@_normalised.defjvp
 def _derivative(
     eps: float, reduce: Callable[..., Array], given: tuple[Array], tangents: tuple[Any]
-) -> tuple[tuple[Array, Array], tuple[Array, Any]]:
+) -> tuple[Array, Array]:
     # What is kept for it is x, as it is: in float32 it would be as large again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def along(x: Array, d_x: Array) -> Array:
-        y, finite, power, rest = _with_factors(x, eps, reduce)
+        y, (power, rest, finite) = _normalised(x, eps, reduce), _factors_where_finite(x, eps, reduce)
         d_x = d_x.astype(y.dtype)
         return jnp.where(finite, (d_x - y * reduce(y * d_x, axis=-1, keepdims=True)) * power * rest, 0.0)
 
-    y, finite = normalised(given[0], eps, reduce)
-    return (y, finite), (along(given[0], tangents[0]), np.zeros(finite.shape, jax.dtypes.float0))
+    return _normalised(given[0], eps, reduce), along(given[0], tangents[0])
 
 
 def inverse_length(
@@ -65,13 +67,11 @@ def inverse_length(
     return _factors(_squares(x, jnp.sum), eps)
 
 
-def _with_factors(x: Array, eps: float, reduce: Callable[..., Array]) -> tuple[Array, Array, Array, Array]:
-    """What `normalised` returns, and the factors of `inverse_length`, of which the second is zero where x is not finite."""
+def _factors_where_finite(x: Array, eps: float, reduce: Callable[..., Array]) -> tuple[Array, Array, Array]:
+    """The factors of `inverse_length`, the second zero where x is not finite; and where it is."""
     squares = _squares(x, reduce)
-    power, rest = _factors(squares, eps)
-    finite = jnp.isfinite(squares[1])
-    rest = jnp.where(finite, rest, 0.0)
-    return jnp.where(finite, x, jnp.zeros((), x.dtype)).astype(rest.dtype) * power * rest, finite, power, rest
+    (power, rest), finite = _factors(squares, eps), _finite(squares)
+    return power, jnp.where(finite, rest, 0.0), finite
 
 
 def _squares(x: Array, reduce: Callable[..., Array]) -> tuple[Array, Array, Array]:
@@ -84,6 +84,10 @@ def _squares(x: Array, reduce: Callable[..., Array]) -> tuple[Array, Array, Arra
         reduce(jnp.square(wide * factor), axis=-1, keepdims=True) for factor in (1.0, _down(wide.dtype), _UP)
     )
     return plain, down, up
+
+
+def _finite(squares: tuple[Array, Array, Array]) -> Array:
+    return jnp.isfinite(squares[1])
 
 
 def _factors(squares: tuple[Array, Array, Array], eps: float) -> tuple[Array, Array]:

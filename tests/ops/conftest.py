@@ -8,16 +8,20 @@ import pytest
 from delta_jax.testing import TRIALS
 
 
+def _parameters(node):
+    return getattr(getattr(node, "callspec", None), "params", {})
+
+
 def _of_kernels(node):
     """The implementation, if it is interpreted, and the member that a test is about; None for any other test."""
-    params = getattr(getattr(node, "callspec", None), "params", {})
+    params = _parameters(node)
     name = params.get("implementation")
     return (name, params.get("member")) if name in TRIALS and TRIALS[name].interpreted else None
 
 
 def _named(node):
     """The implementation that a test is about, as the suite calls it."""
-    return getattr(getattr(node, "callspec", None), "params", {}).get("implementation")
+    return _parameters(node).get("implementation")
 
 
 # The kernels see the arrays of another member, with other numbers in them.
@@ -35,13 +39,15 @@ QUICK = {
     "triton": {},  # the same, and another kernel for its states
     "mosaic_mma": {"test_bfloat16_is_as_good_as_rounding_the_inputs": ("gated_delta_net", "gated_delta_net_2")},
 }
+# Those whose kernels take longest to compile: erase keys of their own beside gates per channel, no gate, no erase.
+LONG = {"mosaic_tpu": ("gated_delta_net_2", "delta_net", "gated_linear_attention")}
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
-        quick = QUICK.get(_named(item))
-        if quick is not None and item.callspec.params.get("member") not in quick.get(item.originalname, ()):
+        name, member, quick = _named(item), _parameters(item).get("member"), QUICK.get(_named(item))
+        if member in LONG.get(name, ()) or (quick is not None and member not in quick.get(item.originalname, ())):
             item.add_marker(pytest.mark.slow)
     kernels = [item for item in items if _of_kernels(item) and _of_kernels(item)[1]]
     for item in kernels:

@@ -106,7 +106,8 @@ def test_the_step(compile_for: Any, generation: str, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generation", "time"), [("v5e", 1), ("v6e", 128), ("tpu7x", 1000), ("v5e", 32768), ("v5p", 131072)]
+    ("generation", "time"),
+    [("v5e", 1), ("v6e", 128), ("tpu7x", 1000), ("v5e", 32768), pytest.param("v5p", 131072, marks=pytest.mark.slow)],
 )
 def test_lengths(compile_for: Any, generation: str, time: int) -> None:
     shape = SHAPES["Qwen3-Next"]
