@@ -313,7 +313,7 @@ def _run(
     def run(*arrays: Any) -> tuple[Array, Array]:
         *given, segment_ids, layer = arrays
         if axis_name is not None:
-            return sequence.over_axis(chosen, Arguments(*given, segment_ids), options, axis_name)
+            return sequence.over_axis(chosen, Arguments._make((*given, segment_ids)), options, axis_name)
         reset = None
         if segment_ids is not None:
             reset = segment_starts(segment_ids)

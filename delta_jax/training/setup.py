@@ -115,6 +115,11 @@ def set_up(
             f"batch_size / gradient_accumulation is {micro}: wanted a multiple of the {parts} parts into "
             f"which the mesh cuts the batch (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
         )
+    if config.sequence_length % mesh.shape["sequence"]:
+        raise ValueError(
+            f"sequence_length is {config.sequence_length}: wanted a multiple of the {mesh.shape['sequence']} parts into "
+            "which the mesh cuts the tokens of a sequence (mesh.sequence)"
+        )
     rules = config.model.parameter_rules
     optimizer = optimizer or make_optimizer(config.optimizer, config.steps, rules)
     schedule = schedule or learning_rate_schedule(config.optimizer, config.steps)

@@ -18,9 +18,9 @@ from delta_jax.training.state import abstract_model
 
 
 def test_the_rest_of_the_devices_goes_to_the_axis_of_minus_one() -> None:
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
-    assert dict(make_mesh(MeshConfig(data=1, fsdp=-1)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(data=1, fsdp=-1)).shape) == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     assert make_mesh(MeshConfig(), jax.devices()[:2]).devices.size == 2
 
 
@@ -89,3 +89,18 @@ def test_a_batch_is_cut_over_data_and_fsdp() -> None:
     placed = shard_batch({"inputs": array}, mesh)["inputs"]
     np.testing.assert_array_equal(np.asarray(placed), array)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2, 3)}
+
+
+def test_an_axis_over_tokens_cuts_batches_and_parameters() -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+    placed = shard_batch({"inputs": np.arange(2 * 8 * 4).reshape(2, 8, 4)}, mesh)["inputs"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4, 2)}
+    assert tuple(partition_spec("blocks/0/mixer/q_proj/kernel", (2, 8, 16), mesh)) == (
+        None,
+        ("fsdp", "sequence"),
+        "tensor",
+    )
+    with pytest.raises(
+        ValueError, match=r"dimension 0 \(6\) does not divide over the mesh axes fsdp x sequence of size 2 x 2"
+    ):
+        partition_spec("lm_head/kernel", (6, 16), mesh)
