@@ -595,16 +595,25 @@ def _plan(arguments: argparse.Namespace) -> int:
         ("products", f"{_scaled(result.flops, 'FLOP')} a step"),
     ]
     memory, estimate = result.memory, result.estimate
+    speeds = ", ".join(f"{_scaled(speed, 'B/s')} {name}" for name, speed in result.links.items())
     if memory is not None:
         sizes = dataclasses.asdict(memory)
         if kind == "GPU":
             del sizes["program"]  # which XLA does not say
         rows += [(name, _bytes(size)) for name, size in sizes.items()]
         rows.append(("memory traffic", f"{_bytes(result.traffic)} a step"))
-        rows += [(kind, f"{_bytes(size)} received a step") for kind, size in result.collectives.items()]
-        rows += [] if result.collectives else [("collectives", "none")]
+        for exchanged in result.exchanges:
+            kinds = ", ".join(f"{kind} {_bytes(size)}" for kind, size in exchanged.received.items())
+            over = " x ".join(exchanged.axes)
+            rows.append((f"over {over}", f"{kinds} received a step, at least {_seconds(exchanged.seconds)}"))
+        rows.append(
+            (
+                "collectives",
+                f"a lower bound, by bytes received at the published {speeds}" if result.exchanges else "none",
+            )
+        )
     if result.bound is not None:
-        told = f"a bound, no estimate: products at {_scaled(chip.flops, 'FLOP/s')}, arguments and results once"
+        told = f"a bound, no estimate: products at {_scaled(chip.flops, 'FLOP/s')}, arguments and results once, collectives"
         rows.append(("step time", f"at least {_seconds(result.bound)}, {told}"))
     if estimate is not None and isinstance(chip, Chip):
         checked = (
@@ -621,7 +630,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             (
                 "assuming",
                 f"the compiler's own schedules, {shortest} to {longest} of what they say ({checked}); links at "
-                f"{_scaled(chip.ici_bytes, 'B/s')}, which collectives fill beside the rest or before it; MFU is of "
+                f"{speeds}, which collectives fill beside the rest or before it; MFU is of "
                 f"{_scaled(chip.flops, 'FLOP/s')} (bfloat16), without what is computed again",
             ),
         ]

@@ -25,7 +25,7 @@ from delta_jax.parallel.sharding import (
     replicated,
     shard_batch,
 )
-from delta_jax.parallel.topology import CHIPS, Chip, chip_of, chip_or_gpu_of, tpu_topology
+from delta_jax.parallel.topology import CHIPS, Chip, Link, chip_of, chip_or_gpu_of, links_of, tpu_topology
 
 __all__ = [
     "AXES",
@@ -34,6 +34,7 @@ __all__ = [
     "RULES",
     "Chip",
     "Gpu",
+    "Link",
     "MeshConfig",
     "ParameterRule",
     "batch_parts",
@@ -49,6 +50,7 @@ __all__ = [
     "gpu_of",
     "gpu_topology",
     "indivisible",
+    "links_of",
     "make_mesh",
     "parameter_shardings",
     "partition_spec",
