@@ -606,12 +606,8 @@ def _plan(arguments: argparse.Namespace) -> int:
             kinds = ", ".join(f"{kind} {_bytes(size)}" for kind, size in exchanged.received.items())
             over = " x ".join(exchanged.axes)
             rows.append((f"over {over}", f"{kinds} received a step, at least {_seconds(exchanged.seconds)}"))
-        rows.append(
-            (
-                "collectives",
-                f"a lower bound, by bytes received at the published {speeds}" if result.exchanges else "none",
-            )
-        )
+        bound = f"a lower bound: what is received, at the published peak of links, {speeds}"
+        rows.append(("collectives", bound if result.exchanges else "none"))
     if result.bound is not None:
         told = f"a bound, no estimate: products at {_scaled(chip.flops, 'FLOP/s')}, arguments and results once, collectives"
         rows.append(("step time", f"at least {_seconds(result.bound)}, {told}"))

@@ -1,11 +1,32 @@
-"""What a step costs before it runs: the arithmetic of its products."""
+"""What a step costs before it runs: the arithmetic of its products, and what its devices exchange over which links."""
 
 import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from delta_jax.compiled.exchanges import Exchange
+from delta_jax.compiled.hlo import COLLECTIVES
 from delta_jax.compiled.jaxpr import grid_of, inner_jaxprs, open_jaxpr, tile_multiply_adds
+from delta_jax.parallel import Link
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanged:
+    """What a chip receives from others in a step over the same axes of the mesh.
+
+    Attributes:
+        axes: their names.
+        received: kind of collective -> bytes, of the chip that receives most.
+        seconds: how long that takes at least, at the published peak of the links.
+    """
+
+    axes: tuple[str, ...]
+    received: Mapping[str, float]
+    seconds: float
 
 
 def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
@@ -15,6 +36,42 @@ def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     backward pass counts again. (XLA's own figure counts the body of a loop once and a kernel not at all.)
     """
     return sum((_equation_flops(equation) for equation in open_jaxpr(jaxpr).eqns), 0.0)
+
+
+def exchanged(
+    found: Sequence[Exchange], links: Sequence[Link], mesh: Mapping[str, int], cores: int = 1
+) -> tuple[Exchanged, ...]:
+    """The exchanges of a program by the axes of the mesh they go over, what takes longest first.
+
+    Args:
+        found: the exchanges.
+        links: what joins the devices of the mesh, from the inside out.
+        mesh: size of each axis.
+        cores: devices of a chip.
+    """
+    over: dict[tuple[str, ...], list[Exchange]] = defaultdict(list)
+    for exchange in found:
+        over[exchange.axes(mesh)].append(exchange)
+    rows = []
+    for axes, those in over.items():
+        received = {
+            kind: cores * sum(exchange.received(links[0].place) for exchange in those if exchange.kind == kind)
+            for kind in COLLECTIVES
+        }
+        received = {kind: size for kind, size in received.items() if size}
+        if received:  # not all of it inside of a chip
+            rows.append(Exchanged(axes=axes, received=received, seconds=exchange_seconds(those, links)))
+    return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+def exchange_seconds(found: Sequence[Exchange], links: Sequence[Link]) -> float:
+    """The least that exchanges take: what a device receives over each kind of link at its peak, over all kinds at once.
+
+    What comes from further away does not come over the inner links.
+    """
+    arrived = [sum(exchange.received(link.place) for exchange in found) for link in links]
+    inside = zip(arrived, [*arrived[1:], 0.0], links, strict=True)
+    return max(((whole - outer) / link.bandwidth for whole, outer, link in inside if whole), default=0.0)
 
 
 def _equation_flops(equation: JaxprEqn) -> float:

@@ -1,8 +1,7 @@
 """What a training step needs on TPUs or GPUs that are not here: the whole step, compiled ahead of time for them."""
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import jax
 
 from delta_jax.compiled.core import CORES
-from delta_jax.compiled.exchanges import Exchange, exchanges
-from delta_jax.compiled.hlo import COLLECTIVES
+from delta_jax.compiled.exchanges import exchanges
 from delta_jax.compiled.jaxpr import kernel_calls
 from delta_jax.compiled.schedule import Schedule, dump_folder, schedule_of
 from delta_jax.compiled.traffic import memory_bytes
-from delta_jax.parallel import Chip, Gpu, Link, chip_or_gpu_of, gpu_topology, links_of, tpu_topology
+from delta_jax.parallel import Chip, Gpu, chip_or_gpu_of, gpu_topology, links_of, tpu_topology
 from delta_jax.parallel.gpus import description
 from delta_jax.training.config import TrainConfig
-from delta_jax.training.cost import product_flops
+from delta_jax.training.cost import Exchanged, exchange_seconds, exchanged, product_flops
 from delta_jax.training.setup import set_up
 
 
@@ -42,21 +40,6 @@ class Memory:
     def total(self) -> int:
         """All of it."""
         return self.arguments + self.outputs + self.temporaries + self.program
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchanged:
-    """What a chip receives from others in a step over the same axes of the mesh.
-
-    Attributes:
-        axes: their names.
-        received: kind of collective -> bytes, of the chip that receives most.
-        seconds: how long that takes at least, at the published peak of the links.
-    """
-
-    axes: tuple[str, ...]
-    received: Mapping[str, float]
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +175,7 @@ def plan(
     text = "" if compiled is None else compiled.as_text() or ""
     links = links_of(topology, devices, tuple(run.mesh.devices.flat))
     found = exchanges(text) if text else []
-    received = _seconds(found, links)
+    received = exchange_seconds(found, links)
     calls = list(kernel_calls(traced.jaxpr))
     flops = product_flops(traced.jaxpr) / chips
     memory = None if compiled is None else _memory(compiled, cores)
@@ -216,7 +199,7 @@ def plan(
         hbm=hbm,
         refusal=refusal,
         memory=memory,
-        exchanges=_by_axes(found, links, dict(run.mesh.shape), cores),
+        exchanges=exchanged(found, links, dict(run.mesh.shape), cores),
         links={link.name: cores * link.bandwidth for link in links},
         traffic=cores * memory_bytes(text) if text else 0.0,
         estimate=estimate,
@@ -243,34 +226,6 @@ def _bound(compiled: jax.stages.Compiled, flops: float, gpu: Gpu) -> float:
     stats: Any = compiled.memory_analysis()
     moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
     return max(flops / gpu.flops, moved / description(gpu).bandwidth)
-
-
-def _by_axes(
-    found: Iterable[Exchange], links: Sequence[Link], mesh: Mapping[str, int], cores: int
-) -> tuple[Exchanged, ...]:
-    over: dict[tuple[str, ...], list[Exchange]] = defaultdict(list)
-    for exchange in found:
-        over[exchange.axes(mesh)].append(exchange)
-    rows = []
-    for axes, those in over.items():
-        received: dict[str, float] = defaultdict(float)
-        for exchange in those:
-            received[exchange.kind] += cores * exchange.received(links[0].place)
-        received = {kind: received[kind] for kind in COLLECTIVES if received[kind]}
-        if received:  # not all of it inside of a chip
-            rows.append(Exchanged(axes=axes, received=received, seconds=_seconds(those, links)))
-    return tuple(sorted(rows, key=lambda row: -row.seconds))
-
-
-def _seconds(found: Sequence[Exchange], links: Sequence[Link]) -> float:
-    """Of what comes over all links at once; what comes from further away does not come over the inner ones."""
-    arrived = [sum(exchange.received(link.place) for exchange in found) for link in links]
-    seconds = (
-        (inner - outer) / link.bandwidth
-        for link, inner, outer in zip(links, arrived, [*arrived[1:], 0.0], strict=True)
-        if inner
-    )
-    return max(seconds, default=0.0)
 
 
 def _estimate(schedule: Schedule, collectives: float, config: TrainConfig, useful: float) -> Estimate:

@@ -1,4 +1,4 @@
-"""FLOPs, against programs whose figures are known."""
+"""FLOPs and the time of exchanges, against programs whose figures are known."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
+from delta_jax.compiled.exchanges import Exchange
 from delta_jax.compiled.jaxpr import Loop, kernel_calls
-from delta_jax.parallel import MeshConfig, make_mesh
-from delta_jax.training.cost import product_flops
+from delta_jax.parallel import Link, MeshConfig, links_of, make_mesh
+from delta_jax.training.cost import Exchanged, exchange_seconds, exchanged, product_flops
 from pallas_kernels.gpu import products, warpgroup
 from pallas_kernels.gpu.machine import HOPPER
 
@@ -84,3 +85,29 @@ def test_kernels_for_gpus_count_what_their_tiles_multiply_once_a_program() -> No
     (call,) = kernel_calls(jaxpr)
     assert (call.name, call.steps, call.threads, call.bytes) == ("powers", 3, 128, 5 * 64 * 64 * 2)
     assert call.loops == (64**3, (Loop(4, 64**3, ()),))
+
+
+def test_exchanges_by_axes_take_as_long_as_the_slower_link() -> None:
+    """Two hosts of four GPUs, a mesh of four times two: the first axis crosses hosts, the second does not."""
+    links = links_of("h100:4x2", jax.devices(), jax.devices())
+    rows, columns = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 2, 4, 6), (1, 3, 5, 7))
+    gather, swap = (Exchange(kind=kind, groups=columns, size=4000, runs=5) for kind in ("all-gather", "all-to-all"))
+    total = Exchange(kind="all-reduce", groups=rows, size=10**6, runs=2)
+    assert exchanged([gather, total, swap], links, {"x": 4, "y": 2}) == (
+        Exchanged(axes=("y",), received={"all-reduce": 2e6}, seconds=2e6 / 450e9),
+        Exchanged(axes=("x",), received={"all-gather": 15e3, "all-to-all": 15e3}, seconds=(5e3 + 10e3) / 50e9),
+    )
+    assert exchange_seconds([gather, total, swap], links) == (2e6 + 10e3 + 5e3) / 450e9
+
+
+def test_what_two_devices_of_a_chip_exchange_crosses_no_link() -> None:
+    links = (Link("between chips", (0, 0, 1, 1), 50.0),)
+    near, far, all_ = (
+        Exchange(kind="all-reduce", groups=groups, size=100, runs=1)
+        for groups in (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 1, 2, 3),))
+    )
+    assert exchanged([near, far, all_], links, {"x": 2, "y": 2}, cores=2) == (
+        Exchanged(axes=("x",), received={"all-reduce": 200.0}, seconds=100 / 50),
+        Exchanged(axes=("x", "y"), received={"all-reduce": 100.0}, seconds=50 / 50),
+    )
+    assert exchange_seconds([near], links) == exchange_seconds([], links) == 0
