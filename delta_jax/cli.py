@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -274,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     _takes_a_run(plan, "such as batch_size=64 or mesh.fsdp=-1")
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x1; h100:8, on four hosts h100:8x4"
+    )
+    plan.add_argument(
+        "--suggest",
+        action="store_true",
+        help="of TPUs: plan other meshes too, those near the best next, and say which is; each takes as long as a plan",
     )
     plan.set_defaults(run=_plan)
 
@@ -577,6 +582,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if kind == "GPU":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA is at pains to say that there is no GPU
     config = _config(arguments)
+    if arguments.suggest:
+        return _suggest(config, arguments.topology, _bytes(chip.hbm_gib * 2**30) if isinstance(chip, Chip) else "")
     from delta_jax.training.plan import plan
 
     doing = f"compiling the step for {arguments.topology}, which can take minutes; no {kind} is used"
@@ -641,6 +648,33 @@ def _plan(arguments: argparse.Namespace) -> int:
         fits = "fits" if result.fits else "does not fit"
         print(f"{fits}: {_bytes(memory.total)} of the {_bytes(result.hbm)} of a {one}")
     return 0 if result.fits else 1
+
+
+def _suggest(config: Any, topology: str, memory: str) -> int:
+    from delta_jax.training.suggest import suggest
+
+    def named(mesh: Mapping[str, int]) -> str:
+        return ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+    trials = suggest(
+        config, topology, meanwhile=lambda mesh: _sign_of_life(f"compiling the step for {topology}, {named(mesh)}")
+    )
+    rows = []
+    for trial in trials:
+        planned, told = trial.plan, trial.refusal
+        if planned is not None and planned.memory is not None:
+            told = f"does not fit: {_bytes(planned.memory.total)} of {memory}"
+            if planned.fits and (estimate := planned.estimate) is not None:
+                told = f"{_seconds(estimate.least)} to {_seconds(estimate.most)} a step, of which collectives at least "
+                told += f"{_seconds(estimate.collectives)}; {_bytes(planned.memory.total)} of {memory}"
+        rows.append((named(trial.mesh), told))
+    _print_rows(rows)
+    best = trials[0]
+    if best.rank[0]:
+        print("none of these meshes fits")
+        return 1
+    print("best: " + " ".join(f"mesh.{axis}={size}" for axis, size in best.mesh.items()))
+    return 0
 
 
 @contextmanager
