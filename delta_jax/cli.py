@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -274,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     _takes_a_run(plan, "such as batch_size=64 or mesh.fsdp=-1")
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x1; h100:8, on four hosts h100:8x4"
+    )
+    plan.add_argument(
+        "--suggest",
+        action="store_true",
+        help="of TPUs: plan other meshes too, those near the best next, and say which is; each takes as long as a plan",
     )
     plan.set_defaults(run=_plan)
 
@@ -577,6 +582,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if kind == "GPU":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA is at pains to say that there is no GPU
     config = _config(arguments)
+    if arguments.suggest:
+        return _suggest(config, arguments.topology, _bytes(chip.hbm_gib * 2**30) if isinstance(chip, Chip) else "")
     from delta_jax.training.plan import plan
 
     doing = f"compiling the step for {arguments.topology}, which can take minutes; no {kind} is used"
@@ -595,16 +602,21 @@ def _plan(arguments: argparse.Namespace) -> int:
         ("products", f"{_scaled(result.flops, 'FLOP')} a step"),
     ]
     memory, estimate = result.memory, result.estimate
+    speeds = ", ".join(f"{_scaled(speed, 'B/s')} {name}" for name, speed in result.links.items())
     if memory is not None:
         sizes = dataclasses.asdict(memory)
         if kind == "GPU":
             del sizes["program"]  # which XLA does not say
         rows += [(name, _bytes(size)) for name, size in sizes.items()]
         rows.append(("memory traffic", f"{_bytes(result.traffic)} a step"))
-        rows += [(kind, f"{_bytes(size)} received a step") for kind, size in result.collectives.items()]
-        rows += [] if result.collectives else [("collectives", "none")]
+        for exchanged in result.exchanges:
+            kinds = ", ".join(f"{kind} {_bytes(size)}" for kind, size in exchanged.received.items())
+            over = " x ".join(exchanged.axes)
+            rows.append((f"over {over}", f"{kinds} received a step, at least {_seconds(exchanged.seconds)}"))
+        bound = f"a lower bound: what is received, at the published peak of links, {speeds}"
+        rows.append(("collectives", bound if result.exchanges else "none"))
     if result.bound is not None:
-        told = f"a bound, no estimate: products at {_scaled(chip.flops, 'FLOP/s')}, arguments and results once"
+        told = f"a bound, no estimate: products at {_scaled(chip.flops, 'FLOP/s')}, arguments and results once, collectives"
         rows.append(("step time", f"at least {_seconds(result.bound)}, {told}"))
     if estimate is not None and isinstance(chip, Chip):
         checked = (
@@ -621,7 +633,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             (
                 "assuming",
                 f"the compiler's own schedules, {shortest} to {longest} of what they say ({checked}); links at "
-                f"{_scaled(chip.ici_bytes, 'B/s')}, which collectives fill beside the rest or before it; MFU is of "
+                f"{speeds}, which collectives fill beside the rest or before it; MFU is of "
                 f"{_scaled(chip.flops, 'FLOP/s')} (bfloat16), without what is computed again",
             ),
         ]
@@ -636,6 +648,33 @@ def _plan(arguments: argparse.Namespace) -> int:
         fits = "fits" if result.fits else "does not fit"
         print(f"{fits}: {_bytes(memory.total)} of the {_bytes(result.hbm)} of a {one}")
     return 0 if result.fits else 1
+
+
+def _suggest(config: Any, topology: str, memory: str) -> int:
+    from delta_jax.training.suggest import suggest
+
+    def named(mesh: Mapping[str, int]) -> str:
+        return ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+    trials = suggest(
+        config, topology, meanwhile=lambda mesh: _sign_of_life(f"compiling the step for {topology}, {named(mesh)}")
+    )
+    rows = []
+    for trial in trials:
+        planned, told = trial.plan, trial.refusal
+        if planned is not None and planned.memory is not None:
+            told = f"does not fit: {_bytes(planned.memory.total)} of {memory}"
+            if planned.fits and (estimate := planned.estimate) is not None:
+                told = f"{_seconds(estimate.least)} to {_seconds(estimate.most)} a step, of which collectives at least "
+                told += f"{_seconds(estimate.collectives)}; {_bytes(planned.memory.total)} of {memory}"
+        rows.append((named(trial.mesh), told))
+    _print_rows(rows)
+    best = trials[0]
+    if best.rank[0]:
+        print("none of these meshes fits")
+        return 1
+    print("best: " + " ".join(f"mesh.{axis}={size}" for axis, size in best.mesh.items()))
+    return 0
 
 
 @contextmanager

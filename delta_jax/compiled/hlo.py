@@ -6,7 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -36,7 +44,8 @@ class Instruction(NamedTuple):
     @property
     def called(self) -> str:
         """The computation that a fusion or an asynchronous instruction consists of; "" where there is none."""
-        found = re.search(r"calls=%?([\w.-]+)", self.text)
+        name = "to_apply" if self.opcode == "call-start" else "calls"
+        found = re.search(rf"{name}=%?([\w.-]+)", self.text)
         return found.group(1) if found else ""
 
 

@@ -26,7 +26,7 @@ from delta_jax.parallel.sharding import (
     replicated,
     shard_batch,
 )
-from delta_jax.parallel.topology import CHIPS, Chip, chip_of, chip_or_gpu_of, tpu_topology
+from delta_jax.parallel.topology import CHIPS, Chip, Link, chip_of, chip_or_gpu_of, links_of, tpu_topology
 
 __all__ = [
     "AXES",
@@ -35,6 +35,7 @@ __all__ = [
     "RULES",
     "Chip",
     "Gpu",
+    "Link",
     "MeshConfig",
     "ParameterRule",
     "axis_of_tokens",
@@ -51,6 +52,7 @@ __all__ = [
     "gpu_of",
     "gpu_topology",
     "indivisible",
+    "links_of",
     "make_mesh",
     "parameter_shardings",
     "partition_spec",

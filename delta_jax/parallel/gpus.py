@@ -22,6 +22,11 @@ class Gpu:
         described: what the plugin calls the GPU whose description is taken.
         changes: what is not as in that description, text and what takes its place.
         flops: products in bfloat16 summed in float32, operations a second, without sparsity, from NVIDIA's data sheet.
+        inside: bytes a second that a GPU can receive from others of its host, half of what data sheets give for both ways:
+            NVLink where there is one, else its PCIe slot.
+        between: bytes a second that a GPU can receive from other hosts: of the adapter that NVIDIA's own system has for
+            each GPU, and where there is no such system of the slot.
+        joined: how many GPUs NVLink joins where those are more than a host's.
 
     Examples:
         >>> GPUS["h100"].described
@@ -30,6 +35,9 @@ class Gpu:
 
     described: str
     flops: float
+    inside: float
+    between: float
+    joined: int = 1
     changes: tuple[tuple[str, str], ...] = ()
 
 
@@ -45,16 +53,26 @@ _RTX4090 = (
     ("NVIDIA RTX A6000", "NVIDIA GeForce RTX 4090"),
 )
 
+_PCIE4, _PCIE5 = 32e9, 64e9  # 16 lanes, one way
+
+# NVLink of the third, fourth and fifth generation: 600, 900 and 1,800 GB/s both ways; the bridge between two A6000 112.5.
+# Adapters: 200 Gbit/s a GPU in a DGX A100, 400 in a DGX H100, H200 and B200 and in a GB200 NVL72, 800 in a DGX B300.
 GPUS = {
-    "a100": Gpu(described="NVIDIA A100-SXM4-80GB", flops=312e12),
-    "a6000": Gpu(described="NVIDIA RTX A6000", flops=154.8e12),
-    "rtx4090": Gpu(described="NVIDIA RTX A6000", flops=165.2e12, changes=_RTX4090),
-    "h100": Gpu(described="NVIDIA H100 80GB HBM3", flops=989.4e12),
-    "h200": Gpu(described="NVIDIA H200 141GB HBM3e", flops=989.4e12),
-    "b200": Gpu(described="NVIDIA B200", flops=2250e12),
-    "gb200": Gpu(described="NVIDIA GB200", flops=2500e12),
-    "b300": Gpu(described="NVIDIA B300", flops=2250e12),
-    "rtxpro6000": Gpu(described="NVIDIA RTX PRO 6000 Blackwell", flops=503.8e12, changes=(_ACCELERATED,)),
+    "a100": Gpu(described="NVIDIA A100-SXM4-80GB", flops=312e12, inside=300e9, between=25e9),
+    "a6000": Gpu(described="NVIDIA RTX A6000", flops=154.8e12, inside=56.25e9, between=_PCIE4),
+    "rtx4090": Gpu(described="NVIDIA RTX A6000", flops=165.2e12, inside=_PCIE4, between=_PCIE4, changes=_RTX4090),
+    "h100": Gpu(described="NVIDIA H100 80GB HBM3", flops=989.4e12, inside=450e9, between=50e9),
+    "h200": Gpu(described="NVIDIA H200 141GB HBM3e", flops=989.4e12, inside=450e9, between=50e9),
+    "b200": Gpu(described="NVIDIA B200", flops=2250e12, inside=900e9, between=50e9),
+    "gb200": Gpu(described="NVIDIA GB200", flops=2500e12, inside=900e9, between=50e9, joined=72),
+    "b300": Gpu(described="NVIDIA B300", flops=2250e12, inside=900e9, between=100e9),
+    "rtxpro6000": Gpu(
+        described="NVIDIA RTX PRO 6000 Blackwell",
+        flops=503.8e12,
+        inside=_PCIE5,
+        between=_PCIE5,
+        changes=(_ACCELERATED,),
+    ),
 }
 
 

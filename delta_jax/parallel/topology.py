@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -33,7 +33,8 @@ class Chip:
         hbm_gib: memory of a chip, in GiB.
         flops: products in bfloat16, operations a second.
         hbm_bytes: bytes a second to and from that memory.
-        ici_bytes: bytes a second that a chip can receive from others of its slice, over all links.
+        ici_bytes: bytes a second that a chip can receive from others of its slice, over all of its links, two an axis:
+            half of what those pages call bidirectional, which is 1,600 Gbit/s one way on v5e.
 
     Examples:
         >>> CHIPS["v5e"].hbm_gib
@@ -98,6 +99,49 @@ def chip_or_gpu_of(topology: str) -> Chip | Gpu:
         (197000000000000.0, 989400000000000.0)
     """
     return gpu_of(topology)[0] if topology.partition(":")[0] in GPUS else chip_of(topology)
+
+
+class Link(NamedTuple):
+    """What joins the devices of a topology at one level.
+
+    Attributes:
+        name: what it lies between.
+        place: of each device the place it is in; devices of one place need no such link.
+        bandwidth: bytes a second that a device receives over it at the published peak.
+    """
+
+    name: str
+    place: tuple[int, ...]
+    bandwidth: float
+
+
+def links_of(topology: str, devices: Sequence[jax.Device], order: Sequence[jax.Device]) -> tuple[Link, ...]:
+    """What joins the devices of a topology, from the inside out.
+
+    Between TPU chips those of the links that lead to a chip of the same slice: on an axis of two chips that is one of two.
+    The two devices of a TPU7x chip share them, and exchange with each other for nothing.
+
+    Args:
+        topology: its name.
+        devices: its devices, as `tpu_topology` or `gpu_topology` gives them.
+        order: the same in the order in which their places are wanted, such as that of a mesh.
+
+    Raises:
+        ValueError: as `chip_or_gpu_of`.
+    """
+    chip = chip_or_gpu_of(topology)
+    if isinstance(chip, Gpu):
+        _, per_host, _ = gpu_of(topology)
+        domain = max(1, chip.joined // per_host) * per_host
+        index = {device: place for place, device in enumerate(devices)}
+        each = tuple(index[device] for device in order)
+        inside = Link("inside a host" if domain == per_host else "by NVLink", each, chip.inside)
+        return inside, Link("between hosts", tuple(place // domain for place in each), chip.between)
+    grid = [int(size) for size in topology.partition(":")[2].split("x")]
+    found: dict[tuple[int, ...], int] = {}
+    chips = tuple(found.setdefault(tuple(device.coords), len(found)) for device in order)
+    used = sum(min(size - 1, 2) for size in grid) / (2 * chip.axes)
+    return (Link("between chips", chips, used * chip.ici_bytes * len(found) / len(devices)),)
 
 
 def tpu_topology(name: str) -> Sequence[jax.Device]:

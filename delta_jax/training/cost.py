@@ -1,19 +1,32 @@
-"""What a step costs before it runs: the arithmetic of its products, and the bytes its devices exchange."""
+"""What a step costs before it runs: the arithmetic of its products, and what its devices exchange over which links."""
 
 import math
-import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from delta_jax.compiled.hlo import COLLECTIVES, computations, trips
+from delta_jax.compiled.exchanges import Exchange
+from delta_jax.compiled.hlo import COLLECTIVES
 from delta_jax.compiled.jaxpr import grid_of, inner_jaxprs, open_jaxpr, tile_multiply_adds
+from delta_jax.parallel import Link
 
-_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-_WITH_OPERANDS = ("all-gather", "reduce-scatter", "collective-permute")  # as what their "-start" gives begins
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=(%?[\w.-]+|\{[^}]*\})")
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanged:
+    """What a chip receives from others in a step over the same axes of the mesh.
+
+    Attributes:
+        axes: their names.
+        received: kind of collective -> bytes, of the chip that receives most.
+        seconds: how long that takes at least, at the published peak of the links.
+    """
+
+    axes: tuple[str, ...]
+    received: Mapping[str, float]
+    seconds: float
 
 
 def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
@@ -25,45 +38,40 @@ def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     return sum((_equation_flops(equation) for equation in open_jaxpr(jaxpr).eqns), 0.0)
 
 
-def collective_bytes(hlo: str) -> dict[str, float]:
-    """Bytes that each device receives in a run of a compiled program, by kind of collective.
-
-    With n devices in a group, an all-gather, a reduce-scatter and an all-to-all bring (n - 1) / n of the whole array,
-    an all-reduce twice that, a permute all of it; loops count as often as they run.
+def exchanged(
+    found: Sequence[Exchange], links: Sequence[Link], mesh: Mapping[str, int], cores: int = 1
+) -> tuple[Exchanged, ...]:
+    """The exchanges of a program by the axes of the mesh they go over, what takes longest first.
 
     Args:
-        hlo: the text of the compiled program, of a TPU or of any other device.
-
-    Returns:
-        kind -> bytes, for the kinds there are.
+        found: the exchanges.
+        links: what joins the devices of the mesh, from the inside out.
+        mesh: size of each axis.
+        cores: devices of a chip.
     """
-    entry, lines = computations(hlo)
-    runs: dict[str, int] = defaultdict(int)
-    _count_runs(entry, 1, lines, runs)
-    partitions = re.search(r"num_partitions=(\d+)", hlo)
-    devices = int(partitions.group(1)) if partitions else 1
-    # The TPU compiler overlaps a collective with other work and repeats it in every fusion that advances it, those of
-    # a loop inside included: the channel tells which are one, and the outermost how often it runs.
-    seen: dict[tuple[str, str], float] = {}
-    for name, number in runs.items():
-        for index, line in enumerate(lines[name]):
-            found = _COLLECTIVE.search(line)
-            if found is None:
-                continue
-            kind, group = found.group(2), _group(line, devices)
-            size = _size(found.group(1), halves=bool(found.group(3)) and kind in _WITH_OPERANDS)
-            if kind == "reduce-scatter":
-                size *= group
-            elif name.startswith("all-reduce-scatter"):  # the TPU compiler's form: an all-reduce whose result is cut
-                kind = "reduce-scatter"
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = (kind, channel.group(1) if channel else f"{name}/{index}")
-            received = number * size * _share(kind, group)
-            seen[key] = min(seen.get(key, received), received)
-    totals: dict[str, float] = defaultdict(float)
-    for (kind, _), size in seen.items():
-        totals[kind] += size
-    return {kind: totals[kind] for kind in COLLECTIVES if totals[kind]}
+    over: dict[tuple[str, ...], list[Exchange]] = defaultdict(list)
+    for exchange in found:
+        over[exchange.axes(mesh)].append(exchange)
+    rows = []
+    for axes, those in over.items():
+        received = {
+            kind: cores * sum(exchange.received(links[0].place) for exchange in those if exchange.kind == kind)
+            for kind in COLLECTIVES
+        }
+        received = {kind: size for kind, size in received.items() if size}
+        if received:  # not all of it inside of a chip
+            rows.append(Exchanged(axes=axes, received=received, seconds=exchange_seconds(those, links)))
+    return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+def exchange_seconds(found: Sequence[Exchange], links: Sequence[Link]) -> float:
+    """The least that exchanges take: what a device receives over each kind of link at its peak, over all kinds at once.
+
+    What comes from further away does not come over the inner links.
+    """
+    arrived = [sum(exchange.received(link.place) for exchange in found) for link in links]
+    inside = zip(arrived, [*arrived[1:], 0.0], links, strict=True)
+    return max(((whole - outer) / link.bandwidth for whole, outer, link in inside if whole), default=0.0)
 
 
 def _equation_flops(equation: JaxprEqn) -> float:
@@ -94,42 +102,3 @@ def _equation_flops(equation: JaxprEqn) -> float:
     elif name in ("pallas_call", "mpmd_map"):
         times = math.prod(grid_of(equation))
     return times * sum(inner, 0.0)
-
-
-def _count_runs(name: str, times: int, lines: dict[str, list[str]], runs: dict[str, int]) -> None:
-    runs[name] += times
-    for line in lines[name]:
-        called = [part.strip(" %{}") for match in _CALLED.findall(line) for part in match.split(",")]
-        often = trips(line, lines) if " while(" in line else 1
-        for inner in called:
-            if inner in lines:
-                _count_runs(inner, times * often, lines, runs)
-
-
-def _size(shapes: str, *, halves: bool) -> float:
-    """Bytes of an array or a tuple; of the second half of a tuple that begins with the operands."""
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * (1 if dtype == "pred" else int(bits) / 8)
-        for dtype, bits, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", shapes))
-    ]
-    return sum(sizes[len(sizes) // 2 :] if halves else sizes, 0.0)
-
-
-def _group(line: str, devices: int) -> int:
-    """Devices in a group of a collective; no groups are one group of all."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(found.group(1))
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return found.group(1).count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"('\w+')=(\d+)", found.group(1)))
-        # A part of an axis is written 'axis':(devices before it)devices.
-        axes = [axis.strip() for axis in found.group(2).split(",")]
-        return math.prod(int(sizes.get(axis, axis.rpartition(")")[2])) for axis in axes)
-    return devices
-
-
-def _share(kind: str, group: int) -> float:
-    if kind == "collective-permute":
-        return 1.0
-    return (2 if kind == "all-reduce" else 1) * (group - 1) / group

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 
 from delta_jax.compiled.core import CORES
+from delta_jax.compiled.exchanges import exchanges
 from delta_jax.compiled.jaxpr import kernel_calls
 from delta_jax.compiled.schedule import Schedule, dump_folder, schedule_of
 from delta_jax.compiled.traffic import memory_bytes
-from delta_jax.parallel import Chip, Gpu, chip_or_gpu_of, gpu_topology, tpu_topology
+from delta_jax.parallel import Chip, Gpu, chip_or_gpu_of, gpu_topology, links_of, tpu_topology
 from delta_jax.parallel.gpus import description
 from delta_jax.training.config import TrainConfig
-from delta_jax.training.cost import collective_bytes, product_flops
+from delta_jax.training.cost import Exchanged, exchange_seconds, exchanged, product_flops
 from delta_jax.training.setup import set_up
 
 
@@ -50,7 +51,8 @@ class Estimate:
         kernels: seconds of the Pallas kernels, by the cycles of their bundles, every branch as if it were taken: those with
             a gate per channel, whose tiles choose one of two ways as they run, take less.
         others: seconds of all else: elementwise work, reductions, copies; by the compiler's own estimate.
-        collectives: seconds for what a chip receives from others over all of its links at once, at their published peak.
+        collectives: seconds for what a chip receives from others over all of its links at once, at their published peak;
+            they take no less.
         unread: names of kernels whose bundles the compiler did not write, for libtpu had been loaded before; no time has
             been counted for them.
         unestimated: opcode -> runs of instructions without an estimate, for which no time has been counted either.
@@ -98,11 +100,13 @@ class Plan:
         hbm: bytes of a chip's memory.
         refusal: the compiler's words if it found no way to fit the step.
         memory: bytes the step takes on each chip; None after a refusal.
-        collectives: kind -> bytes that each chip receives from others in a step.
+        exchanges: what each chip receives from others in a step, by the axes of the mesh it comes over; what takes longest
+            first.
+        links: what lies between chips, or inside and between hosts -> bytes a second that a chip receives over it.
         traffic: bytes that each chip moves to and from its memory in a step.
         estimate: of the time of a step; None after a refusal, and on GPUs.
-        bound: on GPUs, seconds that a step takes at least: those of its products at the peak, or of reading its arguments
-            and writing its results once, whichever are more. None on TPUs.
+        bound: on GPUs, seconds that a step takes at least: those of its products at the peak, of reading its arguments and
+            writing its results once, or of its exchanges, whichever are most. None on TPUs.
         seconds: how long compiling took.
     """
 
@@ -117,7 +121,8 @@ class Plan:
     hbm: int
     refusal: str | None
     memory: Memory | None
-    collectives: Mapping[str, float]
+    exchanges: tuple[Exchanged, ...]
+    links: Mapping[str, float]
     traffic: float
     estimate: Estimate | None
     bound: float | None
@@ -168,18 +173,20 @@ def plan(
     seconds = time.monotonic() - start
     cores = len(devices) // chips
     text = "" if compiled is None else compiled.as_text() or ""
-    received = {kind: cores * size for kind, size in collective_bytes(text).items()} if text else {}
+    links = links_of(topology, devices, tuple(run.mesh.devices.flat))
+    found = exchanges(text) if text else []
+    received = exchange_seconds(found, links)
     calls = list(kernel_calls(traced.jaxpr))
     flops = product_flops(traced.jaxpr) / chips
     memory = None if compiled is None else _memory(compiled, cores)
     estimate = bound = None
     if compiled is not None and isinstance(chip, Gpu):
-        bound = _bound(compiled, flops, chip)
+        bound = max(_bound(compiled, flops, chip), received)
     if text and isinstance(chip, Chip) and folder:
         forward = run.evaluation_step.trace(run.state.parameters, run.evaluation_batch).jaxpr
         useful = 3 * config.gradient_accumulation * product_flops(forward) / chips / chip.flops
         schedule = schedule_of(text, calls, folder, CORES[topology.partition(":")[0]])
-        estimate = _estimate(schedule, sum(received.values()) / chip.ici_bytes, config, useful)
+        estimate = _estimate(schedule, received, config, useful)
     return Plan(
         topology=topology,
         device_kind=devices[0].device_kind,
@@ -192,7 +199,8 @@ def plan(
         hbm=hbm,
         refusal=refusal,
         memory=memory,
-        collectives=received,
+        exchanges=exchanged(found, links, dict(run.mesh.shape), cores),
+        links={link.name: cores * link.bandwidth for link in links},
         traffic=cores * memory_bytes(text) if text else 0.0,
         estimate=estimate,
         bound=bound,

@@ -19,13 +19,13 @@ def libtpu():
 
 
 def test_a_plan_that_fits(libtpu, capsys):
-    assert main([*TINY, "--topology", "v5e:1x1"]) == 0
+    assert main([*TINY, "--topology", "v5e:1x2", "mesh.fsdp=2"]) == 0
     out, err = capsys.readouterr()
-    assert err.startswith("compiling the step for v5e:1x1")
+    assert err.startswith("compiling the step for v5e:1x2")
     lines = out.splitlines()
     shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
-    assert shown["topology"] == "v5e:1x1, 1 chip (TPU v5 lite); figures are those of one chip"
-    assert shown["mesh"] == "data=1, fsdp=1, sequence=1, tensor=1"
+    assert shown["topology"] == "v5e:1x2, 2 chips (TPU v5 lite); figures are those of one chip"
+    assert shown["mesh"] == "data=1, fsdp=2, sequence=1, tensor=1"
     assert shown["batch"] == "4 sequences of 128 tokens in 1 micro-batch"
     kernels = shown["kernels"].split(", ")
     assert {"delta_rule_forward", "delta_rule_backward", "gated_norm_forward"} <= set(kernels)
@@ -37,9 +37,14 @@ def test_a_plan_that_fits(libtpu, capsys):
     assert re.fullmatch(r"\d+% to \d+%", shown["MFU"])
     time = r"[\d.]+ [um]?s"
     parts = ", ".join(f"{name} {time}" for name in ("products", "kernels", "elementwise and copies", "collectives"))
-    assert re.fullmatch(parts, shown["made of"]) and shown["made of"].endswith("collectives 0 us")
+    assert re.fullmatch(parts, shown["made of"])
     assert "197 TFLOP/s" in shown["assuming"] and "nobody has checked this chip" in shown["assuming"]
-    assert shown["collectives"] == "none"
+    over = rf"([a-z-]+ [\d.]+ ([KM]iB|bytes), )*[a-z-]+ [\d.]+ ([KM]iB|bytes) received a step, at least ({time})"
+    found = re.fullmatch(over, shown["over fsdp"])
+    assert found and "all-gather" in shown["over fsdp"] and shown["made of"].endswith(f"collectives {found.group(4)}")
+    assert (
+        shown["collectives"] == "a lower bound: what is received, at the published peak of links, 50 GB/s between chips"
+    )
     assert re.fullmatch(r"fits: [\d.]+ [MG]iB of the 16 GiB of a chip", lines[-1])
 
 
@@ -56,6 +61,35 @@ def test_a_plan_that_does_not_fit(libtpu, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith("does not fit: the compiler says: ")
     assert "step time" not in out and "rror" not in err
+
+
+@pytest.mark.slow  # compiles for three meshes
+def test_meshes_are_compared(libtpu, capsys):
+    assert main([*TINY, "--topology", "v5e:1x2", "--suggest", "batch_size=2"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
+    assert set(shown) == {
+        f"data={data}, fsdp={fsdp}, sequence=1, tensor={2 // data // fsdp}" for data, fsdp in ((2, 1), (1, 2), (1, 1))
+    }
+    time = r"([\d.]+) us"
+    row = rf"{time} to {time} a step, of which collectives at least {time}; [\d.]+ MiB of 16 GiB"
+    times = [float(re.fullmatch(row, told).group(2)) for told in shown.values()]
+    assert times == sorted(times)
+    best = next(iter(shown)).split(", ")
+    assert lines[-1] == "best: " + " ".join(f"mesh.{size}" for size in best)
+    assert err.count("compiling the step for v5e:1x2, data=") == 3
+
+
+def test_no_mesh_will_do(libtpu, capsys):
+    large = ["model.hidden_size=65536", "model.intermediate_size=65536", "model.num_layers=8", "batch_size=3"]
+    assert main([*TINY, "--topology", "v5e:1x2", "--suggest", *large]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "none of these meshes fits"
+    assert sum(line.endswith("its state alone does not fit") for line in lines) == 1
+    assert sum("wanted a multiple of the 2 parts" in line for line in lines) == 2
+    assert main([*TINY, "--topology", "v5e:1x2", "--suggest", "model.pattern.0.num_heads=1", "batch_size=1"]) == 2
+    assert "wanted a multiple of the 2 parts" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # a compiler of its own, in an environment of its own

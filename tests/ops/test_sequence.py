@@ -11,11 +11,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from delta_jax import delta_rule
+from delta_jax.compiled.exchanges import exchanges
 from delta_jax.ops import sequence
 from delta_jax.ops.sequence import Sizes, join_of, received
 from delta_jax.ops.short_convolution import short_convolution
 from delta_jax.testing import MEMBERS, evaluate, op_of, problem, reference, relative_error
-from delta_jax.training.cost import collective_bytes
 
 TIME, SHAPE = 64, (2, 2, 4, 8, 16)
 JOINS = ("gather", "exchange", "ring")
@@ -192,7 +192,9 @@ def test_what_is_exchanged_does_not_grow_with_time(join):
             op = cut(delta_rule, mesh_of(ONE), implementation="xla")
             return op(q=q, k=k, v=v)[0]
 
-        return sum(collective_bytes(jax.jit(outputs).lower(keys, keys, keys).compile().as_text()).values())
+        return sum(
+            found.received() for found in exchanges(jax.jit(outputs).lower(keys, keys, keys).compile().as_text())
+        )
 
     with joined_by(join):
         found = bytes_at(256), bytes_at(1024)

@@ -3,9 +3,10 @@
 import importlib
 import importlib.util
 
+import jax
 import pytest
 
-from delta_jax.parallel import GPUS, chip_or_gpu_of, gpu_of, gpu_topology
+from delta_jax.parallel import GPUS, Link, chip_or_gpu_of, gpu_of, gpu_topology, links_of
 from delta_jax.parallel.gpus import Description
 
 module = importlib.import_module("delta_jax.parallel.gpus")  # whose name a function of it has
@@ -27,6 +28,17 @@ def test_names(name: str, hosts: int) -> None:
     gpu, per_host, found = gpu_of(name)
     assert (gpu, per_host, found) == (GPUS[name.partition(":")[0]], 8, hosts)
     assert chip_or_gpu_of(name) == gpu
+
+
+def test_links() -> None:
+    """Any eight devices stand for the GPUs: their places are those in their topology, in the order that is asked for."""
+    devices, order = jax.devices(), jax.devices()[::-1]
+    inside, between = links_of("h100:4x2", devices, order)
+    assert inside == Link("inside a host", (7, 6, 5, 4, 3, 2, 1, 0), 450e9)
+    assert between == Link("between hosts", (1, 1, 1, 1, 0, 0, 0, 0), 50e9)
+    assert links_of("a100:8", devices, devices)[1].place == (0,) * 8
+    inside, between = links_of("gb200:4x2", devices, devices)
+    assert (inside.name, between.place) == ("by NVLink", (0,) * 8), "NVLink joins 72 of them, whatever host they are in"
 
 
 @pytest.mark.parametrize(

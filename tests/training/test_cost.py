@@ -1,17 +1,17 @@
-"""FLOPs and exchanged bytes, against programs whose figures are known."""
+"""FLOPs and the time of exchanges, against programs whose figures are known."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
+from delta_jax.compiled.exchanges import Exchange
 from delta_jax.compiled.jaxpr import Loop, kernel_calls
-from delta_jax.parallel import MeshConfig, make_mesh
-from delta_jax.training.cost import collective_bytes, product_flops
+from delta_jax.parallel import Link, MeshConfig, links_of, make_mesh
+from delta_jax.training.cost import Exchanged, exchange_seconds, exchanged, product_flops
 from pallas_kernels.gpu import products, warpgroup
 from pallas_kernels.gpu.machine import HOPPER
 
@@ -87,95 +87,27 @@ def test_kernels_for_gpus_count_what_their_tiles_multiply_once_a_program() -> No
     assert call.loops == (64**3, (Loop(4, 64**3, ()),))
 
 
-def test_a_collective_that_is_started_names_its_operands_too() -> None:
-    """So XLA writes it for GPUs."""
-    result = "((f32[8,5]{1,0}, f32[8]{0}), f32[2,5]{1,0}, f32[2]{0})"
-    groups = "replica_groups=[2,4]<=[8], to_apply=%add"
-    hlo = f"""HloModule step, num_partitions=8
-ENTRY %main (a: f32[8,5], b: f32[8]) -> f32[2,5] {{
-  %start = {result} reduce-scatter-start(%a, %b), channel_id=1, {groups}
-}}
-"""
-    assert collective_bytes(hlo) == {"reduce-scatter": 3 / 4 * (8 * 5 + 8) * 4}
-
-
-@pytest.mark.parametrize("length", [1, 6])
-@pytest.mark.parametrize(
-    ("kind", "share", "function", "out"),
-    [
-        ("all-reduce", 2 * 3 / 4, lambda x: jax.lax.psum(x, "fsdp"), P("tensor")),
-        ("all-gather", 3 / 4 * 4, lambda x: jax.lax.all_gather(x, "fsdp"), P(None, "tensor")),
-        ("reduce-scatter", 3 / 4, lambda x: jax.lax.psum_scatter(x, "fsdp"), P(("tensor", "fsdp"))),
-        ("all-to-all", 3 / 4, lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0), P(("tensor", "fsdp"))),
-        (
-            "collective-permute",
-            1,
-            lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 2), (2, 3), (3, 0)]),
-            P(("tensor", "fsdp")),
-        ),
-    ],
-)
-def test_every_collective(kind: str, share: float, function: object, out: P, length: int) -> None:
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-
-    def repeated(x: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda _, x: (None, function(x)), None, x)[1]
-
-    cut = jax.shard_map(
-        repeated, mesh=mesh, in_specs=P(None, ("tensor", "fsdp")), out_specs=P(None, *out), check_vma=False
+def test_exchanges_by_axes_take_as_long_as_the_slower_link() -> None:
+    """Two hosts of four GPUs, a mesh of four times two: the first axis crosses hosts, the second does not."""
+    links = links_of("h100:4x2", jax.devices(), jax.devices())
+    rows, columns = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 2, 4, 6), (1, 3, 5, 7))
+    gather, swap = (Exchange(kind=kind, groups=columns, size=4000, runs=5) for kind in ("all-gather", "all-to-all"))
+    total = Exchange(kind="all-reduce", groups=rows, size=10**6, runs=2)
+    assert exchanged([gather, total, swap], links, {"x": 4, "y": 2}) == (
+        Exchanged(axes=("y",), received={"all-reduce": 2e6}, seconds=2e6 / 450e9),
+        Exchanged(axes=("x",), received={"all-gather": 15e3, "all-to-all": 15e3}, seconds=(5e3 + 10e3) / 50e9),
     )
-    compiled = jax.jit(cut).lower(jax.ShapeDtypeStruct((length, 32, 5), jnp.float32)).compile()
-    assert collective_bytes(compiled.as_text()) == pytest.approx({kind: length * share * 4 * 5 * 4})
+    assert exchange_seconds([gather, total, swap], links) == (2e6 + 10e3 + 5e3) / 450e9
 
 
-# What the TPU compiler writes: one all-gather in pieces, over the steps of a loop inside, and an all-reduce cut at once.
-TPU_PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
-
-%piece (p: bf16[2,16]) -> bf16[8,16] {
-  ROOT %all-gather.1 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
-}
-
-%all-reduce-scatter.3 (p: f32[8,16]) -> f32[2,16] {
-  %all-reduce.5 = f32[8,16]{1,0:T(8,128)} all-reduce(%p), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
-  ROOT %s = f32[2,16]{1,0} dynamic-slice(%all-reduce.5, %z, %z), dynamic_slice_sizes={2,16}
-}
-
-%inner_body (t: (s32[], bf16[2,16])) -> (s32[], bf16[2,16]) {
-  %fusion.1 = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%piece
-}
-
-%inner_condition (t: (s32[], bf16[2,16])) -> pred[] {
-  %bound = s32[]{:T(128)} constant(16)
-  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
-}
-
-%body (t: (s32[], bf16[2,16])) -> (s32[], bf16[2,16]) {
-  %fusion.2 = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%piece_2
-  %while.1 = (s32[], bf16[2,16]) while(%t), condition=%inner_condition, body=%inner_body
-  %fusion.3 = f32[2,16]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3
-}
-
-%piece_2 (p: bf16[2,16]) -> bf16[8,16] {
-  ROOT %all-gather.2 = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
-}
-
-%condition (t: (s32[], bf16[2,16])) -> pred[] {
-  %bound.2 = s32[]{:T(128)} constant(24)
-  ROOT %lt.2 = pred[]{:T(512)} compare(%i, %bound.2), direction=LT
-}
-
-ENTRY %main.1 (a: bf16[2,16]) -> f32[] {
-  %while.2 = (s32[], bf16[2,16]) while(%t), condition=%condition, body=%body
-  %all-to-all.1 = bf16[2,16]{1,0} all-to-all(%a), channel_id=12, replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}, dimensions={0}
-  ROOT %all-reduce.6 = f32[] all-reduce(%l), channel_id=11, replica_groups={}, to_apply=%add
-}
-"""  # noqa: E501
-
-
-def test_the_forms_of_the_tpu_compiler() -> None:
-    assert collective_bytes(TPU_PROGRAM) == pytest.approx({
-        "all-gather": 24 * 3 / 4 * 8 * 16 * 2,
-        "reduce-scatter": 24 * 3 / 4 * 8 * 16 * 4,
-        "all-reduce": 2 * 7 / 8 * 4,
-        "all-to-all": 1 / 2 * 2 * 16 * 2,
-    })  # fmt: skip
+def test_what_two_devices_of_a_chip_exchange_crosses_no_link() -> None:
+    links = (Link("between chips", (0, 0, 1, 1), 50.0),)
+    near, far, all_ = (
+        Exchange(kind="all-reduce", groups=groups, size=100, runs=1)
+        for groups in (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 1, 2, 3),))
+    )
+    assert exchanged([near, far, all_], links, {"x": 2, "y": 2}, cores=2) == (
+        Exchanged(axes=("x",), received={"all-reduce": 200.0}, seconds=100 / 50),
+        Exchanged(axes=("x", "y"), received={"all-reduce": 100.0}, seconds=50 / 50),
+    )
+    assert exchange_seconds([near], links) == exchange_seconds([], links) == 0

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from delta_jax.config import load_config
-from delta_jax.parallel import tpu_topology
+from delta_jax.parallel import links_of, tpu_topology
 from delta_jax.training import TrainConfig
 from delta_jax.training.plan import Plan, plan
 
@@ -30,7 +30,7 @@ def test_one_chip() -> None:
         f"{what}_{way}" for what in ("short_convolution", "delta_rule", "gated_norm") for way in ("forward", "backward")
     ]
     assert sorted(one.kernels) == sorted(named)
-    assert one.collectives == {}
+    assert one.exchanges == ()
     assert one.fits and one.refusal is None and one.memory is not None
     # Parameters and both moments of AdamW in float32, besides the batch; all of it is donated, all but the metrics.
     assert 12 * one.parameters < one.memory.arguments < 12 * one.parameters + 200_000
@@ -49,7 +49,7 @@ def test_one_chip() -> None:
     assert 0.3 * whole < estimate.others < 0.7 * whole
     assert (estimate.least, estimate.most) == pytest.approx((whole * 0.9 / 1.05, whole * 1.2 / 1.05))
     # Bundles are written where libtpu was told so when it was loaded; another test may have loaded it.
-    unread = {name.rpartition(".")[0] for name in estimate.unread}
+    unread = {name.partition(".")[0] for name in estimate.unread}
     assert (estimate.kernels > 0) if not unread else unread == set(one.kernels)
     # Three times the forward pass: the step without the second forward of rematerialisation.
     assert 0.6 < estimate.useful / (one.flops / 197e12) < 0.9
@@ -63,11 +63,22 @@ def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -
     assert cut.memory is not None and whole.memory is not None
     assert cut.memory.arguments < whole.memory.arguments / 7
     assert 0.9 < cut.flops * 8 / whole.flops < 1.2
+    over = {exchanged.axes: exchanged for exchanged in cut.exchanges}
+    assert list(over) == sorted(over, key=lambda axes: -over[axes].seconds)
     # A layer's weights are gathered for the forward and again for the backward, and their gradients are scattered.
-    gathered = 3 / 4 * 2 * (cut.parameters - 2 * 512 * 256) / 2
-    assert 2 * gathered < cut.collectives["all-gather"] < 4 * gathered
-    assert cut.collectives["all-reduce"] > 0
-    assert cut.estimate is not None and cut.estimate.collectives == pytest.approx(sum(cut.collectives.values()) / 200e9)
+    weights = (cut.parameters - 2 * 512 * 256) / 2
+    gathered = 3 / 4 * 2 * weights
+    fsdp, tensor = over["fsdp",].received, over["tensor",].received
+    assert 2 * gathered < fsdp["all-gather"] < 3 * gathered
+    assert gathered < fsdp["reduce-scatter"] < 3 * gathered
+    # The outputs of a layer's mixer and of its MLP are summed over the chips that hold parts of both.
+    assert tensor["all-reduce"] > 2 * 2 * (8 * 128 / 4 * 256 * 2)
+    # One axis of the slice has two chips, so three of the four links of a chip lead to another.
+    assert cut.links == {"between chips": 150e9}
+    for exchanged in cut.exchanges:
+        assert exchanged.seconds == pytest.approx(sum(exchanged.received.values()) / 150e9)
+    assert cut.estimate is not None
+    assert cut.estimate.collectives == pytest.approx(sum(exchanged.seconds for exchanged in cut.exchanges))
 
 
 @pytest.mark.slow  # compiles for two kinds of chip
@@ -77,10 +88,23 @@ def test_two_devices_a_chip() -> None:
     assert both.flops > 0.99 * _plan("v5e:1x1").flops
     # Each device holds the whole state.
     assert both.memory is not None and both.memory.arguments > 24 * both.parameters
+    # They sum gradients over no link.
+    assert both.exchanges == () and both.estimate is not None and both.estimate.collectives == 0
 
 
 def test_the_two_cores_of_a_v4_chip_are_one_device() -> None:
     assert [len(tpu_topology(name)) for name in ("v4:2x2x1", "v5p:2x2x1", "tpu7x:2x2x1")] == [4, 4, 8]
+
+
+def test_the_links_of_a_slice() -> None:
+    devices = tpu_topology("v5e:2x4")
+    (link,) = links_of("v5e:2x4", devices, devices[::-1])
+    assert (link.place, link.bandwidth) == (tuple(range(8)), 200e9 * 3 / 4)
+    devices = tpu_topology("tpu7x:2x2x1")
+    (link,) = links_of("tpu7x:2x2x1", devices, devices)
+    assert (sorted(link.place), link.bandwidth) == ([0, 0, 1, 1, 2, 2, 3, 3], 600e9 * 2 / 6 / 2)
+    (link,) = links_of("v5e:1x1", tpu_topology("v5e:1x1"), tpu_topology("v5e:1x1"))
+    assert (link.place, link.bandwidth) == ((0,), 0)
 
 
 def test_what_does_not_fit_is_said() -> None:
