@@ -63,22 +63,21 @@ def test_a_plan_that_does_not_fit(libtpu, capsys):
     assert "step time" not in out and "rror" not in err
 
 
-@pytest.mark.slow  # compiles for three meshes
+@pytest.mark.slow  # compiles for four meshes
 def test_meshes_are_compared(libtpu, capsys):
     assert main([*TINY, "--topology", "v5e:1x2", "--suggest", "batch_size=2"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     shown = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines[:-1])
-    assert set(shown) == {
-        f"data={data}, fsdp={fsdp}, sequence=1, tensor={2 // data // fsdp}" for data, fsdp in ((2, 1), (1, 2), (1, 1))
-    }
+    sizes = ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2))
+    assert set(shown) == {"data={}, fsdp={}, sequence={}, tensor={}".format(*mesh) for mesh in sizes}
     time = r"([\d.]+) us"
     row = rf"{time} to {time} a step, of which collectives at least {time}; [\d.]+ MiB of 16 GiB"
     times = [float(re.fullmatch(row, told).group(2)) for told in shown.values()]
     assert times == sorted(times)
     best = next(iter(shown)).split(", ")
     assert lines[-1] == "best: " + " ".join(f"mesh.{size}" for size in best)
-    assert err.count("compiling the step for v5e:1x2, data=") == 3
+    assert err.count("compiling the step for v5e:1x2, data=") == 4
 
 
 def test_no_mesh_will_do(libtpu, capsys):
@@ -86,9 +85,22 @@ def test_no_mesh_will_do(libtpu, capsys):
     assert main([*TINY, "--topology", "v5e:1x2", "--suggest", *large]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "none of these meshes fits"
-    assert sum(line.endswith("its state alone does not fit") for line in lines) == 1
+    assert sum(line.endswith("its state alone does not fit") for line in lines) == 2
     assert sum("wanted a multiple of the 2 parts" in line for line in lines) == 2
-    assert main([*TINY, "--topology", "v5e:1x2", "--suggest", "model.pattern.0.num_heads=1", "batch_size=1"]) == 2
+    assert (
+        main(
+            [
+                *TINY,
+                "--topology",
+                "v5e:1x2",
+                "--suggest",
+                "model.pattern.0.num_heads=1",
+                "batch_size=1",
+                "sequence_length=7",
+            ]
+        )
+        == 2
+    )
     assert "wanted a multiple of the 2 parts" in capsys.readouterr().err
 
 
