@@ -353,11 +353,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _leave(arguments: argparse.Namespace, error: BaseException) -> None:
     """Ends one of several processes, for which the others would wait."""
-    from jax.errors import JaxRuntimeError
-
     from delta_jax.training import processes
 
-    if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    if processes.is_lost(error):
         if arguments.debug:
             traceback.print_exc()
         processes.leave(processes.LOST, f"delta-jax {arguments.command}: error: {processes.lost(error)}")

@@ -19,7 +19,7 @@ from delta_jax.models import LanguageModel
 from delta_jax.parallel import path_string
 from delta_jax.training.config import CheckpointConfig, TrainConfig
 from delta_jax.training.folder import DAMAGED, digest, kept_tokenizer, listing, make_way, set_aside
-from delta_jax.training.processes import gather, is_first, several, wait_for_all
+from delta_jax.training.processes import gather, is_first, is_lost, several, wait_for_all
 from delta_jax.training.state import TrainState, abstract_model, merge_model
 
 CHECKPOINTS = "checkpoints"
@@ -92,8 +92,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if several() and isinstance(error, jax.errors.JaxRuntimeError):
-            return  # a process is lost, and a save at work waits for it
+        if several() and error is not None and is_lost(error):
+            return  # a save at work would wait for the process that is lost
         self._manager.close()
 
     def save(self, state: TrainState, data: Any, config: Any, **about: Any) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,6 +25,8 @@ LOST = 75
 
 HEARTBEAT = 100
 """Seconds after which a silent process counts as lost, unless the command line says otherwise."""
+
+AGAIN = "what is saved is intact, and the same command goes on from the newest checkpoint"
 
 TOGETHER = 5
 """Seconds that a process which fails waits for the others to fail likewise, so that each says why."""
@@ -55,7 +58,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]
 
 
-def all_arrive(moment: str, seconds: float) -> bool:
+def all_arrive(moment: str, seconds: int) -> bool:
     """Whether all processes come to this moment, which need not be, within some seconds of this one.
 
     Args:
@@ -63,8 +66,8 @@ def all_arrive(moment: str, seconds: float) -> bool:
         seconds: how long this process waits.
     """
     try:
-        ocp.multihost.get_barrier_sync_fn()(key=f"delta_jax: {moment}", timeout_ms=int(seconds * 1000))
-    except jax.errors.JaxRuntimeError:
+        ocp.multihost.get_barrier_sync_fn()(key=f"delta_jax: {moment}", timeout_ms=1000 * seconds)
+    except RuntimeError:  # not within that time, or one of them is lost
         return False
     return True
 
@@ -127,22 +130,13 @@ def join(
         return
     if given:
         coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-        if coordinator is None or processes is None or process is None:
-            raise ValueError(
-                f"{', '.join(given)}: give --coordinator HOST:PORT, --processes N and --process I together, or none of "
-                "them where a launcher says it"
-            )
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise ValueError(f"--coordinator should be HOST:PORT, such as localhost:1234, got {coordinator!r}")
-        if processes < 1 or not 0 <= process < processes:
-            raise ValueError(
-                f"--process should be one of the --processes, counted from 0: got process {process} of {processes}"
-            )
+        _check(given, coordinator, processes, process)
     by = announced(os.environ)
     if jax.distributed.is_initialized() or (distributed == "auto" and not given and by is None):
         return
-    _end_in_one_sentence()
+    if coordinator is not None and process == 0:
+        _check_port(int(coordinator.rpartition(":")[2]))
+    _end_in_one_sentence(f"the processes did not come together{f' at {coordinator}' if given else ''}")
     try:
         jax.distributed.initialize(
             coordinator,
@@ -151,8 +145,41 @@ def join(
             heartbeat_timeout_seconds=HEARTBEAT if heartbeat is None else heartbeat,
             cluster_detection_method="deactivate" if given else None,  # what is said here is all there is to know
         )
+        index = jax.process_index()  # asks for devices, of which all must tell all
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(_not_met(error, given, by, coordinator)) from error
+        sentence = _not_met(error, given, by, coordinator)
+        if jax.distributed.is_initialized():
+            leave(LOST, f"delta-jax: error: {sentence}")
+        raise ValueError(sentence) from error
+    _end_in_one_sentence(f"process {index} lost another process of this run, or failed")
+
+
+def _check(given: list[str], coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """That the arguments describe a process of several."""
+    if coordinator is None or processes is None or process is None:
+        raise ValueError(
+            f"{', '.join(given)}: give --coordinator HOST:PORT, --processes N and --process I together, or none of them "
+            "where a launcher says it"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator should be HOST:PORT, such as localhost:1234, got {coordinator!r}")
+    if processes < 1 or not 0 <= process < processes:
+        raise ValueError(
+            f"--process should be one of the --processes, counted from 0: got process {process} of {processes}"
+        )
+
+
+def _check_port(port: int) -> None:
+    """That the first process can listen there; the runtime would not survive to say so."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator: process 0 cannot listen on port {port} ({os.strerror(error.errno or 0)})"
+        ) from error
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -166,16 +193,16 @@ def _not_met(error: Exception, given: list[str], by: str | None, coordinator: st
     """Why there is no company, and what to say to have it."""
     said = " ".join(str(error).split())
     if given:
-        return f"--coordinator: the processes did not meet at {coordinator} ({said})"
-    why = f"{by} says that there are several processes" if by else "--distributed on: no launcher says so"
+        return f"--coordinator: the processes did not come together at {coordinator} ({said})"
+    why = f"{by} announces several processes" if by else "--distributed on, and no launcher announces processes"
     return (
-        f"{why}, but who they are is not known ({said}): give --coordinator HOST:PORT, --processes N and --process I, or "
-        "--distributed off for a run of its own in each process"
+        f"{why}, but JAX did not find out who they are ({said.rstrip('.')}): give --coordinator HOST:PORT, --processes N "
+        "and --process I, or --distributed off for a run of its own in each process"
     )
 
 
 _leaving = threading.Lock()
-_keep_alive: list[Any] = []
+_handlers: list[Any] = []  # which C calls, and does not keep alive
 
 
 def leave(code: int, sentence: str = "") -> None:
@@ -202,39 +229,37 @@ def leave(code: int, sentence: str = "") -> None:
     os._exit(code)
 
 
-def _end_in_one_sentence() -> None:
-    """Where the runtime would abort this process because another one is lost, end it with a sentence and ``LOST``.
+def _end_in_one_sentence(what: str) -> None:
+    """From here on, where the runtime would abort this process, end it with a sentence and ``LOST``.
 
-    The runtime finds out in a thread of its own, by heartbeats or because the coordinator's connection is closed, while
-    the main one may be in a collective that never returns. It takes no callback from Python, but calls abort() in that
-    thread, and the handler of that signal is called there and then; so it may wait for the interpreter as any thread may.
-    A handler of Python's own would only be noted for the main thread.
+    The runtime finds out that a process is lost in a thread of its own, by heartbeats or because the coordinator's
+    connection is closed, while the main thread may be in a collective that never returns. It takes no callback from Python,
+    but calls abort() in that thread, and the handler of that signal is called there and then; so it may wait for the
+    interpreter as any thread may. A handler of Python's own would only be noted for the main thread.
+
+    Args:
+        what: has happened then.
     """
 
     def say(number: int) -> None:
         signal.alarm(2 * TOGETHER)  # should the interpreter or whoever reads be stuck
-        leave(
-            LOST,
-            f"delta-jax: error: process {_index()} was ended by the runtime, which says above why: most likely another "
-            "process of this run is lost; what is saved is intact, and the same command goes on from the newest checkpoint",
-        )
+        leave(LOST, f"delta-jax: error: {what}: the runtime says above why; {AGAIN}")
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(say)
-    _keep_alive.append(handler)
+    _handlers.append(handler)
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, type(handler)]
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     libc.signal(signal.SIGABRT, handler)
 
 
-def _index() -> str:
-    return str(jax.process_index()) if jax.distributed.is_initialized() else "that was about to join"
+def is_lost(error: BaseException) -> bool:
+    """Whether an error in one of several processes is one of the runtime, such as it raises where another one is lost."""
+    runtime = type(error) in (RuntimeError, TimeoutError) or isinstance(error, jax.errors.JaxRuntimeError)
+    return runtime and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def lost(error: BaseException) -> str:
-    """The sentence for an error of the runtime in one of several processes."""
+    """The sentence for such an error."""
     said = " ".join(str(error).split())
-    return (
-        f"process {jax.process_index()} of {jax.process_count()} cannot go on with the others, most likely one of them is "
-        f"lost ({said[:300]}); what is saved is intact, and the same command goes on from the newest checkpoint"
-    )
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    return f"{who} cannot go on with the others, most likely one of them is lost ({said[:300]}); {AGAIN}"

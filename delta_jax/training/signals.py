@@ -62,8 +62,7 @@ class StopRequest:
             self._thread.start()
             self._previous_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in self.SIGNALS:
-                notified = self._together and number == signal.SIGTERM
-                if not notified and (number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN):
+                if self._is_mine(number) and (number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN):
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -82,10 +81,13 @@ class StopRequest:
         """Runs in the thread: every byte is the number of a signal, and nothing is the end."""
         while numbers := os.read(self._read, 64):
             for number in numbers:
-                if number in self.SIGNALS:
+                if self._is_mine(number):
                     self._request()
                     self._count += 1
                     self.announce(signal.Signals(number).name, self._count > 1)
+
+    def _is_mine(self, number: int) -> bool:
+        return number in self.SIGNALS and not (self._together and number == signal.SIGTERM)
 
     def _request(self) -> None:
         """Set ``requested``, or have the notifier ask all processes, once."""
