@@ -333,6 +333,8 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    import jax
+
     from delta_jax.training import processes, train
 
     processes.join(
@@ -345,7 +347,7 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         train(config)
     except BaseException as error:
-        if processes.several():
+        if jax.distributed.is_initialized():
             _leave(arguments, error)
         raise
     return 0

@@ -24,7 +24,7 @@ from delta_jax.training.folder import CONFIG, CURVE, keep_tokenizer, make_way, o
 from delta_jax.training.initial import initial_parameters, keep_origin
 from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
 from delta_jax.training.plots import plot_curve
-from delta_jax.training.processes import all_arrive, is_first, wait_for_all
+from delta_jax.training.processes import all_arrive, check_joined, is_first, wait_for_all
 from delta_jax.training.progress import ProgressDisplay
 from delta_jax.training.resume import note_fault, resumption
 from delta_jax.training.setup import Setup, set_up
@@ -110,6 +110,7 @@ def train(
         (2, 2)
     """
     output = open_folder(config.output)
+    check_joined()
     _check_tokenizer(config)
     setup = set_up(config, devices)
     with StopRequest() as stop, Checkpoints(output, config.checkpoint) as checkpoints:

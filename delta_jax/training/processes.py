@@ -34,7 +34,21 @@ TOGETHER = 5
 
 def several() -> bool:
     """Whether the run has more than one process."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    return jax.process_count() > 1
+
+
+def check_joined() -> None:
+    """That several processes know each other.
+
+    Raises:
+        ValueError: the devices are of several processes (hosts of a TPU slice find each other by themselves), but
+            ``jax.distributed``, by which processes wait for each other and agree, is not initialised.
+    """
+    if several() and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"the devices are those of {jax.process_count()} processes, which have not joined: give --distributed on, or "
+            "call jax.distributed.initialize() before train"
+        )
 
 
 def is_first() -> bool:

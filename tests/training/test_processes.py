@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -11,9 +13,10 @@ from typing import Any
 
 import jax
 import pytest
+import yaml
 from training_runs import finish, start_several, wait_for_step
 
-from delta_jax.cli import main
+from delta_jax.cli import _parse, main
 from delta_jax.config import load_config
 from delta_jax.training import TrainConfig, checkpoint, processes, signals, train
 from delta_jax.training.metrics import EVALUATION, TRAINING, read_metrics
@@ -118,6 +121,39 @@ def test_one_process_says_and_waits_for_nothing() -> None:
     assert processes.is_first() and not processes.several()
 
 
+def test_hosts_that_have_not_joined(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="those of 4 processes, which have not joined: give --distributed on"):
+        train(load_config(TrainConfig, table()), progress=False)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "how_to" / "processes.md").read_text()
+
+
+def test_the_scripts_of_the_page() -> None:
+    """Shell that parses, manifests that are such, and options that `train` has."""
+    scripts = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    assert len(scripts) >= 3
+    manifests = [
+        manifest for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) for manifest in yaml.safe_load_all(text)
+    ]
+    assert [manifest["kind"] for manifest in manifests] == ["Service", "Job"]
+    service, job = manifests
+    pod = job["spec"]["template"]["spec"]
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    scripts += container["args"]
+    assert f"--coordinator {job['metadata']['name']}-0.{pod['subdomain']}:" in container["args"][0]
+    assert f"--processes {job['spec']['completions']} " in container["args"][0]
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=10)
+        for command in re.findall(r"delta-jax (train[^&|;>'\n]*)", re.sub(r"\\\n\s*", "", script)):
+            words = shlex.split(re.sub(r"\$\w+", "0", command))
+            assert _parse(words).config == "my_model.toml"
+
+
 SLOWLY = """
 import time
 from delta_jax.training import loop
@@ -132,7 +168,7 @@ def _check_lines(output: Path, uninterrupted: Path, steps: int) -> None:
     assert (output / TRAINING).read_text().count("\n") == len(entries) == steps
     for entry, expected in zip(entries, read_metrics(uninterrupted / TRAINING), strict=False):
         assert (entry["step"], entry["tokens"]) == (expected["step"], expected["tokens"])
-        assert entry["loss"] == pytest.approx(expected["loss"], rel=5e-7), entry["step"]
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=3e-7), entry["step"]
         assert entry["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-5), entry["step"]
 
 
@@ -176,7 +212,7 @@ def test_a_signal_to_any_process_stops_all(uninterrupted: Path, table: Table, ca
     _check_lines(output, uninterrupted, 40)
     evaluations = [(entry["step"], entry["loss"]) for entry in read_metrics(output / EVALUATION)]
     expected = read_metrics(uninterrupted / EVALUATION)
-    assert evaluations == [(entry["step"], pytest.approx(entry["loss"], rel=5e-7)) for entry in expected]
+    assert evaluations == [(entry["step"], pytest.approx(entry["loss"], rel=3e-7)) for entry in expected]
 
 
 @pytest.mark.slow
