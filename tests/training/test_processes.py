@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from delta_jax.training import TrainConfig, checkpoint, processes, signals, trai
 from delta_jax.training.metrics import EVALUATION, TRAINING, read_metrics
 
 Table = Callable[..., dict[str, Any]]
+Several = Callable[..., list[subprocess.Popen[str]]]
 
 SRUN = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
@@ -168,7 +169,7 @@ def _check_lines(output: Path, uninterrupted: Path, steps: int) -> None:
     assert (output / TRAINING).read_text().count("\n") == len(entries) == steps
     for entry, expected in zip(entries, read_metrics(uninterrupted / TRAINING), strict=False):
         assert (entry["step"], entry["tokens"]) == (expected["step"], expected["tokens"])
-        assert entry["loss"] == pytest.approx(expected["loss"], rel=3e-7), entry["step"]
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-6), entry["step"]
         assert entry["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-5), entry["step"]
 
 
@@ -181,12 +182,28 @@ def _ended(process: subprocess.Popen[str]) -> str:
     return sentence
 
 
+@pytest.fixture
+def several(cache: Path) -> Iterator[Several]:
+    """Start processes that do not outlive the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(count: int, table: dict[str, Any], *flags: str, prepare: str = "") -> list[subprocess.Popen[str]]:
+        together = start_several(count, table, cache, *flags, prepare=prepare)
+        started.extend(together)
+        return together
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.slow
-def test_a_signal_to_any_process_stops_all(uninterrupted: Path, table: Table, cache: Path) -> None:
+def test_a_signal_to_any_process_stops_all(uninterrupted: Path, table: Table, several: Several) -> None:
     changed = table(checkpoint={"every": 1000})
     output = Path(changed["output"])
-    first, second = start_several(2, changed, cache, prepare=SLOWLY)
-    wait_for_step(output, 3)
+    first, second = several(2, changed, prepare=SLOWLY)
+    wait_for_step(output, 3, first, second)
     second.send_signal(signal.SIGTERM)
     ended = [finish(process) for process in (first, second)]
     assert [code for code, _, _ in ended] == [0, 0], ended
@@ -212,26 +229,28 @@ def test_a_signal_to_any_process_stops_all(uninterrupted: Path, table: Table, ca
     _check_lines(output, uninterrupted, 40)
     evaluations = [(entry["step"], entry["loss"]) for entry in read_metrics(output / EVALUATION)]
     expected = read_metrics(uninterrupted / EVALUATION)
-    assert evaluations == [(entry["step"], pytest.approx(entry["loss"], rel=3e-7)) for entry in expected]
+    assert evaluations == [(entry["step"], pytest.approx(entry["loss"], rel=1e-6)) for entry in expected]
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others(uninterrupted: Path, table: Table, cache: Path) -> None:
+def test_a_lost_process_ends_the_others(uninterrupted: Path, table: Table, several: Several) -> None:
     """Killed, the coordinator too; or silent, so that no connection is closed and only heartbeats tell."""
-    output, heartbeat = Path(table()["output"]), 8
-    for step, victim, number in ((7, 1, signal.SIGKILL), (14, 0, signal.SIGKILL), (21, 1, signal.SIGSTOP)):
-        both = start_several(2, table(), cache, "--heartbeat-timeout", str(heartbeat), prepare=SLOWLY)
-        wait_for_step(output, step)
+    output = Path(table()["output"])
+    silent = 20
+    for step, victim, number, flags, seconds in (
+        (7, 1, signal.SIGKILL, (), 10),
+        (14, 0, signal.SIGKILL, (), 10),
+        (21, 1, signal.SIGSTOP, ("--heartbeat-timeout", str(silent)), silent + 10),
+    ):
+        both = several(2, table(), *flags, prepare=SLOWLY)
+        wait_for_step(output, step, *both)
         both[victim].send_signal(number)
         begin = time.monotonic()
         sentence = _ended(both[1 - victim])
-        took = time.monotonic() - begin
-        if number == signal.SIGSTOP:
-            assert "process 0 lost another process of this run" in sentence
-            both[victim].kill()
-        assert took < (heartbeat + 5 if number == signal.SIGSTOP else 5), step
-        both[victim].communicate(timeout=60)
-    ended = [finish(process) for process in start_several(4, table(), cache)]
+        assert time.monotonic() - begin < seconds, step
+        assert number == signal.SIGKILL or "process 0 lost another process of this run" in sentence
+        both[victim].kill()
+    ended = [finish(process) for process in several(4, table())]
     assert [code for code, _, _ in ended] == [0] * 4, ended
     assert "continuing from checkpoint" in ended[0][1]
     _check_lines(output, uninterrupted, 40)

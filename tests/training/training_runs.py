@@ -99,10 +99,12 @@ def _run(arguments: list[str], cache: Path, stdout: int, environ: dict[str, str]
     )
 
 
-def wait_for_step(output: Path, step: int) -> None:
-    """Return when a step stands in metrics.jsonl."""
+def wait_for_step(output: Path, step: int, *at_work: subprocess.Popen[str]) -> None:
+    """Return when a step stands in metrics.jsonl; none of the processes may end before."""
     metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
     while not metrics.exists() or metrics.read_text().count("\n") < step:
+        ended = [finish(process) for process in at_work if process.poll() is not None]
+        assert not ended, f"ended before step {step}: {ended}"
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.002)
 
