@@ -44,20 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.getcwd() not in sys.path:  # mixers of one's own are found here, as by `python -m`
             sys.path.append(os.getcwd())
         return int(arguments.run(arguments))
-    except Exception as error:
-        if not isinstance(error, _OF_USERS) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        if arguments.debug:
-            traceback.print_exc()
-        else:
-            print(f"delta-jax {arguments.command}: error: {_sentence(error)}", file=sys.stderr)
-        return 1 if isinstance(error, ArithmeticError) else 2
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        return _failed(arguments, error)
+
+
+def _failed(arguments: argparse.Namespace, error: BaseException) -> int:
+    """Says what went wrong, and the exit code; raises what no user can cause."""
+    if isinstance(error, KeyboardInterrupt):
         print(f"delta-jax {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    if not isinstance(error, _OF_USERS) and "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    if arguments.debug:
+        traceback.print_exc()
+    else:
+        print(f"delta-jax {arguments.command}: error: {_sentence(error)}", file=sys.stderr)
+    return 1 if isinstance(error, ArithmeticError) else 2
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """What went wrong, in one line; of a module that is missing, how to install it."""
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]
@@ -88,6 +93,29 @@ def _takes_a_run(command: argparse.ArgumentParser, example: str = "such as steps
     command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
 
 
+def _takes_processes(command: argparse.ArgumentParser) -> None:
+    """The arguments that describe one of several processes of a run."""
+    group = command.add_argument_group(
+        "several processes",
+        "each runs the same command; a launcher that JAX knows (srun, mpirun, TPU pods) says who is who",
+    )
+    group.add_argument(
+        "--distributed",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="whether this is one process of several; auto: where a launcher or the arguments below say so",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, which listens there")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="a process that is silent for so long is lost, and the others end; default 100",
+    )
+
+
 def _takes_ema(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ema", action="store_true", help="the moving average of the weights, of a run with ema_decay"
@@ -105,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", parents=[common], help="train a model, or go on with a run that stopped", epilog=keys
     )
     _takes_a_run(train)
+    _takes_processes(train)
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", parents=[common], help="continue prompts with a trained model")
@@ -309,10 +338,40 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from delta_jax.training import train
+    import jax
 
-    train(config)
+    from delta_jax.training import processes, train
+
+    processes.join(
+        arguments.distributed,
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
+        heartbeat=arguments.heartbeat_timeout,
+    )
+    try:
+        train(config)
+    except BaseException as error:
+        if jax.distributed.is_initialized():
+            _leave(arguments, error)
+        raise
     return 0
+
+
+def _leave(arguments: argparse.Namespace, error: BaseException) -> None:
+    """Ends one of several processes, for which the others would wait."""
+    from delta_jax.training import processes
+
+    if processes.is_lost(error):
+        if arguments.debug:
+            traceback.print_exc()
+        processes.leave(processes.LOST, f"delta-jax {arguments.command}: error: {processes.lost(error)}")
+    try:
+        code = _failed(arguments, error)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    processes.leave(code)
 
 
 def _show_config(arguments: argparse.Namespace) -> int:

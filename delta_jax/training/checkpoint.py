@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from delta_jax.models import LanguageModel
 from delta_jax.parallel import path_string
 from delta_jax.training.config import CheckpointConfig, TrainConfig
 from delta_jax.training.folder import DAMAGED, digest, kept_tokenizer, listing, make_way, set_aside
+from delta_jax.training.processes import gather, is_first, is_lost, several, wait_for_all
 from delta_jax.training.state import TrainState, abstract_model, merge_model
 
 CHECKPOINTS = "checkpoints"
@@ -46,6 +48,10 @@ class Checkpoints:
     Opening removes what a killed save left half-written. A checkpoint newer than the newest intact one is
     damaged: it is moved to the folder "damaged" beside the checkpoints, with a warning.
 
+    Several processes open, save and restore together, in a folder that all see. Each makes and checks the digests of the
+    files that it has written itself, the first one those of all other files; when a run is opened by another number of
+    processes, the files are dealt out anew.
+
     Args:
         output: the run's folder; the checkpoints are in "checkpoints" below it.
         config: which checkpoints are kept.
@@ -61,17 +67,22 @@ class Checkpoints:
     """
 
     def __init__(self, output: Path, config: CheckpointConfig):
-        self._folder = make_way((output / CHECKPOINTS).absolute(), folder=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = (output / CHECKPOINTS).absolute()
+        if is_first():
+            make_way(self._folder, folder=True).mkdir(parents=True, exist_ok=True)
+        wait_for_all("the folder of checkpoints is there")
         self.latest = _set_damaged_aside(self._folder)
         self._saving = -1
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
         keep = [LatestN(config.keep_last)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(
                 keep if config.keep_every is None else [*keep, EveryNSteps(config.keep_every)]
             ),
             cleanup_tmp_directories=True,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
+            async_options=ocp.options.AsyncOptions(
+                barrier_sync_fn=self._digest_and_wait, post_finalization_callback=self._write_digests
+            ),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -81,6 +92,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if several() and error is not None and is_lost(error):
+            return  # a save at work would wait for the process that is lost
         self._manager.close()
 
     def save(self, state: TrainState, data: Any, config: Any, **about: Any) -> None:
@@ -159,12 +172,28 @@ class Checkpoints:
         """Return when the last save is on disk."""
         self._manager.wait_until_finished()
 
+    def _digest_and_wait(self, *, key: str, timeout_ms: int) -> None:
+        """Called by Orbax on each of several processes, first when it has written all its files."""
+        own = Path(DIGESTS).stem + f".{jax.process_index()}.json"
+        for folder in self._unfinished():
+            if not (folder / own).exists():
+                files = [path for path in _item_files(folder) if _writer(path) == jax.process_index()]
+                _write(folder / own, {str(path.relative_to(folder)): digest(path) for path in files})
+        self._barrier(key=key, timeout_ms=timeout_ms)
+
     def _write_digests(self) -> None:
-        """Called by Orbax when all files are written and before the folder gets its final name."""
-        if jax.process_index() == 0:
-            for folder in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                digests = {str(path.relative_to(folder)): digest(path) for path in _item_files(folder)}
-                (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
+        """Called by Orbax when all files are written and before the folder gets its final name, on the first process."""
+        for folder in self._unfinished():
+            known: dict[str, str] = {}
+            for part in folder.glob(f"{Path(DIGESTS).stem}.*.json"):
+                known |= json.loads(part.read_bytes())
+                part.unlink()
+            names = {str(path.relative_to(folder)): path for path in _item_files(folder)}
+            _write(folder / DIGESTS, {name: known.get(name) or digest(path) for name, path in names.items()})
+
+    def _unfinished(self) -> list[Path]:
+        """The folder of the save at work, until it has its final name."""
+        return list(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
 
 
 def restore_model(
@@ -217,7 +246,7 @@ def find_checkpoint(folder: str | Path, step: int | None = None) -> tuple[Path, 
     if not checkpoints.is_dir():
         raise ValueError(f'"{folder}" is not the output folder of a training run: it has no folder {CHECKPOINTS}')
     if step is None:
-        step, damaged = _newest_intact(checkpoints)
+        step, damaged = _newest_intact(_steps(checkpoints), lambda step: _damage(checkpoints / str(step)))
         if step is None:
             raise ValueError(f'there is no checkpoint in "{checkpoints}"' + _reasons(damaged))
         if damaged:
@@ -235,7 +264,9 @@ def find_checkpoint(folder: str | Path, step: int | None = None) -> tuple[Path, 
 def newest_about(folder: Path) -> Mapping[str, Any] | None:
     """What the newest intact checkpoint of a run says of itself; None where there is none."""
     checkpoints = folder.absolute() / CHECKPOINTS
-    step = _newest_intact(checkpoints)[0] if checkpoints.is_dir() else None
+    if not checkpoints.is_dir():
+        return None
+    step, _ = _newest_intact(_steps(checkpoints), lambda step: _damage(checkpoints / str(step)))
     return None if step is None else _about(checkpoints / str(step))
 
 
@@ -258,26 +289,26 @@ def _about(checkpoint: Path) -> Mapping[str, Any]:
 
 def _set_damaged_aside(folder: Path) -> int | None:
     """Move damaged checkpoints away and return the newest intact step, None where there is no checkpoint."""
-    step, damaged = _newest_intact(folder)
+    step, damaged = _newest_intact(gather(_steps(folder))[0], lambda step: _damage_to_any(folder / str(step)))
     if damaged and step is None:
         raise ValueError(f"all checkpoints in {folder} are damaged" + _reasons(damaged))
-    if damaged:
+    if damaged and is_first():
         aside = folder.parent / DAMAGED
         warnings.warn(
             f"continuing from checkpoint {step} in {folder}" + _reasons(damaged) + f"; moved to {aside}",
             stacklevel=4,
         )
-        if jax.process_index() == 0:
-            for name in damaged:
-                set_aside(folder / str(name), folder.parent)
+        for name in damaged:
+            set_aside(folder / str(name), folder.parent)
+    wait_for_all("what is damaged is aside")
     return step
 
 
-def _newest_intact(folder: Path) -> tuple[int | None, dict[int, str]]:
+def _newest_intact(steps: Sequence[int], damage_of: Callable[[int], str | None]) -> tuple[int | None, dict[int, str]]:
     """The newest checkpoint with all files there and unchanged, and what is wrong with each newer one."""
     damaged: dict[int, str] = {}
-    for step in reversed(_steps(folder)):
-        damage = _damage(folder / str(step))
+    for step in reversed(steps):
+        damage = damage_of(step)
         if damage is None:
             return step, damaged
         damaged[step] = damage
@@ -290,7 +321,14 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
-def _damage(checkpoint: Path) -> str | None:
+def _damage_to_any(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, of which each process looks at a share of the files."""
+    found = gather(_damage(checkpoint, jax.process_index(), jax.process_count()) if several() else _damage(checkpoint))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, as far as one of some shares of its files tells."""
     try:
         digests = json.loads((checkpoint / DIGESTS).read_bytes())
     except FileNotFoundError:
@@ -300,11 +338,23 @@ def _damage(checkpoint: Path) -> str | None:
     if not isinstance(digests, dict) or {name.partition("/")[0] for name in digests} - {EMA} != set(ITEMS):
         return f"{DIGESTS} does not list the files of {', '.join(ITEMS)}"
     for name, written in digests.items():
+        if (_writer(Path(name)) or 0) % shares != share:
+            continue
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if digest(checkpoint / name) != written:
             return f"{name} is not what was written"
     return None
+
+
+def _writer(path: Path) -> int | None:
+    """Which process has written a file of a checkpoint; None where it is no single one's, or not said."""
+    own = (re.fullmatch(r"ocdbt\.process_(\d+)", part) for part in path.parts)
+    return next((int(match[1]) for match in own if match), None)
+
+
+def _write(path: Path, digests: Mapping[str, str]) -> None:
+    path.write_text(json.dumps(digests, indent=1))
 
 
 def _reasons(damaged: Mapping[int, str]) -> str:

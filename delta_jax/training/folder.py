@@ -3,13 +3,13 @@
 import hashlib
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from delta_jax.interop import COMPANIONS
+from delta_jax.training.processes import is_first
 
 CONFIG = "config.json"
 CURVE = "curve.png"
@@ -26,7 +26,7 @@ def open_folder(path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"  # every process asks, on its own host
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -100,9 +100,9 @@ def keep_tokenizer(output: Path, tokenizer: str) -> str | None:
 
 
 def _keep(original: Path, copy: Path) -> str:
-    """Copy a file into the run, unless it is there; its digest."""
-    wanted, copy = digest(original), make_way(copy)
-    if jax.process_index() == 0 and not (copy.is_file() and digest(copy) == wanted):
+    """Copy a file into the run, unless it is there; its digest. Of several processes the first one copies."""
+    wanted = digest(original)
+    if is_first() and not (make_way(copy).is_file() and digest(copy) == wanted):
         if copy.is_file():
             aside = set_aside(copy, copy.parent)
             warnings.warn(f"{copy} is not {original}: it was moved to {aside} and copied anew", stacklevel=4)

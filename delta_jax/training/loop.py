@@ -24,11 +24,15 @@ from delta_jax.training.folder import CONFIG, CURVE, keep_tokenizer, make_way, o
 from delta_jax.training.initial import initial_parameters, keep_origin
 from delta_jax.training.metrics import EVALUATION, TRAINING, MetricsWriter, read_metrics
 from delta_jax.training.plots import plot_curve
+from delta_jax.training.processes import all_arrive, check_joined, is_first, wait_for_all
 from delta_jax.training.progress import ProgressDisplay
 from delta_jax.training.resume import note_fault, resumption
 from delta_jax.training.setup import Setup, set_up
 from delta_jax.training.signals import StopRequest
 from delta_jax.training.state import TrainState
+
+FAULT_SECONDS = 30
+"""How long a process that cannot read the data waits for the others to find that too, before it fails alone."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -75,6 +79,9 @@ def train(
     checkpoints count. What the configuration changes is printed; what may not change, and a corpus or tokenizer that is
     not the one trained on (see ``changed_data``), is refused.
 
+    Where ``jax.distributed`` has made several processes one, each calls this with the same arguments and an output
+    folder that all see. The first one writes and prints; a signal to any of them stops all after the same step.
+
     Args:
         config: the run.
         devices: the devices of the mesh, all of them; default ``jax.devices()``.
@@ -103,6 +110,7 @@ def train(
         (2, 2)
     """
     output = open_folder(config.output)
+    check_joined()
     _check_tokenizer(config)
     setup = set_up(config, devices)
     with StopRequest() as stop, Checkpoints(output, config.checkpoint) as checkpoints:
@@ -116,7 +124,7 @@ def train(
         if start:
             changed = resumption(start, checkpoints.about(), config, about["fingerprint"], output)
         batches = train_batches(config.data, batch_size=config.batch_size, sequence_length=config.sequence_length)
-        with ProgressDisplay(start, config.steps, enabled=progress) as display:
+        with ProgressDisplay(start, config.steps, enabled=progress and is_first()) as display:
             display.say(_introduction(setup, about["fingerprint"]["documents"]))
             if start:
                 restored = checkpoints.restore(setup.state)
@@ -127,14 +135,17 @@ def train(
             else:
                 display.working("compiling and making the first parameters", begins=True)
                 state = _first_state(setup, display)
-            make_way(output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
+            if is_first():
+                make_way(output / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
             about["tokenizer"] = keep_tokenizer(output, config.data.tokenizer)
             with MetricsWriter(output, start) as writer:
                 run = _Run(setup, output, checkpoints, writer, display, stop, about)
                 step = run.steps(state, batches)
                 finished = step == config.steps and writer.last_evaluation == step
+    wait_for_all("the run's files are written")
     training, evaluations = read_metrics(output / TRAINING), read_metrics(output / EVALUATION)
-    plot_curve(make_way(output / CURVE), training, evaluations, baselines)
+    if is_first():
+        plot_curve(make_way(output / CURVE), training, evaluations, baselines)
     return TrainResult(
         step=step,
         interrupted=not finished,
@@ -182,7 +193,7 @@ class _Run:
         try:
             if step == 0 or self._is_due(step):  # an evaluation that a stop cut short is made up for
                 self._evaluate(state)
-            while step < config.steps and not self._stop.requested:
+            while step < config.steps and not self._stop.ask():
                 self._begin("train", "compiling the training step", "training")
                 with _faults("reading the data"):
                     batch = next(batches)
@@ -203,7 +214,10 @@ class _Run:
                     self._save(state, position)
                     saved = step
         except DataError as error:
-            note_fault(self._output, step, str(error))
+            if not all_arrive(f"the data fails after step {step}", FAULT_SECONDS):
+                raise  # the others read on, and a save takes all
+            if is_first():
+                note_fault(self._output, step, str(error))
             self._keep(state, position, waiting, step, saved)
             self._display.say(f"stopped by a fault of the data {self._kept(step)}")
             raise
@@ -289,7 +303,7 @@ class _Run:
                 sequence_length=config.sequence_length,
             )
             batches = itertools.islice(split, config.evaluation_batches)
-        while not self._stop.requested:
+        while not self._stop.ask():
             with _faults("reading the validation split"):
                 batch = next(batches, None)
             if batch is None:
@@ -320,7 +334,8 @@ class _Run:
 
     def _explain(self, step: int, batch: Batch, values: Mapping[str, float]) -> str:
         path = self._output / f"non_finite_step_{step}.npz"
-        np.savez(path, allow_pickle=False, **batch)
+        if is_first():
+            np.savez(path, allow_pickle=False, **batch)
         latest = self._checkpoints.latest
         kept = "no checkpoint was written yet" if latest is None else f"checkpoint {latest} is from before and intact"
         return (

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from delta_jax.training.folder import listing, make_way, set_aside
+from delta_jax.training.processes import gather, is_first
 
 TRAINING = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
@@ -20,7 +21,7 @@ EVALUATION = "evaluation.jsonl"
 
 class MetricsWriter:
     """Appends to metrics.jsonl, evaluation.jsonl and a TensorBoard folder; every line is on disk when
-    written.
+    written. Of several processes the first one writes, and all know what it has written.
 
     Args:
         output: the run's folder.
@@ -32,14 +33,21 @@ class MetricsWriter:
     """
 
     def __init__(self, output: Path, start: int):
+        self._files: dict[str, TextIO] = {}
+        self._events: EventFileWriter | None = None
+        last = self._open(output, start) if is_first() else None
+        self.last_evaluation: int | None = gather(last)[0]
+
+    def _open(self, output: Path, start: int) -> int | None:
+        """Open the files; the step of the last evaluation in them."""
         kept = {name: _repair(output / name, start) for name in (TRAINING, EVALUATION)}
-        self.last_evaluation: int | None = kept[EVALUATION][-1]["step"] if kept[EVALUATION] else None
         self._files = {name: (output / name).open("a", buffering=1) for name in (TRAINING, EVALUATION)}
         self._events = EventFileWriter(str(make_way(output / "tensorboard", folder=True)))
         # TensorBoard drops what earlier event files hold from this step on.
         self._events.add_event(
             Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START))
         )
+        return kept[EVALUATION][-1]["step"] if kept[EVALUATION] else None
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -49,7 +57,8 @@ class MetricsWriter:
     ) -> None:
         for file in self._files.values():
             file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def write(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Append one entry.
@@ -59,9 +68,11 @@ class MetricsWriter:
             step: optimizer steps done.
             values: name -> number; written with every digit.
         """
-        self._files[name].write(json.dumps({"step": step, **values}) + "\n")
         if name == EVALUATION:
             self.last_evaluation = step
+        if self._events is None:
+            return
+        self._files[name].write(json.dumps({"step": step, **values}) + "\n")
         group = "train" if name == TRAINING else "validation"
         summary = [Summary.Value(tag=f"{group}/{key}", simple_value=value) for key, value in values.items()]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=summary)))

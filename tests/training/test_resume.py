@@ -4,26 +4,18 @@ import json
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from training_runs import finish, losses, start
+from training_runs import finish, losses, start, wait_for_step
 
 from delta_jax.config import load_config
 from delta_jax.training import TrainConfig, restore_model, train
 
 Table = Callable[..., dict[str, Any]]
-
-
-def _wait_for_step(output: Path, step: int) -> None:
-    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
-    while not metrics.exists() or metrics.read_text().count("\n") < step:
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.002)
 
 
 def _resume(table: dict[str, Any]) -> list[tuple[int, float, float]]:
@@ -42,7 +34,7 @@ def test_kill_minus_nine_at_a_random_step(uninterrupted: Path, table: Table, cac
     step = random.SystemRandom().randint(8, 30)
     process = start(table(), cache)
     output = Path(table()["output"])
-    _wait_for_step(output, step)
+    wait_for_step(output, step)
     process.send_signal(signal.SIGKILL)
     code, _, _ = finish(process)
     assert code == -signal.SIGKILL, f"killed at step {step}"
@@ -65,7 +57,7 @@ def test_a_signal_saves_and_exits_cleanly(
 ) -> None:
     process = start(table(checkpoint={"every": 1000}), cache)
     output = Path(table()["output"])
-    _wait_for_step(output, 3)
+    wait_for_step(output, 3)
     process.send_signal(number)
     code, out, err = finish(process)
     assert code == 0, err

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from delta_jax.config import described, load_config
 from delta_jax.models import LanguageModel
+from delta_jax.training import TrainConfig
 
 SCRIPT = """
 import json, sys, warnings
@@ -51,10 +55,35 @@ def run_table(corpus: Path, output: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+COMMAND = """
+import sys
+from delta_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def start(
     table: dict[str, Any], cache: Path, *, prepare: str = "", stdout: int = subprocess.PIPE, **environ: str
 ) -> subprocess.Popen[str]:
     """Train in a process of its own, on one CPU device; `prepare` is Python to run before."""
+    return _run([prepare + SCRIPT, json.dumps(table)], cache, stdout, environ)
+
+
+def start_several(
+    count: int, table: dict[str, Any], cache: Path, *flags: str, prepare: str = ""
+) -> list[subprocess.Popen[str]]:
+    """Train in several processes by the command line, each with one CPU device."""
+    config = Path(table["output"]).with_suffix(".toml")
+    config.write_text(described(load_config(TrainConfig, table)))
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    who = ["--coordinator", f"localhost:{port}", "--processes", str(count), *flags]
+    command = [prepare + COMMAND, "train", str(config), *who]
+    environ = {"JAX_PLATFORMS": "cpu"}
+    return [_run([*command, "--process", str(index)], cache, subprocess.PIPE, environ) for index in range(count)]
+
+
+def _run(arguments: list[str], cache: Path, stdout: int, environ: dict[str, str]) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         **environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -62,12 +91,22 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return subprocess.Popen(
-        [sys.executable, "-c", prepare + SCRIPT, json.dumps(table)],
+        [sys.executable, "-c", *arguments],
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
     )
+
+
+def wait_for_step(output: Path, step: int, *at_work: subprocess.Popen[str]) -> None:
+    """Return when a step stands in metrics.jsonl; none of the processes may end before."""
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        ended = [finish(process) for process in at_work if process.poll() is not None]
+        assert not ended, f"ended before step {step}: {ended}"
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.002)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
