@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +48,15 @@ class Exchange:
                 devices of a place all need, or have summed before, comes through once, and each takes a part of it.
                 None: every device is a place.
         """
-        return self.runs * self.size * max((self._share(group, place) for group in self.groups), default=0.0)
+        return most_received([self], place)
+
+    def received_by(self, place: Sequence[int] | None = None) -> Mapping[int, float]:
+        """Device -> bytes, as in `received`; those that receive nothing may be left out."""
+        found: dict[int, float] = {}
+        for group in self.groups:
+            size = self.runs * self.size * self._share(group, place)
+            found |= dict.fromkeys(group[1:] if self.kind == "collective-permute" else group, size)
+        return found
 
     def _share(self, group: tuple[int, ...], place: Sequence[int] | None) -> float:
         members = Counter(group if place is None else (place[device] for device in group))
@@ -63,6 +71,18 @@ class Exchange:
         if self.kind == "all-to-all":
             return outside
         return (2 if self.kind == "all-reduce" else 1) * outside / fewest
+
+
+def most_received(found: Sequence[Exchange], place: Sequence[int] | None = None) -> float:
+    """Bytes that all of these bring to the device to which they bring most; `place` as in `Exchange.received`.
+
+    Of the permutes of a ring that begins at one device and ends at another each brings something to a part of them only.
+    """
+    total: dict[int, float] = defaultdict(float)
+    for exchange in found:
+        for device, size in exchange.received_by(place).items():
+            total[device] += size
+    return max(total.values(), default=0.0)
 
 
 def exchanges(hlo: str) -> list[Exchange]:

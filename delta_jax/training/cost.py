@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from delta_jax.compiled.exchanges import Exchange
+from delta_jax.compiled.exchanges import Exchange, most_received
 from delta_jax.compiled.hlo import COLLECTIVES
 from delta_jax.compiled.jaxpr import grid_of, inner_jaxprs, open_jaxpr, tile_multiply_adds
 from delta_jax.parallel import Link
@@ -55,7 +55,7 @@ def exchanged(
     rows = []
     for axes, those in over.items():
         received = {
-            kind: cores * sum(exchange.received(links[0].place) for exchange in those if exchange.kind == kind)
+            kind: cores * most_received([exchange for exchange in those if exchange.kind == kind], links[0].place)
             for kind in COLLECTIVES
         }
         received = {kind: size for kind, size in received.items() if size}
@@ -69,7 +69,7 @@ def exchange_seconds(found: Sequence[Exchange], links: Sequence[Link]) -> float:
 
     What comes from further away does not come over the inner links.
     """
-    arrived = [sum(exchange.received(link.place) for exchange in found) for link in links]
+    arrived = [most_received(found, link.place) for link in links]
     inside = zip(arrived, [*arrived[1:], 0.0], links, strict=True)
     return max(((whole - outer) / link.bandwidth for whole, outer, link in inside if whole), default=0.0)
 
