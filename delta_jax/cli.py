@@ -710,24 +710,29 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _suggest(config: Any, topology: str, memory: str) -> int:
-    from delta_jax.training.suggest import suggest
+    from delta_jax.training.suggest import Trial, suggest
 
     def named(mesh: Mapping[str, int]) -> str:
         return ", ".join(f"{axis}={size}" for axis, size in mesh.items())
 
+    def told(trial: Trial) -> str:
+        planned = trial.plan
+        if planned is None or planned.memory is None:
+            return trial.refusal
+        used = f"{_bytes(planned.memory.total)} of {memory}"
+        if not planned.fits or planned.estimate is None:
+            return f"does not fit: {used}"
+        estimate = planned.estimate
+        times = f"{_seconds(estimate.least)} to {_seconds(estimate.most)} a step"
+        return f"{times}, of which collectives at least {_seconds(estimate.collectives)}; {used}"
+
     trials = suggest(
-        config, topology, meanwhile=lambda mesh: _sign_of_life(f"compiling the step for {topology}, {named(mesh)}")
+        config,
+        topology,
+        meanwhile=lambda mesh: _sign_of_life(f"compiling the step for {topology}, {named(mesh)}"),
+        tried=lambda trial: print(f"{named(trial.mesh)}: {told(trial)}", file=sys.stderr, flush=True),
     )
-    rows = []
-    for trial in trials:
-        planned, told = trial.plan, trial.refusal
-        if planned is not None and planned.memory is not None:
-            told = f"does not fit: {_bytes(planned.memory.total)} of {memory}"
-            if planned.fits and (estimate := planned.estimate) is not None:
-                told = f"{_seconds(estimate.least)} to {_seconds(estimate.most)} a step, of which collectives at least "
-                told += f"{_seconds(estimate.collectives)}; {_bytes(planned.memory.total)} of {memory}"
-        rows.append((named(trial.mesh), told))
-    _print_rows(rows)
+    _print_rows([(named(trial.mesh), told(trial)) for trial in trials])
     best = trials[0]
     if best.rank[0]:
         print("none of these meshes fits")

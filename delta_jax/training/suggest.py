@@ -41,7 +41,11 @@ class Trial:
 
 
 def suggest(
-    config: TrainConfig, topology: str, *, meanwhile: Callable[[dict[str, int]], AbstractContextManager[None]]
+    config: TrainConfig,
+    topology: str,
+    *,
+    meanwhile: Callable[[dict[str, int]], AbstractContextManager[None]],
+    tried: Callable[[Trial], None],
 ) -> tuple[Trial, ...]:
     """Plans the step of a run for several meshes, from its own on, as `search` chooses them.
 
@@ -51,6 +55,7 @@ def suggest(
         config: the run.
         topology: the slice, such as "v5e:16x16".
         meanwhile: makes of the sizes of a mesh a context that is open while the compiler works on it.
+        tried: called with each mesh that was looked at, at once: all of them can take long.
 
     Returns:
         What was looked at, best first.
@@ -80,6 +85,7 @@ def suggest(
         except ValueError as error:
             refusal = str(error)
         trials[sizes] = Trial(mesh=mesh, state=state, plan=planned, refusal=refusal)
+        tried(trials[sizes])
         return trials[sizes].rank
 
     own = tuple(make_mesh(config.mesh, devices).shape.values())

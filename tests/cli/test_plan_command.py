@@ -83,24 +83,14 @@ def test_meshes_are_compared(libtpu, capsys):
 def test_no_mesh_will_do(libtpu, capsys):
     large = ["model.hidden_size=65536", "model.intermediate_size=65536", "model.num_layers=8", "batch_size=3"]
     assert main([*TINY, "--topology", "v5e:1x2", "--suggest", *large]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
     assert lines[-1] == "none of these meshes fits"
+    assert sorted(err.splitlines()) == sorted(re.sub(r"\s{2,}", ": ", line) for line in lines[:-1]), "said at once, too"
     assert sum(line.endswith("its state alone does not fit") for line in lines) == 2
     assert sum("wanted a multiple of the 2 parts" in line for line in lines) == 2
-    assert (
-        main(
-            [
-                *TINY,
-                "--topology",
-                "v5e:1x2",
-                "--suggest",
-                "model.pattern.0.num_heads=1",
-                "batch_size=1",
-                "sequence_length=7",
-            ]
-        )
-        == 2
-    )
+    odd = ["model.pattern.0.num_heads=1", "batch_size=1", "sequence_length=7"]
+    assert main([*TINY, "--topology", "v5e:1x2", "--suggest", *odd]) == 2
     assert "wanted a multiple of the 2 parts" in capsys.readouterr().err
 
 
