@@ -131,18 +131,18 @@ def test_hosts_that_have_not_joined(table: Table, monkeypatch: pytest.MonkeyPatc
 def test_each_process_hashes_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("parameters/ocdbt.process_0/d/a", "parameters/ocdbt.process_1/d/b", "parameters/d/c", "data/metadata")
     hashed: list[tuple[int, str]] = []
-    index = 1
-    monkeypatch.setattr(jax, "process_index", lambda: index)
+    who = [0]
+    monkeypatch.setattr(jax, "process_index", lambda: who[0])
     with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         unfinished = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
         for name in names:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             (unfinished / name).write_text(name)
         monkeypatch.setattr(
-            checkpoint, "digest", lambda path: hashed.append((index, str(path.relative_to(unfinished)))) or path.name
+            checkpoint, "digest", lambda path: hashed.append((who[0], str(path.relative_to(unfinished)))) or path.name
         )
         checkpoints._saving = 5
-        for index in (1, 0):
+        for who[0] in (1, 0):
             checkpoints._digested = -1  # another process, another object
             for key in ("written", "committed"):
                 checkpoints._digest_and_wait(key=key, timeout_ms=1)
