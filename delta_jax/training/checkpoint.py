@@ -72,7 +72,7 @@ class Checkpoints:
             make_way(self._folder, folder=True).mkdir(parents=True, exist_ok=True)
         wait_for_all("the folder of checkpoints is there")
         self.latest = _set_damaged_aside(self._folder)
-        self._saving = -1
+        self._saving = self._digested = -1
         self._barrier = ocp.multihost.get_barrier_sync_fn()
         keep = [LatestN(config.keep_last)]
         options = ocp.CheckpointManagerOptions(
@@ -173,12 +173,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def _digest_and_wait(self, *, key: str, timeout_ms: int) -> None:
-        """Called by Orbax on each of several processes, first when it has written all its files."""
-        own = Path(DIGESTS).stem + f".{jax.process_index()}.json"
-        for folder in self._unfinished():
-            if not (folder / own).exists():
+        """Called by Orbax on each of several processes, of a save first when this one has written all its files."""
+        if self._digested != self._saving:
+            self._digested = self._saving
+            for folder in self._unfinished():
                 files = [path for path in _item_files(folder) if _writer(path) == jax.process_index()]
-                _write(folder / own, {str(path.relative_to(folder)): digest(path) for path in files})
+                own = folder / f"{Path(DIGESTS).stem}.{jax.process_index()}.json"
+                _write(own, {str(path.relative_to(folder)): digest(path) for path in files})
         self._barrier(key=key, timeout_ms=timeout_ms)
 
     def _write_digests(self) -> None:

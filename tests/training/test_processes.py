@@ -18,7 +18,7 @@ from training_runs import finish, start_several, wait_for_step
 
 from delta_jax.cli import _parse, main
 from delta_jax.config import load_config
-from delta_jax.training import TrainConfig, checkpoint, processes, signals, train
+from delta_jax.training import CheckpointConfig, TrainConfig, checkpoint, processes, signals, train
 from delta_jax.training.metrics import EVALUATION, TRAINING, read_metrics
 
 Table = Callable[..., dict[str, Any]]
@@ -126,6 +126,30 @@ def test_hosts_that_have_not_joined(table: Table, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="those of 4 processes, which have not joined: give --distributed on"):
         train(load_config(TrainConfig, table()), progress=False)
+
+
+def test_each_process_hashes_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("parameters/ocdbt.process_0/d/a", "parameters/ocdbt.process_1/d/b", "parameters/d/c", "data/metadata")
+    hashed: list[tuple[int, str]] = []
+    who = [0]
+    monkeypatch.setattr(jax, "process_index", lambda: who[0])
+    with checkpoint.Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        unfinished = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+        for name in names:
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / name).write_text(name)
+        monkeypatch.setattr(
+            checkpoint, "digest", lambda path: hashed.append((who[0], str(path.relative_to(unfinished)))) or path.name
+        )
+        checkpoints._saving = 5
+        for who[0] in (1, 0):
+            checkpoints._digested = -1  # another process, another object
+            for key in ("written", "committed"):
+                checkpoints._digest_and_wait(key=key, timeout_ms=1)
+        checkpoints._write_digests()
+    assert sorted(hashed) == sorted([(0, names[0]), (1, names[1]), (0, names[2]), (0, names[3])])
+    assert json.loads((unfinished / "digests.json").read_text()) == {name: Path(name).name for name in names}
+    assert [path.name for path in unfinished.glob("digests*")] == ["digests.json"]
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "how_to" / "processes.md").read_text()
