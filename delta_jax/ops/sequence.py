@@ -116,7 +116,8 @@ def over_axis(
 
 
 def require_axis(axis_name: str, others: Mapping[str, Any]) -> None:
-    """
+    """That there is such an axis, and nothing that does not go with it.
+
     Raises:
       ValueError: there is no such axis here, or an argument was given that does not go with one.
     """
@@ -268,20 +269,17 @@ def _ring(maps: Maps, axis: str, *, backwards: bool = False) -> Array:
         i = n - 1 - i
     blocks = _blocks(value)
     left = jnp.stack(jnp.split(maps.left, blocks, axis=-1))
-    before = jnp.zeros_like(left)
-    arriving = jnp.zeros_like(left[0])
-    for turn in range(n - 2 + blocks):
-        block = turn - i  # which is here in this turn, if any
+    before, arriving = jnp.zeros_like(left), jnp.zeros_like(left[0])
+    turns = n - 2 + blocks
+    for turn in range(turns + 1):
+        block = turn - i  # what has arrived before this turn, if anything
         at, here = jnp.clip(block, 0, blocks - 1), (block >= 0) & (block < blocks)
         old = lax.dynamic_index_in_dim(before, at, keepdims=False)
         before = lax.dynamic_update_index_in_dim(before, jnp.where(here, arriving, old), at, 0)
-        found = after(maps._replace(left=lax.dynamic_index_in_dim(left, at, keepdims=False)), arriving)
-        pairs = [(a, a + 1) for a in range(n - 1) if 0 <= turn - a < blocks]
-        arriving = lax.ppermute(found, axis, [(n - 1 - a, n - 1 - b) for a, b in pairs] if backwards else pairs)
-    block = n - 2 + blocks - i
-    at, here = jnp.clip(block, 0, blocks - 1), (block >= 0) & (block < blocks)
-    old = lax.dynamic_index_in_dim(before, at, keepdims=False)
-    before = lax.dynamic_update_index_in_dim(before, jnp.where(here, arriving, old), at, 0)
+        if turn < turns:
+            found = after(maps._replace(left=lax.dynamic_index_in_dim(left, at, keepdims=False)), arriving)
+            pairs = [(a, a + 1) for a in range(n - 1) if 0 <= turn - a < blocks]
+            arriving = lax.ppermute(found, axis, [(n - 1 - a, n - 1 - b) for a, b in pairs] if backwards else pairs)
     return jnp.concatenate(list(before), -1)
 
 
