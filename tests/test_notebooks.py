@@ -56,7 +56,7 @@ def test_the_op_and_its_members() -> None:
 def test_a_layer_in_a_model_of_ones_own() -> None:
     """On the eight devices of the tests: the mesh gives the first losses of one device."""
     scope, _ = run("layer", LAYER)
-    assert dict(scope["mesh"].shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(scope["mesh"].shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     np.testing.assert_allclose(scope["losses_on_mesh"], scope["losses"], atol=1e-3)
     assert scope["losses"][-1] < scope["losses"][0]
 

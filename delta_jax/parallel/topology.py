@@ -108,6 +108,10 @@ class Link(NamedTuple):
         name: what it lies between.
         place: of each device the place it is in; devices of one place need no such link.
         bandwidth: bytes a second that a device receives over it at the published peak.
+
+    Examples:
+        >>> Link("between hosts", (0, 0, 1, 1), 50e9).place  # of four devices on two hosts
+        (0, 0, 1, 1)
     """
 
     name: str
@@ -128,6 +132,12 @@ def links_of(topology: str, devices: Sequence[jax.Device], order: Sequence[jax.D
 
     Raises:
         ValueError: as `chip_or_gpu_of`.
+
+    Examples:
+        >>> devices = jax.devices()[:1]  # here gpu_topology("h100:1") would be asked
+        >>> inside, between = links_of("h100:1", devices, devices)
+        >>> inside.name, inside.bandwidth, between.name
+        ('inside a host', 450000000000.0, 'between hosts')
     """
     chip = chip_or_gpu_of(topology)
     if isinstance(chip, Gpu):

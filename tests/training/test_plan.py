@@ -58,7 +58,7 @@ def test_one_chip() -> None:
 def test_a_sharded_step_runs_kernels_on_every_chip_and_splits_state_and_work() -> None:
     whole = _plan("v5e:1x1")
     cut = _plan("v5e:2x4", "mesh.fsdp=4", "mesh.tensor=2", "mesh.data=1")
-    assert (cut.chips, cut.mesh) == (8, {"data": 1, "fsdp": 4, "tensor": 2})
+    assert (cut.chips, cut.mesh) == (8, {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2})
     assert cut.kernels == whole.kernels
     assert cut.memory is not None and whole.memory is not None
     assert cut.memory.arguments < whole.memory.arguments / 7

@@ -152,7 +152,7 @@ def test_the_optimizer_changes_under_way(
     assert [entry["step"] for entry in result.training] == list(range(1, 43))
     assert result.training[40]["learning_rate"] > 10 * result.training[39]["learning_rate"]
     said = capsys.readouterr().out
-    assert "14,112 parameters on 1 cpu device(s), mesh data 1, fsdp 1, tensor 1\n" in said
+    assert "14,112 parameters on 1 cpu device(s), mesh data 1, fsdp 1, sequence 1, tensor 1\n" in said
     assert f"{corpus}: 20 documents, of which 0.1 are held out\n42 steps of 128 tokens: 4 sequences of 32" in said
     optimizer = ("learning_rate 0.01 -> 0.5", "warmup_steps 4 -> 0", "clip_norm 1.0 -> null")
     changed = [
