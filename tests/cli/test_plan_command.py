@@ -115,7 +115,10 @@ def test_a_plan_for_gpus(topology, kernels):
     assert shown["topology"].startswith(f"{topology}, {number} GPU") and kind in shown["topology"]
     assert shown["mesh"] == f"data=1, fsdp={number}, sequence=1, tensor=1"
     assert shown["kernels"].startswith(kernels or "made by XLA")
-    assert "all-gather" in shown if kernels else shown["collectives"] == "none"
+    if kernels:
+        assert "all-gather" in shown["over fsdp"]
+    else:
+        assert shown["collectives"] == "none"
     assert re.match(r"at least [\d.]+ [mun]s, a bound, no estimate", shown["step time"])
     assert re.fullmatch(r"fits: [\d.]+ [MG]iB of the 79.\d+ GiB of a GPU", lines[-1])
 
