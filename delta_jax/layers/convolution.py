@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from delta_jax.layers.mixer_cache import OfLayer
 from delta_jax.layers.token_mixer import TokenMixer
 from delta_jax.ops import device
+from delta_jax.ops.partition import Axes
 from delta_jax.ops.prologue import KERNELS, heads_of_unit_length, step_by_kernel, takes_kernel
 from delta_jax.ops.short_convolution import short_convolution
 from delta_jax.parallel import axis_of_tokens, by_shares, current_cut, indivisible, share_of, shares
@@ -19,7 +20,7 @@ from delta_jax.parallel import axis_of_tokens, by_shares, current_cut, indivisib
 __all__ = ["ShortConvolution", "convolved", "of_prologue", "unit_heads"]
 
 
-_STREAM = ("batch", "time", "heads")
+_STREAM = ("batch", None, "heads")
 
 
 class ShortConvolution(nnx.Module):
@@ -64,7 +65,12 @@ class ShortConvolution(nnx.Module):
         """The stream after convolution and activation, and with `heads` each of so many of unit length; the new cache."""
         kernel, bias = _weights(self)
         parts = x.shape[2] if heads is None else heads
-        chosen = _takes_kernel(self, x, heads, implementation)
+        uneven = indivisible(x.shape[0], parts)
+        # How many tokens of a row are there counts from its beginning: then every device has the row whole.
+        axis = None if uneven or lengths is not None else axis_of_tokens(x.shape[1])
+        time = None if axis is None else "time"
+        stream = ("batch", time, "heads")
+        chosen = _takes_kernel(self, x, heads, implementation, stream=stream)
 
         def run(x: Array, kernel: Array, *rest: Array | None, **options: str | None) -> tuple[Array, Array]:
             bias, segment_ids, cache, lengths = rest
@@ -82,16 +88,11 @@ class ShortConvolution(nnx.Module):
 
         channels = x.shape[2]
         arrays = (x, kernel, bias, segment_ids, cache, lengths)
-        uneven = indivisible(x.shape[0], parts)
-        # How many tokens of a row are there counts from its beginning: then every device has the row whole.
-        axis = None if uneven or lengths is not None else axis_of_tokens(x.shape[1])
         if uneven or not (chosen or axis):
             return run(*arrays, implementation="xla")
-        time = None if axis is None else "time"
-        stream, of_cache = ("batch", time, "heads"), ("batch", None, "heads")
-        axes = (stream, (None, "heads"), ("heads",), ("batch", time), of_cache, ("batch",))
+        axes = (stream, (None, "heads"), ("heads",), ("batch", time), _STREAM, ("batch",))
         local = partial(run, implementation=None if chosen else "xla", axis_name=axis)
-        result: tuple[Array, Array] = by_shares(local, arrays, axes, (stream, of_cache))
+        result: tuple[Array, Array] = by_shares(local, arrays, axes, (stream, _STREAM))
         return result
 
 
@@ -155,10 +156,16 @@ def _weights(convolution: ShortConvolution) -> tuple[Array, Array | None]:
 
 
 def _takes_kernel(
-    convolution: ShortConvolution, x: Array, heads: int | None, implementation: str | None, *, step: bool = False
+    convolution: ShortConvolution,
+    x: Array,
+    heads: int | None,
+    implementation: str | None,
+    *,
+    stream: Axes = _STREAM,
+    step: bool = False,
 ) -> bool:
     """Whether a kernel handles a stream, or what a device has of it; with `step` that of a few tokens in place."""
-    share = share_of(x, _STREAM) if shares(x.shape[0], x.shape[2] if heads is None else heads) else x
+    share = share_of(x, stream) if shares(x.shape[0], x.shape[2] if heads is None else heads) else x
     return takes_kernel(
         share,
         width=convolution.kernel.shape[0],
@@ -186,7 +193,7 @@ def unit_heads(
         return heads_of_unit_length(x, eps, implementation)
     if x.ndim < 4 or implementation == "xla" or indivisible(x.shape[0], x.shape[-2]) or device.platform() != "tpu":
         return heads_of_unit_length(x, eps, "xla")
-    axes = ("batch", *(None,) * (x.ndim - 3), "heads", None)
+    axes = ("batch", "time", *(None,) * (x.ndim - 4), "heads", None)
     result: Array = by_shares(
         partial(heads_of_unit_length, eps=eps, implementation=implementation), (x,), (axes,), axes
     )

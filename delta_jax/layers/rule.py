@@ -73,7 +73,8 @@ def apply_rule(
     if state is not None and inputs.q.shape[1] == 1:
         whole = partial(_one_token, rule.step, options)
     else:
-        whole = partial(_sequence, rule.whole, options | {"chunk_size": chunk_size, "axis_name": axis})
+        over = {} if axis is None else {"axis_name": axis}
+        whole = partial(_sequence, rule.whole, options | {"chunk_size": chunk_size} | over)
     if uncut and chosen.cut_by_compiler:
         return whole(inputs, state, segment_ids)
     return by_heads(whole, inputs, state, segment_ids, axes=inputs.axes_of_heads(), axis_name=axis)
@@ -91,7 +92,7 @@ def _sequence(
     segment_ids: Array | None,
 ) -> tuple[Array, Array | OfLayer]:
     given = _given(inputs) | options | {"segment_ids": segment_ids}
-    if isinstance(state, OfLayer) and options["axis_name"] is not None:
+    if isinstance(state, OfLayer) and "axis_name" in options:
         o, new = rule(**given, initial_state=state.taken())
         return o, state.put(new)
     if isinstance(state, OfLayer):

@@ -88,7 +88,6 @@ def over_axis(
     arguments: Arguments,
     options: Options,
     axis: str,
-    join: Join | None = None,
 ) -> tuple[Array, Array]:
     """Outputs of this device's tokens, and the state after all tokens, the same on every device.
 
@@ -98,7 +97,6 @@ def over_axis(
         and segment ids are those of the whole sequence.
       options: of the op.
       axis: the axis of the mesh, of which `jax.shard_map` has made this a part.
-      join: None leaves the choice to `join_of`.
     """
     batch, heads, value, key = arguments.v.shape[0], *arguments.v.shape[-2:], arguments.k.shape[-1]
     dtype = accumulator_dtype(arguments.v.dtype)
@@ -110,7 +108,7 @@ def over_axis(
     both: Any = jax.ShapeDtypeStruct((*arguments.v.shape[:-1], value + key), arguments.v.dtype)
     wide = chosen.unsupported(arguments._replace(v=both)) is None
     arrays = Arrays(*arguments[:6], None, reset)
-    static = _Static(chosen.run, options, axis, join or join_of(sizes), wide)
+    static = _Static(chosen.run, options, axis, join_of(sizes), wide)
     o, state = _joined(static, arrays, first.astype(dtype))
     return o, of_last(state, axis)
 
